@@ -1,0 +1,213 @@
+"""The one way to change a graph.
+
+An ``Editor`` is a transaction. It gives new nodes their provenance, keeps the site table true (a site denotes what its
+readers see now), records what it touched, and rolls the graph back when the block raises.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actgraph.errors import PassError
+from actgraph.graph.graph import Array, Graph, Node, Role, Use, Value
+from actgraph.graph.provenance import Origin
+from actgraph.ops.shapes import TensorType
+
+if TYPE_CHECKING:
+    from actgraph.graph.sites import Site
+
+
+class Editor:
+    """Edits to ``graph`` by pass ``by`` (whose pipeline text is ``options``)."""
+
+    def __init__(self, graph: Graph, *, by: str = "", options: str = "") -> None:
+        self.graph = graph
+        self.by = by
+        self.options = options
+        self.counts: Counter[str] = Counter()
+        self.touched: set[str] = set()  # names of nodes and parameters that were made or changed
+        self.messages: list[str] = []  # what happened that a user should know, such as an untied weight
+        self._snapshot: Graph | None = None
+
+    def __enter__(self) -> Editor:
+        _ = self.graph.site_table  # names are assigned before the first edit
+        self._snapshot = self.graph.clone()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.rollback()
+        self._snapshot = None
+
+    def rollback(self) -> None:
+        """Undo everything since the transaction began. Handles taken since then are invalid afterwards."""
+        if self._snapshot is None:
+            raise PassError("rollback outside of a transaction", "use `with graph.edit(...)`")
+        self.graph._restore(self._snapshot)
+        self._snapshot = self.graph.clone()
+        self.counts.clear()
+        self.touched.clear()
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        op: str,
+        operands: Sequence[Value | Array | float | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        after: Node | None = None,
+        before: Node | None = None,
+        name: str = "",
+        like: Node | None = None,
+    ) -> Node:
+        """Insert one node; nothing reads it yet.
+
+        op: a registry op (``"actgraph.shift"``) or a shared vocabulary name (``"add"``).
+        operands: values, or arrays and numbers that become parameters.
+        like: a node whose module scope and sources the new node inherits (default: the producer of the first operand).
+        """
+        name = name or self._unique(op.rsplit(".", 1)[-1])
+        values = [self._as_value(operand, f"{name}.operand_{i}") for i, operand in enumerate(operands)]
+        model = like
+        if model is None:
+            model = next((v.producer for v in values if v is not None and v.producer is not None), None)
+        inherited = model.origin if model is not None else Origin()
+        origin = Origin(inherited.sources, inherited.scope, self.by, self.options)
+        node = self.graph._insert(op, values, attributes or {}, after=after, before=before, name=name, origin=origin)
+        self._count("inserted", node.name)
+        return node
+
+    def insert_at(
+        self,
+        site: Site,
+        op: str,
+        operands: Sequence[Value | Array | float | None] = (),
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        name: str = "",
+    ) -> Value:
+        """Put ``op(x, *operands)`` at a site, where ``x`` is what the site's readers see now, and return its output.
+
+        At a value site every reader (graph outputs included) then reads the result; at an edge only that operand does.
+        """
+        value = self.site_value(site)
+        uses = site.uses(self.graph)
+        node = self.insert(op, [value, *operands], attributes, name=name, after=value.producer)
+        self.redirect(value, node.output, uses)
+        return node.output
+
+    def site_value(self, site: Site) -> Value:
+        """The value that a site denotes now; a virtual site is materialised first."""
+        return self.graph.site_table.materialise(self, site)
+
+    def redirect(self, old: Value, new: Value, uses: Iterable[Use] | None = None) -> None:
+        """Make ``uses`` of ``old`` (default: all but those of the producer of ``new``) read ``new``.
+
+        When every reader moves, sites that denoted ``old`` denote ``new``.
+        """
+        maker = new.producer
+        everything = [use for use in old.uses if use.node is None or use.node != maker]
+        chosen = everything if uses is None else [use for use in uses if use.node is None or use.node != maker]
+        self.graph._redirect(old, new, chosen)
+        if len(chosen) == len(everything):
+            self.graph.site_table.move(old, new)
+        for use in chosen:
+            self._count("rewired", use.node.name if use.node is not None else new.name)
+
+    def set_operand(self, node: Node, index: int, value: Value | Array | None) -> None:
+        """Replace one operand of one node."""
+        self.graph._set_operand(node, index, self._as_value(value, f"{node.name}.operand_{index}"))
+        self._count("rewired", node.name)
+
+    def copy_region(self, nodes: Sequence[Node], replace: Mapping[Value, Value]) -> dict[Value, Value]:
+        """Copy ``nodes`` (in topological order) with operands substituted; returns old output -> new output."""
+        mapping = dict(replace)
+        for node in nodes:
+            operands = [mapping.get(v, v) if v is not None else None for v in node.operands]
+            inherited = node.origin
+            origin = Origin(inherited.sources, inherited.scope, self.by, self.options)
+            copy = self.graph._copy_node(node, operands, origin=origin)
+            mapping.update(zip(node.outputs, copy.outputs, strict=True))
+            self._count("inserted", copy.name)
+        return {old: new for old, new in mapping.items() if old not in replace}
+
+    def erase_dead(self) -> int:
+        """Remove everything that nothing reads. Returns how many nodes went; their sites are marked as removed."""
+        removed = self.graph._erase_dead()
+        self.graph.site_table.mark_removed(self.graph, removed, self.by)
+        self.counts["erased"] += len(removed)
+        return len(removed)
+
+    def retype(self, nodes: Iterable[Node]) -> None:
+        """Infer types again from ``nodes`` on (after a parameter changed its shape)."""
+        self.graph._retype(nodes)
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def add_parameter(self, name: str, data: Array, *, buffer: bool = False) -> Value:
+        """Store ``data`` under a unique name derived from ``name``."""
+        value = self.graph._add_parameter(name, np.asarray(data), buffer=buffer)
+        self._count("parameters added", value.name)
+        return value
+
+    def set_parameter(self, parameter: Value, data: Array, *, uses: Iterable[Use] | None = None) -> Value:
+        """Replace the data of a parameter for ``uses`` (default: all of them) and return the value they read now.
+
+        Editing some uses of a shared weight unties it for those and leaves a message that says so.
+        """
+        everything = list(parameter.uses)
+        chosen = everything if uses is None else list(uses)
+        if len(chosen) == len(everything):
+            self.graph._set_parameter(parameter, data)
+            self._count("parameters changed", parameter.name)
+            return parameter
+        copy = self.add_parameter(f"{parameter.name}_untied", data)
+        self.graph._redirect(parameter, copy, chosen)
+        readers = ", ".join(use.node.name if use.node is not None else "an output" for use in chosen)
+        self.messages.append(f"untied {parameter.name} for {readers}: the other readers keep the original")
+        return copy
+
+    # --- signature ----------------------------------------------------------------------------------------------------
+
+    def add_input(self, name: str, type: TensorType, *, role: Role = Role.USER, default: Array | None = None) -> Value:
+        """Append a graph input; ``default`` of shape [1] makes it optional."""
+        value = self.graph._add_input(name, type, role, default)
+        self._count("inputs added", name)
+        return value
+
+    def add_output(self, value: Value, name: str, *, role: Role = Role.USER) -> None:
+        """Append a graph output. Raises PassError when the name is taken."""
+        if name in {existing for existing, _ in self.graph.outputs()}:
+            raise PassError(f"an output named {name!r} exists already", "choose another name")
+        self.graph._add_output(value, name, role)
+        self._count("outputs added", name)
+
+    def remove_output(self, name: str) -> None:
+        """Drop a graph output (the value stays until ``erase_dead``)."""
+        self.graph._remove_output(name)
+        self._count("outputs removed", name)
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _as_value(self, operand: Value | Array | float | None, name: str) -> Value | None:
+        if operand is None or isinstance(operand, Value):
+            return operand
+        return self.add_parameter(name, np.asarray(operand))
+
+    def _unique(self, stem: str) -> str:
+        """``shift.0``, ``shift.1`` ...: names of new ops never renumber old ones."""
+        taken = {node.name for node in self.graph.nodes() if node.name.startswith(stem)}
+        number = 0
+        while f"{stem}.{number}" in taken or f"{stem}_{number}" in taken:
+            number += 1
+        return f"{stem}.{number}"
+
+    def _count(self, what: str, name: str) -> None:
+        self.counts[what] += 1
+        self.touched.add(name)

@@ -1,0 +1,85 @@
+"""What a pass is: a frozen, validated options object with ``run(graph, context) -> PassResult``.
+
+A pass changes the graph through ``context.edit(graph)`` only, contains no printing and no timing (the manager's
+instruments do that), and says what it did in its result. One pass a file, under ``passes/<family>/``; see CONTRIBUTING.md
+("add a pass").
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from actgraph.calibrate.statistics import Request, Statistics
+    from actgraph.graph import Editor, Graph
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A place where the pass was asked to act and did not, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass
+class PassResult:
+    """What one pass did. ``counts`` are per rule (``{"inserted": 4, "folded": 1}``); a pass whose counts are all zero raises instead."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    declined: list[Declined] = field(default_factory=list)
+    details: list[dict[str, Any]] = field(default_factory=list)  # one row per place, for the report's table
+    messages: list[str] = field(default_factory=list)
+    expected_change: str = "exact"  # "exact": outputs stay equal within the tolerance; else the declared reason for change
+    tolerance: float = 1e-5  # relative, when exact
+
+
+@dataclass
+class PassContext:
+    """What the manager gives a running pass.
+
+    statistics: the results of the requests that the pass made, collected on the graph as the former passes left it.
+    """
+
+    seed: int = 0
+    statistics: Statistics | None = None
+    text: str = ""  # the running pass as pipeline text, recorded as provenance
+    name: str = ""
+
+    def edit(self, graph: Graph) -> Editor:
+        """The transaction through which the pass changes ``graph``."""
+        return graph.edit(self.name, self.text)
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Counter-based random numbers for ``key`` (site index, position ...): independent of order and batch split."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, hash(key) & 0xFFFFFFFFFFFFFFFF]))
+
+
+class Pass(BaseModel, abc.ABC):
+    """Base class. Fields are the options; their descriptions, units and ranges become the JSON Schema and the docs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    dialects: ClassVar[frozenset[str]] = frozenset({"fx", "onnx"})
+    requires: ClassVar[frozenset[str]] = frozenset()
+    preserves: ClassVar[frozenset[str]] = frozenset()
+    #: A pass that may run twice in one pipeline with equal options (``steer`` twice is composition). Others are the
+    #: identity, or an error, when found in the graph's history with the same options.
+    repeatable: ClassVar[bool] = False
+
+    def requests(self, graph: Graph) -> Sequence[Request]:
+        """The statistics that the pass needs on ``graph``; empty when it needs no calibration."""
+        return ()
+
+    @abc.abstractmethod
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        """Rewrite ``graph`` in place. Raises PassError when what was asked for matches nothing."""

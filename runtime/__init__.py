@@ -1,0 +1,1 @@
+"""Engines and kernels that run graphs."""
