@@ -33,6 +33,8 @@ class Editor:
         self.touched: set[str] = set()  # names of nodes and parameters that were made or changed
         self.messages: list[str] = []  # what happened that a user should know, such as an untied weight
         self._snapshot: Graph | None = None
+        self._names: set[str] | None = None  # node names when the first op was named
+        self._numbers: Counter[str] = Counter()
 
     def __enter__(self) -> Editor:
         _ = self.graph.site_table  # names are assigned before the first edit
@@ -52,6 +54,8 @@ class Editor:
         self._snapshot = self.graph.clone()
         self.counts.clear()
         self.touched.clear()
+        self._names = None
+        self._numbers.clear()
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -202,10 +206,12 @@ class Editor:
 
     def _unique(self, stem: str) -> str:
         """``shift.0``, ``shift.1`` ...: names of new ops never renumber old ones."""
-        taken = {node.name for node in self.graph.nodes() if node.name.startswith(stem)}
-        number = 0
-        while f"{stem}.{number}" in taken or f"{stem}_{number}" in taken:
+        if self._names is None:
+            self._names = {node.name for node in self.graph.nodes()}
+        number = self._numbers[stem]
+        while f"{stem}.{number}" in self._names or f"{stem}_{number}" in self._names:
             number += 1
+        self._numbers[stem] = number + 1
         return f"{stem}.{number}"
 
     def _count(self, what: str, name: str) -> None:
