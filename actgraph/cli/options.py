@@ -1,0 +1,60 @@
+"""Arguments and options that several verbs share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+@dataclass
+class State:
+    """What the shared flags set for the running command."""
+
+    debug: bool = False
+
+
+state = State()
+
+
+def example(*lines: str) -> str:
+    """The examples at the foot of a verb's help, kept as they are written."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _set_debug(value: bool) -> bool:
+    state.debug = value
+    return value
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face directory, an .onnx or .pt2 file, package.module:factory, or stories260k. "
+        "A .pt2 file and a factory run code: give only what you trust.",
+    ),
+]
+Pipeline = Annotated[
+    str | None, typer.Option("-p", "--passes", metavar="PIPELINE", help="The passes as text: name{key=value ...}, name ...")
+]
+Recipe = Annotated[Path | None, typer.Option("-r", "--recipe", metavar="FILE", help="The passes as a YAML recipe.")]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Calibration data: .txt (a document a line), .jsonl, .npz, .safetensors, a folder of images, or tinystories."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where the tokenizer is (tokenizer.json), if not beside the model.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print results only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print every place, not only totals.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and write nothing.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.", show_default=False)
+]
