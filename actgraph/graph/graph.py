@@ -271,6 +271,13 @@ class Graph(abc.ABC):
     def read(self, parameter: Value) -> Array:
         """The data of a parameter as a numpy array, without a copy where the container allows it. Read-only by contract."""
 
+    def stored(self, parameter: Value) -> tuple[object, int]:
+        """The object that holds a parameter's data and its version: while both are equal, the data is unchanged.
+
+        Dialects whose ``read`` makes a new array at each call return their own tensor object, so that hashes are kept.
+        """
+        return self.read(parameter), 0
+
     # --- changing: called by Editor only ----------------------------------------------------------------------------
 
     @abc.abstractmethod
