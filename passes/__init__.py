@@ -1,1 +1,14 @@
 """The passes, one file each, in a folder per method family."""
+
+from __future__ import annotations
+
+#: Every built-in pass: its name and where its class is. Plain text, so that listing passes imports none of them.
+PASSES: dict[str, str] = {
+    "ablate": "actgraph.passes.steer.ablate:Ablate",
+    "cse": "actgraph.passes.cleanup.cse:CommonSubexpressions",
+    "dce": "actgraph.passes.cleanup.dce:DeadCode",
+    "fold": "actgraph.passes.cleanup.fold:FoldConstants",
+    "identity": "actgraph.passes.cleanup.identity:RemoveIdentities",
+    "steer": "actgraph.passes.steer.steer:Steer",
+    "tap": "actgraph.passes.tap.tap:Tap",
+}

@@ -148,9 +148,9 @@ class Editor:
         self.counts["erased"] += len(removed)
         return len(removed)
 
-    def retype(self, nodes: Iterable[Node]) -> None:
-        """Infer types again from ``nodes`` on (after a parameter changed its shape)."""
-        self.graph._retype(nodes)
+    def retype(self, nodes: Iterable[Node], *, propagate: bool = True) -> None:
+        """Infer types again from ``nodes`` on (after a parameter changed its shape); without ``propagate`` for them only."""
+        self.graph._retype(nodes, propagate=propagate)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 

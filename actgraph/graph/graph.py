@@ -332,8 +332,8 @@ class Graph(abc.ABC):
         """A copy of ``node`` reading ``operands``, placed after the last of them and after ``node``."""
 
     @abc.abstractmethod
-    def _retype(self, nodes: Iterable[Node]) -> None:
-        """Infer output types again for ``nodes`` and everything downstream whose types change."""
+    def _retype(self, nodes: Iterable[Node], *, propagate: bool = True) -> None:
+        """Infer output types again for ``nodes`` and, with ``propagate``, everything downstream whose types change."""
 
     @abc.abstractmethod
     def clone(self) -> Graph:

@@ -1,0 +1,92 @@
+"""Steering vectors on disk: a safetensors file of directions with a manifest.
+
+Each tensor is a direction of shape ``[width]`` under the name of the site that it belongs to; the manifest (JSON in the
+file's metadata) says from which model, by which method and at which token position it was extracted. A bare safetensors
+file with one 1-D tensor is a steering vector too: it has no site of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actgraph.errors import InputError
+
+Array = np.ndarray[Any, Any]
+FORMAT = "actgraph.steering_vector/1"
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """Directions by site.
+
+    directions: site name -> ``[width]`` float32; the name is empty for a vector without a site.
+    model: fingerprint of the model that it was extracted from (``model_fingerprint``), empty when unknown.
+    method, position: how it was extracted (``mean_difference``, ``last``).
+    """
+
+    directions: Mapping[str, Array]
+    model: str = ""
+    method: str = ""
+    position: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def for_site(self, names: tuple[str, ...]) -> Array:
+        """The direction for a site known under ``names``; a vector without a site, or with a single one, serves any site."""
+        for name in names:
+            if name in self.directions:
+                return self.directions[name]
+        if len(self.directions) == 1:
+            return next(iter(self.directions.values()))
+        raise InputError(
+            f"the steering vector has no direction for {names[0]}", f"it has directions for {', '.join(self.directions)}"
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file (beside, then renamed)."""
+        from safetensors.numpy import save
+
+        path = Path(path)
+        manifest = {"format": FORMAT, "model": self.model, "method": self.method, "position": self.position, "notes": dict(self.notes)}
+        tensors = {name or "vector": np.ascontiguousarray(v, np.float32) for name, v in self.directions.items()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(save(tensors, metadata={"actgraph": json.dumps(manifest, sort_keys=True)}))
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"cannot write {path}: {error.strerror}", "choose another folder") from error
+        return path
+
+
+def load_vector(path: str | Path) -> SteeringVector:
+    """Read a steering vector. Raises InputError for a missing, corrupt or unsuitable file."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no steering vector {path}", "make one with `actgraph extract-vector`")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file: {error}", "steering vectors are safetensors files") from error
+    manifest: dict[str, Any] = json.loads(metadata.get("actgraph", "{}"))
+    wrong = [name for name, tensor in tensors.items() if tensor.ndim != 1]
+    if wrong or not tensors:
+        raise InputError(f"{path} holds no steering vector", "its tensors must be 1-D directions, named by site")
+    if not all(np.isfinite(np.asarray(t, np.float32)).all() for t in tensors.values()):
+        raise InputError(f"{path} holds NaN or infinite values", "extract the vector again")
+    if not manifest and len(tensors) == 1:
+        return SteeringVector({"": next(iter(tensors.values()))})
+    directions = {("" if name == "vector" else name): t for name, t in tensors.items()}
+    return SteeringVector(
+        directions, manifest.get("model", ""), manifest.get("method", ""), manifest.get("position", ""), manifest.get("notes", {})
+    )

@@ -1,0 +1,1 @@
+"""Changing the element type of a model."""

@@ -1,0 +1,1 @@
+"""Cleanup: what exports and rewrites leave behind."""

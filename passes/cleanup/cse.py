@@ -1,0 +1,56 @@
+"""Common-subexpression elimination."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from actgraph.graph import Graph, Node
+from actgraph.pipeline.base import Pass, PassContext, PassResult
+
+
+class CommonSubexpressions(Pass):
+    """Compute equal nodes once. Two values that both carry sites stay apart: editing one must not edit the other."""
+
+    name: ClassVar[str] = "cse"
+    family: ClassVar[str] = "cleanup"
+    repeatable: ClassVar[bool] = True
+    may_do_nothing: ClassVar[bool] = True
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        result = PassResult()
+        seen: dict[Any, Node] = {}
+        outputs = {value for _, value in graph.outputs()}
+        with context.edit(graph) as editor:
+            for node in graph.nodes():
+                prim = node.prim
+                if not node.outputs or prim is None or prim.op == "random":
+                    continue  # what the vocabulary does not know may be random or have effects
+                key = (node.op, node.operands, _frozen(node.attributes), tuple(o.type for o in node.outputs))
+                first = seen.setdefault(key, node)
+                if first is node or any(o in outputs for o in node.outputs):
+                    continue
+                table = graph.site_table
+                if any(table.names_of(a) and table.names_of(b) for a, b in zip(first.outputs, node.outputs, strict=True)):
+                    continue
+                for kept, duplicate in zip(first.outputs, node.outputs, strict=True):
+                    editor.redirect(duplicate, kept)
+                result.counts["merged"] += 1
+            editor.erase_dead()
+        return result
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable image of an attribute value."""
+    if isinstance(value, dict):
+        return tuple(sorted((key, _frozen(item)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.shape, value.tobytes())
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return (type(value).__name__, value)

@@ -1,0 +1,59 @@
+"""Choosing linears and convolutions by ``site``: what weight passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from actgraph.errors import PassError
+from actgraph.graph import Graph, SiteKind, Value
+from actgraph.graph.views import Convolution, Linear
+from actgraph.passes.places import Selector
+
+
+Weighted = TypeVar("Weighted", Linear, Convolution)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a selector covers: value sites by value, edge sites by (node, operand index)."""
+
+    values: frozenset[Value]
+    edges: frozenset[tuple[object, int]]
+
+    @staticmethod
+    def of(graph: Graph, selector: Selector) -> Places:
+        sites = graph.sites(selector) if selector else []
+        return Places(
+            frozenset(s.anchor.value for s in sites if s.kind is SiteKind.VALUE and s.anchor.value is not None),
+            frozenset((s.anchor.node, s.anchor.index) for s in sites if s.kind is SiteKind.EDGE),
+        )
+
+    def covers(self, weighted: Linear | Convolution) -> bool:
+        """Whether the selector names the operator's output or its input edge."""
+        return weighted.output in self.values or (weighted.input.node, weighted.input.index) in self.edges
+
+    def covers_input(self, linear: Linear) -> bool:
+        """Whether the selector names the linear's input: its edge, or the value that the edge reads."""
+        return (linear.input.node, linear.input.index) in self.edges or input_value(linear) in self.values
+
+
+def input_value(weighted: Linear | Convolution) -> Value:
+    """The value that the operator reads now."""
+    node = weighted.input.node
+    value = node.operands[weighted.input.index] if node is not None else None
+    if value is None:
+        raise PassError(f"the operator behind {weighted.output.name} has no input")
+    return value
+
+
+def edge_name(graph: Graph, weighted: Linear | Convolution) -> str:
+    """The name of the operator's input edge, as sites spell it."""
+    return graph.site_table.edge_name(weighted.input.node, weighted.input.index) or f"%{weighted.output.name}:in"
+
+
+def chosen(graph: Graph, weighted: Sequence[Weighted], site: Selector, ignore: Selector) -> list[Weighted]:
+    """Those of ``weighted`` that ``site`` names (all of them when empty) and ``ignore`` does not."""
+    wanted, unwanted = Places.of(graph, site), Places.of(graph, ignore)
+    return [w for w in weighted if (not site or wanted.covers(w)) and not unwanted.covers(w)]

@@ -1,0 +1,149 @@
+"""Quantization of weights and activations.
+
+Weights: int8, symmetric, per output channel (scale = absmax / 127). Activations: int8 per token with scales computed at run
+time (``dynamic``), or int8 per tensor with scales from calibration (``static``). Sources: Quantization and Training of Neural
+Networks for Efficient Integer-Arithmetic-Only Inference (2018); ZeroQuant (2022) for per-token dynamic activations.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from actgraph.calibrate.statistics import Request
+from actgraph.errors import PassError
+from actgraph.graph import Editor, Graph, Use, Value
+from actgraph.graph.graph import parameter_bytes
+from actgraph.graph.views import Convolution, Linear
+from actgraph.passes.linears import chosen, edge_name
+from actgraph.passes.places import Selector
+from actgraph.passes.quantize.weights import embeddings, pack, symmetric_int8
+from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
+
+
+class Quantize(Pass):
+    """Quantize the weights of linears and convolutions, and on request their inputs and the embedding table."""
+
+    name: ClassVar[str] = "quantize"
+    family: ClassVar[str] = "quantize"
+
+    weights: Literal["int8", "none"] = Field(default="int8", description="int8: symmetric per output channel.")
+    activations: Literal["none", "dynamic", "static"] = Field(
+        default="none", description="Inputs of the linears: dynamic is per token, static is per tensor from calibration."
+    )
+    embeddings: bool = Field(default=False, description="Store embedding tables as int8 rows too.")
+    site: Selector = Field(default=(), description="Which linears and convolutions (their output or input sites); default: all.")
+    ignore: Selector = Field(default=(), description="Linears and convolutions to leave in float.")
+
+    def requests(self, graph: Graph) -> Sequence[Request]:
+        if self.activations != "static":
+            return ()
+        return [Request(edge_name(graph, w), "absmax") for w in self._places(graph)]
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        places = self._places(graph)
+        tables = [prim.operands[0] for prim in embeddings(graph)] if self.embeddings else []
+        if not places and not tables:
+            raise PassError("quantize: no linear or convolution is selected", "check site and ignore with `actgraph sites`")
+        result = PassResult(expected_change="weights and activations are rounded to 8 bits")
+        before = sum(parameter_bytes(p) for p in graph.parameters())
+        with context.edit(graph) as editor:
+            if self.weights == "int8":
+                self._pack_weights(graph, editor, places, result)
+            if self.activations != "none":
+                self._quantize_inputs(graph, editor, places, context, result)
+            editor.erase_dead()
+        after = sum(parameter_bytes(p) for p in graph.parameters())
+        result.details.append({"site": "parameters", "bytes before": before, "bytes after": after})
+        result.messages += editor.messages
+        if not any(result.counts.values()):
+            reason = f"{result.declined[0].site}: {result.declined[0].reason}" if result.declined else "everything is quantized already"
+            raise PassError(f"quantize changed nothing: {reason}")
+        return result
+
+    def _places(self, graph: Graph) -> list[Linear | Convolution]:
+        views = graph.views
+        return [
+            *chosen(graph, views.linears(), self.site, self.ignore),
+            *chosen(graph, views.convs(), self.site, self.ignore),
+        ]
+
+    def _pack_weights(self, graph: Graph, editor: Editor, places: list[Linear | Convolution], result: PassResult) -> None:
+        """Pack each weight once, however many linears share it."""
+        shared: dict[tuple[Value, int], list[Linear | Convolution]] = defaultdict(list)
+        for place in places:
+            weight = place.weight
+            if not weight.is_parameter:
+                result.declined.append(Declined(place.output.name, f"its weight {weight.name} is computed, not stored"))
+            elif weight.dtype is None or not weight.dtype.is_float:
+                result.declined.append(Declined(place.output.name, f"its weight is {weight.dtype} already"))
+            elif isinstance(place, Convolution) and place.transposed:
+                result.declined.append(Declined(place.output.name, "transposed convolutions keep float weights"))
+            else:
+                shared[weight, place.out_axis if isinstance(place, Linear) else 0].append(place)
+        tables = {prim.operands[0]: prim for prim in embeddings(graph)} if self.embeddings else {}
+        for (weight, axis), group in shared.items():
+            nodes = {node for place in group for node in place.nodes}
+            uses = [use for use in weight.uses if use.node in nodes]
+            packed, scale = pack(editor, weight, axis, uses)
+            result.counts["weights packed"] += 1
+            if weight in tables and axis == 0:
+                self._pack_table(editor, weight, packed, scale, result)
+                del tables[weight]
+        for table in tables:
+            if isinstance(table, Value) and table.is_parameter and table.dtype is not None and table.dtype.is_float:
+                q, scales = symmetric_int8(graph.read(table), 0)
+                self._pack_table(
+                    editor, table, editor.add_parameter(f"{table.name}_int8", q),
+                    editor.add_parameter(f"{table.name}_scale", scales.astype(graph.read(table).dtype)), result,
+                )  # fmt: skip
+
+    def _pack_table(self, editor: Editor, table: Value, packed: Value, scale: Value, result: PassResult) -> None:
+        """Gather int8 rows and their scales instead of float rows: the table is never dequantized as a whole."""
+        graph = editor.graph
+        dtype = table.dtype
+        column = editor.add_parameter(f"{table.name}_row_scale", graph.read(scale)[:, None])
+        for prim in embeddings(graph):
+            if prim.operands[0] != table:
+                continue
+            rows = editor.copy_region([prim.node], {table: packed})[prim.output]
+            scales = editor.copy_region([prim.node], {table: column})[prim.output]
+            wide = editor.insert("cast", [rows], {"to": dtype}, after=scales.producer)
+            product = editor.insert("mul", [wide.output, scales], after=wide)
+            editor.redirect(prim.output, product.output)
+            result.counts["embeddings packed"] += 1
+
+    def _quantize_inputs(
+        self, graph: Graph, editor: Editor, places: list[Linear | Convolution], context: PassContext, result: PassResult
+    ) -> None:
+        names = {place.output: edge_name(graph, place) for place in places}
+        nodes: dict[tuple[Value, object], Value] = {}  # one quantizer a value and scale: q, k and v share theirs
+        for place in places:
+            node, index = place.input
+            value = node.operands[index] if node is not None else None
+            if node is None or value is None:
+                continue
+            if self.activations == "dynamic":
+                if isinstance(place, Convolution):
+                    result.declined.append(Declined(place.output.name, "dynamic per-token scales need a token axis; use static"))
+                    continue
+                key: tuple[Value, object] = (value, "dynamic")
+                operands: list[Value | np.ndarray | None] = [value, None, None]  # type: ignore[type-arg]
+                attributes = {"dtype": "i8", "source": "dynamic", "granularity": "token", "symmetric": True}
+            else:
+                assert context.statistics is not None
+                absmax = float(context.statistics.read(Request(names[place.output], "absmax")))
+                scale = absmax / 127 if absmax > 0 else 1.0
+                key = (value, scale)
+                operands = [value, np.asarray(scale, value.dtype.numpy if value.dtype else np.float32), None]
+                attributes = {"dtype": "i8", "source": "static", "granularity": "tensor", "symmetric": True}
+            if key not in nodes:
+                made = editor.insert("actgraph.fake_quant", operands, attributes, after=value.producer)
+                nodes[key] = made.output
+                result.counts["activation quantizers"] += 1
+            editor.redirect(value, nodes[key], [Use(node, index)])
+

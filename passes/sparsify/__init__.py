@@ -1,0 +1,1 @@
+"""Activation sparsity: gates that drop small activations."""

@@ -1,0 +1,124 @@
+"""Activation sparsity by magnitude thresholds.
+
+Sources: Training-Free Activation Sparsity in Large Language Models (TEAL, 2024); Contextually-Aware Thresholding for Sparsity
+in LLMs (CATS, 2024). Both zero an activation ``x`` where ``|x| <= t``; the threshold ``t`` is the quantile of ``|x|`` on
+calibration text at the wanted sparsity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from actgraph.calibrate.statistics import Request
+from actgraph.errors import OptionError, PassError
+from actgraph.graph import Graph, Use, Value
+from actgraph.graph.views import FeedForward, Linear
+from actgraph.passes.linears import Places, edge_name, input_value
+from actgraph.passes.places import Selector
+from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
+
+
+class Sparsify(Pass):
+    """Insert a threshold gate ``x -> where(|x| <= t, 0, x)``; t = 0 is the identity and NaN passes.
+
+    teal gates the input edge of every linear in the blocks, each with its own threshold (q's copy of x and not k's).
+    cats gates the activation of every gated feed-forward, before its product with ``up``; ``down`` is sparse with it.
+    The published TEAL code inverts the CDF of the signed activation under a symmetry assumption; the quantile of ``|x|``
+    used here means the same and needs none.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    family: ClassVar[str] = "sparsify"
+
+    method: Literal["teal", "cats"] = Field(default="teal", description="Which activations are gated; see the class.")
+    sparsity: float | None = Field(default=None, ge=0.0, lt=1.0, description="Share of each gated activation to drop (0 to 1).")
+    threshold: float | None = Field(default=None, ge=0.0, description="A threshold given outright, in place of sparsity.")
+    site: Selector = Field(default=(), description="teal: inputs of linears; cats: blocks.{i}.mlp.act. Default: all in the blocks.")
+    ignore: Selector = Field(default=(), description="Places to leave dense.")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Sparsify:
+        if (self.sparsity is None) == (self.threshold is None):
+            raise OptionError("sparsify takes either sparsity or threshold", "for example sparsity=0.4")
+        return self
+
+    def requests(self, graph: Graph) -> Sequence[Request]:
+        if self.sparsity is None:
+            return ()
+        return [_request(name) for name, _, _ in self._places(graph)]
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        places = self._places(graph)
+        if not places:
+            raise PassError(
+                f"sparsify: no {'linear input' if self.method == 'teal' else 'gated feed-forward'} is selected",
+                "list candidates with `actgraph sites MODEL '*.mlp.*'`",
+            )
+        result = PassResult(expected_change=f"activations with |x| <= t are dropped ({self.method})")
+        with context.edit(graph) as editor:
+            for name, value, uses in places:
+                threshold = self._threshold(context, name)
+                if len(value.uses) and value.dtype is None:
+                    result.declined.append(Declined(name, "its type is unknown"))
+                    continue
+                node = editor.insert("actgraph.gate", [value, None], {"threshold": threshold}, after=value.producer)
+                editor.redirect(value, node.output, uses)
+                result.counts["gates"] += 1
+                result.details.append({"site": name, "threshold": threshold})
+        if not result.counts:
+            raise PassError(f"sparsify changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
+        return result
+
+    def _threshold(self, context: PassContext, name: str) -> float:
+        if self.sparsity is None:
+            assert self.threshold is not None
+            return self.threshold
+        assert context.statistics is not None
+        if self.sparsity == 0:
+            return 0.0
+        return float(context.statistics.quantile(_request(name), self.sparsity))
+
+    def _places(self, graph: Graph) -> list[tuple[str, Value, list[Use] | None]]:
+        """``(site name, value, uses)``: what to gate and for which readers (``None``: all)."""
+        wanted, unwanted = Places.of(graph, self.site), Places.of(graph, self.ignore)
+        views = graph.views
+        if self.method == "cats":
+            gated = [f for f in views.feed_forwards() if f.gate is not None and f.act != f.hidden]
+            return [
+                (_act_name(graph, f), f.act, None)
+                for f in gated
+                if (not self.site or f.act in wanted.values) and f.act not in unwanted.values
+            ]
+        inside = _in_blocks(graph)
+        return [
+            (edge_name(graph, linear), input_value(linear), [linear.input])
+            for linear in views.linears()
+            if (wanted.covers_input(linear) if self.site else linear in inside)
+            and not (unwanted.covers_input(linear) or unwanted.covers(linear))
+        ]
+
+
+def _request(name: str) -> Request:
+    return Request(name, "quantiles", absolute=True)
+
+
+def _act_name(graph: Graph, feed_forward: FeedForward) -> str:
+    return graph.site_table.value_name(feed_forward.act) or f"%{feed_forward.act.name}"
+
+
+def _in_blocks(graph: Graph) -> list[Linear]:
+    """The projections of attentions and feed-forwards of all blocks (all linears of a model without blocks)."""
+    views = graph.views
+    linears = views.linears()
+    blocks = views.blocks()
+    if not blocks:
+        return linears
+    first, last = blocks[0].resid_pre, {block.resid_post for block in blocks}
+    order = {node: position for position, node in enumerate(graph.nodes())}
+    start = order.get(first.producer, -1) if first.producer is not None else -1
+    end = max(order[value.producer] for value in last if value.producer is not None)
+    routers = {moe.router.output for moe in views.moe()}
+    return [x for x in linears if start < order[x.nodes[0]] <= end and x.output not in routers]

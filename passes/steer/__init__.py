@@ -1,0 +1,1 @@
+"""Editing directions in activations: steering vectors, directional ablation, their extraction."""

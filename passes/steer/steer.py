@@ -1,0 +1,116 @@
+"""Steering: add a vector to an activation.
+
+Sources: Steering Language Models With Activation Engineering (ActAdd, 2023); Steering Llama 2 via Contrastive Activation
+Addition (CAA, 2023). ``h' = h + scale * v`` at every token.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from actgraph.errors import PassError
+from actgraph.formats.vectors import SteeringVector, load_vector
+from actgraph.graph import Editor, Graph, Site, SiteKind, Value
+from actgraph.graph.graph import Array
+from actgraph.graph.views import Linear
+from actgraph.passes.places import Selector, SitePass
+from actgraph.passes.steer.folding import bias_writer
+from actgraph.pipeline.base import Declined, PassContext, PassResult
+
+
+class Steer(SitePass):
+    """Add ``scale`` times a vector at each site, for all tokens.
+
+    Vectors at one site merge into one. Where the site's value is a linear's output, directly or through residual adds, and
+    nothing else reads that linear's output, the shift folds into the linear's bias and costs nothing; the sites that lie
+    between the two are then gone (their values contain the shift), which a later pass that names them is told.
+    """
+
+    name: ClassVar[str] = "steer"
+    family: ClassVar[str] = "steer"
+    repeatable: ClassVar[bool] = True
+
+    site: Selector = Field(default=(), description="Where to add the vector; default: the site named in the vector's file.")
+    vector: str | tuple[float, ...] = Field(
+        description="A safetensors file (see `actgraph extract-vector`), or the numbers themselves.",
+        json_schema_extra={"path": True},
+    )
+    scale: float = Field(default=1.0, description="Factor on the vector; 0 is the identity.", allow_inf_nan=False)
+    fold: bool = Field(default=True, description="Move the shift into a bias where that is exact.")
+    axis: int = Field(default=-1, description="The axis of the site that the vector lies along (1 for NCHW images).")
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        vector = load_vector(self.vector) if isinstance(self.vector, str) else SteeringVector({"": np.asarray(self.vector, np.float32)})
+        selector = self.site or tuple(name for name in vector.directions if name)
+        if not selector:
+            raise PassError("steer: the vector names no site", "say where with site=blocks.2.resid_post")
+        sites = self.model_copy(update={"site": selector}).select(graph)
+        result = PassResult(expected_change="the outputs are steered")
+        with context.edit(graph) as editor:
+            for site in sites:
+                direction = vector.for_site((site.name, *site.aliases)).astype(np.float64) * self.scale
+                rule = self._apply(graph, editor, site, direction, result)
+                if rule:
+                    result.counts[rule] += 1
+                    result.details.append(
+                        {"site": site.name, "rule": rule, "scale": self.scale, "norm": float(np.linalg.norm(direction))}
+                    )
+        result.messages += editor.messages
+        if not result.counts:
+            raise PassError(f"steer changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
+        return result
+
+    def _apply(self, graph: Graph, editor: Editor, site: Site, direction: Array, result: PassResult) -> str:
+        """Steer one site and return the rule that was used; empty when declined."""
+        width = site.type.shape[self.axis] if site.type.shape else None
+        if site.type.dtype is None or width is None:
+            result.declined.append(Declined(site.name, "its type or width is unknown"))
+            return ""
+        if width != len(direction):
+            raise PassError(
+                f"steer: the vector has {len(direction)} numbers but {site.name} is {site.type}",
+                "use a vector extracted at this site, or set axis",
+            )
+        if not direction.any():
+            return "identity"
+        data = direction.astype(site.type.dtype.numpy)
+        if site.kind is SiteKind.VALUE:
+            if self._merge(graph, editor, site, direction):
+                return "merged"
+            if self.fold and self._fold(graph, editor, site, direction):
+                return "folded"
+        attributes = {} if self.axis == -1 else {"axis": self.axis}
+        editor.insert_at(site, "actgraph.shift", [data], attributes)
+        return "inserted"
+
+    def _merge(self, graph: Graph, editor: Editor, site: Site, direction: Array) -> bool:
+        """Add to the constant shift that already produces the site's value, if there is one."""
+        node = site.value.producer
+        if node is None or node.op != "actgraph.shift" or any(o is not None for o in node.operands[2:]):
+            return False
+        old = node.operands[1]
+        attributes = node.attributes
+        if old is None or not old.is_parameter or attributes["axis"] != self.axis or attributes["norm"] != "keep" or attributes["scale"] != 1.0:
+            return False
+        total = graph.read(old).astype(np.float64) + direction
+        editor.set_parameter(old, total.astype(graph.read(old).dtype))
+        return True
+
+    def _fold(self, graph: Graph, editor: Editor, site: Site, direction: Array) -> bool:
+        if self.axis not in (-1, len(site.type.shape or ()) - 1):
+            return False
+        linears: dict[Value, Linear] = {linear.output: linear for linear in graph.views.linears()}
+        found = bias_writer(graph, site.value, linears)
+        if found is None:
+            return False
+        linear, between = found
+        bias = linear.read_bias()
+        dtype = site.type.dtype.numpy if site.type.dtype else np.dtype(np.float32)
+        total = direction if bias is None else bias.astype(np.float64) + direction
+        for value in between:
+            graph.site_table.forget(value, f"{self.name} (its shift was folded into {linear.weight.name}'s bias)")
+        linear.write_bias(editor, total.astype(dtype))
+        return True

@@ -1,0 +1,1 @@
+"""Reading activations out: named outputs at sites."""
