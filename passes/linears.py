@@ -50,7 +50,9 @@ def input_value(weighted: Linear | Convolution) -> Value:
 
 def edge_name(graph: Graph, weighted: Linear | Convolution) -> str:
     """The name of the operator's input edge, as sites spell it."""
-    return graph.site_table.edge_name(weighted.input.node, weighted.input.index) or f"%{weighted.output.name}:in"
+    node, index = weighted.input
+    name = graph.site_table.edge_name(node, index) if node is not None else ""
+    return name or f"%{input_value(weighted).name}"
 
 
 def chosen(graph: Graph, weighted: Sequence[Weighted], site: Selector, ignore: Selector) -> list[Weighted]:

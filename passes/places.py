@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from actgraph.errors import PassError
 from actgraph.graph import Graph, Site
 from actgraph.pipeline.base import Pass
 
@@ -18,13 +17,5 @@ class SitePass(Pass):
     ignore: Selector = Field(default=(), description="Sites to leave out, in the same spellings as site.")
 
     def select(self, graph: Graph) -> list[Site]:
-        """The chosen sites, one per place: spellings of one anchor are acted on once. Raises SiteError or PassError."""
-        return distinct(graph.sites(self.site, self.ignore), f"{self.name}: every site was ignored")
-
-
-def distinct(sites: list[Site], when_empty: str) -> list[Site]:
-    """``sites`` with those that share an anchor listed once. Raises PassError when nothing is left."""
-    chosen = {site.anchor: site for site in reversed(sites)}
-    if not chosen:
-        raise PassError(when_empty, "relax ignore")
-    return [site for site in sites if chosen.get(site.anchor) is site]
+        """The chosen sites, one per place however many of its names match. Raises SiteError."""
+        return graph.sites(self.site, self.ignore)

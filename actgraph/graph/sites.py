@@ -97,6 +97,14 @@ class SiteTable:
         """The role name of ``value``, or ``""``."""
         return next((name for name in self.names_of(value) if name in self.role_names), "")
 
+    def edge_name(self, node: Node, index: int) -> str:
+        """The canonical name of the edge that is operand ``index`` of ``node``, or ``""``."""
+        for name in self._on_node.get(node, ()):
+            anchor = self.anchors[name]
+            if anchor.kind is SiteKind.EDGE and (node, index) in anchor.edges:
+                return name
+        return ""
+
     def current(self, site: Site) -> Anchor:
         """Where ``site`` is now, after the edits since it was looked up. Raises SiteError when it was removed."""
         name = self.aliases.get(site.name, site.name)
@@ -312,6 +320,11 @@ class SiteTable:
                         self._place(name, edge_anchor(left))
                     continue
             self._forget(name, by or "an edit")
+
+    def forget(self, value: Value, by: str) -> None:
+        """The sites that denote ``value`` no longer hold what their names say; asking for them names ``by``."""
+        for name in self.names_of(value):
+            self._forget(name, by)
 
     def _forget(self, name: str, by: str) -> None:
         self._unplace(name)

@@ -106,7 +106,8 @@ def _request(name: str) -> Request:
 
 
 def _act_name(graph: Graph, feed_forward: FeedForward) -> str:
-    return graph.site_table.value_name(feed_forward.act) or f"%{feed_forward.act.name}"
+    names = graph.site_table.names_of(feed_forward.act)
+    return graph.site_table.role_name_of(feed_forward.act) or (names[0] if names else f"%{feed_forward.act.name}")
 
 
 def _in_blocks(graph: Graph) -> list[Linear]:
