@@ -242,8 +242,12 @@ class SiteTable:
         return Site(shown, anchor.kind, role, type_now(anchor), anchor, others)
 
     def _nothing(self, selector: str) -> SiteError:
+        from actgraph.graph.spellings import spell
+
         if selector in self.removed:
             return self._gone(selector)
+        if _normal_spelling(selector) in (spelled := spell(self.removed)):
+            return self._gone(spelled[_normal_spelling(selector)])
         patterns = list(compile_selector(selector, self.all_names))
         gone = [name for name in self.removed if any(pattern.matches(name) for pattern in patterns)]
         if gone:
@@ -335,6 +339,7 @@ class SiteTable:
         self._spellings = None
         for each in (name, *self._aliases_of.pop(name, ())):
             self.aliases.pop(each, None)
+            self.role_names.discard(each)
             self.removed[each] = by
 
     # --- other containers of the same graph -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ one element and short integer lists appear in place, everything else that is sto
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import json
@@ -166,10 +167,8 @@ def data_hash(parameter: Value) -> str:
         return known[2]
     digest = _digest(parameter.graph.read(parameter))
     key = id(holder)
-    try:
+    with contextlib.suppress(TypeError):  # a holder that takes no weak references is hashed again next time
         _DIGESTS[key] = (weakref.ref(holder, lambda _: _DIGESTS.pop(key, None)), version, digest)
-    except TypeError:  # the holder takes no weak references: hashed again next time
-        pass
     return digest
 
 
@@ -181,8 +180,8 @@ def _digest(array: Array) -> str:
     elif array.flags.c_contiguous:
         raw = array.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, _CHUNK):
-            result.update(memoryview(raw[start : start + _CHUNK]))
+            result.update(raw[start : start + _CHUNK].data)
     else:  # a transposed or strided view: copied one row at a time
         for row in array:
-            result.update(memoryview(np.ascontiguousarray(row).reshape(-1).view(np.uint8)))
+            result.update(np.ascontiguousarray(row).reshape(-1).view(np.uint8).data)
     return result.hexdigest()
