@@ -1,0 +1,351 @@
+"""Writing ONNX nodes: constants, types, folding and sharing of the helper nodes that a translation needs.
+
+An ATen op often becomes several ONNX nodes. The last one stands for the op and keeps its name; the others are *helpers*
+(shape arithmetic, masks, casts). Helpers with constant operands are computed here, equal helpers are made once, and no
+node that stands for an op of the source graph is ever folded or merged: sites denote those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference.ops import load_op
+
+from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import Dim, TensorType
+
+Array = np.ndarray[Any, Any]
+
+#: Helpers are folded when all operands and results have at most this many elements.
+FOLD_LIMIT = 1024
+
+_RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"})
+_NOT_FOLDED = _RANDOM | {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "Constant", "Dropout"}
+
+
+class Emitter:
+    """Collects the nodes of one ONNX graph (or of one function body, when ``constants_as_nodes``).
+
+    may_share: asked before a helper that reads a value of the source graph is shared with other ops.
+    """
+
+    def __init__(self, opset: int, *, constants_as_nodes: bool = False) -> None:
+        self.opset = opset
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.constants: dict[Any, ir.Value] = {}
+        self.recorder_constants: dict[Any, ir.Value] = {}
+        self.may_share: Callable[[ir.Value], bool] = lambda value: True
+        self._constants_as_nodes = constants_as_nodes
+        self._pending: list[ir.Node] = []
+        self._shared: dict[Any, tuple[ir.Value, ...]] = {}
+        self._names: set[str] = set()
+        self._source_values: set[int] = set()
+
+    # --- values and nodes -----------------------------------------------------------------------------------------------
+
+    def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any) -> ir.Value:
+        """One node with one output (the first of ``outputs``; ``ops`` gives all)."""
+        return self.ops(op_type, *inputs, outputs=outputs, domain=domain, **attributes)[0]
+
+    def ops(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", overload: str = "", **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """One node with ``outputs`` outputs. Attributes are plain Python values; ``None`` leaves one out."""
+        operands = list(inputs)
+        while operands and operands[-1] is None:
+            operands.pop()
+        given = {key: value for key, value in attributes.items() if value is not None}
+        node = ir.Node(
+            domain, op_type, operands, ir.convenience.convert_attributes(given), num_outputs=outputs, overload=overload
+        )
+        return self._record(node)
+
+    def record(self, nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> list[ir.Value]:
+        """Take over nodes that torch's translations wrote; returns what ``results`` are now (folded or shared ones change)."""
+        moved: dict[ir.Value, ir.Value] = {}
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if value in moved:
+                    node.replace_input_with(index, moved[value])
+            before = node.outputs
+            for old, new in zip(before, self._record(node), strict=True):
+                if new is not old:
+                    moved[old] = new
+        if moved:
+            for key, value in self.recorder_constants.items():
+                self.recorder_constants[key] = moved.get(value, value)
+        return [moved.get(value, value) for value in results]
+
+    def constant(self, data: Any, dtype: DType | np.dtype[Any] | None = None) -> ir.Value:
+        """A constant, stored once per content. Python numbers need ``dtype``."""
+        kind = dtype.numpy if isinstance(dtype, DType) else dtype
+        array = np.asarray(data, dtype=kind)
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key in self.constants:
+            return self.constants[key]
+        name = self.unique(_constant_name(array))
+        tensor = ir.tensor(array, name=name)
+        if self._constants_as_nodes:
+            node = ir.Node("", "Constant", [], ir.convenience.convert_attributes({"value": tensor}), num_outputs=1)
+            value = node.outputs[0]
+            value.name = name
+            self.nodes.append(node)
+        else:
+            value = ir.Value(name=name)
+            self.initializers[name] = value
+        value.const_value = tensor
+        value.type = ir.TensorType(tensor.dtype)
+        value.shape = ir.Shape(array.shape)
+        self.constants[key] = value
+        return value
+
+    def ints(self, values: Iterable[int]) -> ir.Value:
+        """A constant i64 vector."""
+        return self.constant(np.asarray(list(values), dtype=np.int64))
+
+    def cast(self, value: ir.Value, dtype: DType) -> ir.Value:
+        """``value`` as ``dtype``; ``value`` itself where it is already."""
+        if value.dtype is not None and int(value.dtype) == dtype.onnx:
+            return value
+        return self.op("Cast", value, to=dtype.onnx)
+
+    def unique(self, stem: str) -> str:
+        """A value name that is not taken yet."""
+        name, number = stem, 0
+        while name in self._names:
+            number += 1
+            name = f"{stem}_{number}"
+        self._names.add(name)
+        return name
+
+    def is_pending(self, value: Any) -> bool:
+        """Whether a node of the translation under way made ``value``."""
+        return isinstance(value, ir.Value) and value.producer() is not None and any(n is value.producer() for n in self._pending)
+
+    def add_source(self, value: ir.Value) -> None:
+        """Tell of an input or parameter of the source graph; its name is taken from now on."""
+        self._names.add(value.name or "")
+        self._source_values.add(id(value))
+
+    def rename(self, value: ir.Value, name: str) -> None:
+        """Give ``value`` the public name of a graph output; whoever has that name gets another."""
+        if value.name == name:
+            return
+        if name in self._names:
+            for other in (other for node in self.nodes for other in node.outputs if other.name == name):
+                other.name = self.unique(name)
+        self._names.add(name)
+        value.name = name
+
+    def finish(self, source: str, results: Sequence[tuple[str, ir.Value, TensorType]], describe: Callable[[ir.Node], None]) -> None:
+        """Close the translation of one source node: name everything and put its nodes into the graph.
+
+        source: name of the source node. results: its values as ``(name, value, type)``; each must be made by a pending node.
+        describe: called on every new node to attach metadata.
+        """
+        final = {value for _, value, _ in results}
+        for name, value, kind in results:
+            value.name = self.unique(name)
+            set_type(value, kind)
+            self._source_values.add(id(value))
+            producer = value.producer()
+            if producer is not None:
+                producer.name = source
+        for node in self._pending:
+            for value in node.outputs:
+                if value not in final:
+                    value.name = self.unique(f"{source}.{node.op_type.lower()}")
+            if not any(value in final for value in node.outputs):
+                node.name = node.outputs[0].name
+                self._share(node)
+            describe(node)
+        self.nodes.extend(self._pending)
+        self._pending = []
+
+    # --- folding, sharing, types ----------------------------------------------------------------------------------------
+
+    def _record(self, node: ir.Node) -> tuple[ir.Value, ...]:
+        if node.op_type == "Constant" and node.domain == "":
+            array = _constant_array(node)
+            if array is not None:
+                return (self.constant(array),)
+        if node.op_type == "CastLike" and node.domain == "":
+            like = node.inputs[1]
+            if like is not None and like.dtype is not None:
+                return self._replace(node, self.ops("Cast", node.inputs[0], to=int(like.dtype)))
+        if node.op_type == "Cast" and node.domain == "":
+            value = node.inputs[0]
+            if value is not None and value.dtype is not None and int(value.dtype) == node.attributes["to"].as_int():
+                return self._replace(node, [value])
+        folded = self._fold(node)
+        if folded is not None:
+            return self._replace(node, folded)
+        known = self._shared.get(_key(node)) if _key(node) is not None else None
+        if known is not None and self._sharable(node):
+            return self._replace(node, known)
+        infer_types(node, self.opset)
+        self._pending.append(node)
+        return tuple(node.outputs)
+
+    def _replace(self, node: ir.Node, values: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)  # a node that is not used must not count as a reader
+        return tuple(values)
+
+    def _sharable(self, node: ir.Node) -> bool:
+        if node.op_type in ("Shape", "Size"):
+            return True
+        return all(v is None or id(v) not in self._source_values or self.may_share(v) for v in node.inputs)
+
+    def _share(self, node: ir.Node) -> None:
+        key = _key(node)
+        if key is not None and self._sharable(node):
+            self._shared.setdefault(key, tuple(node.outputs))
+
+    def _fold(self, node: ir.Node) -> list[ir.Value] | None:
+        """The results of a helper on constants, or of ``Shape`` on a static shape; ``None`` where it must run."""
+        if node.domain != "" or node.op_type in _NOT_FOLDED or _has_graph(node):
+            return None
+        if node.op_type == "Shape":
+            return self._fold_shape(node)
+        arrays: list[Array | None] = []
+        for value in node.inputs:
+            if value is None:
+                arrays.append(None)
+                continue
+            if value.const_value is None or value.const_value.size > FOLD_LIMIT or id(value) in self._source_values:
+                return None
+            arrays.append(value.const_value.numpy())
+        if not arrays:
+            return None
+        attributes = {key: _plain(attribute) for key, attribute in node.attributes.items()}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results = load_op("", node.op_type, self.opset).eval(*arrays, n_outputs=len(node.outputs), **attributes)
+        except Exception:  # noqa: BLE001 - the reference evaluator lacks the op or the type: the node runs as it is
+            return None
+        listed = list(results) if isinstance(results, (tuple, list)) else [results]
+        if len(listed) != len(node.outputs) or any(np.asarray(r).size > FOLD_LIMIT for r in listed):
+            return None
+        return [self.constant(np.asarray(result)) for result in listed]
+
+    def _fold_shape(self, node: ir.Node) -> list[ir.Value] | None:
+        value = node.inputs[0]
+        if value is None or value.shape is None:
+            return None
+        start = node.attributes.get_int("start", 0) or 0
+        end = node.attributes.get_int("end", None)
+        dims = list(value.shape)[start:end]
+        return [self.ints(dims)] if all(isinstance(dim, int) for dim in dims) else None
+
+
+def set_type(value: ir.Value, kind: TensorType) -> None:
+    """Write a known type; what is unknown stays as it is."""
+    if kind.dtype is not None:
+        value.type = ir.TensorType(ir.DataType(kind.dtype.onnx))
+    if kind.shape is not None:
+        value.shape = ir.Shape(kind.shape)
+
+
+def dims_of(value: ir.Value) -> list[Dim] | None:
+    """The shape as our symbolic sizes, or ``None``."""
+    if value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+
+
+def infer_types(node: ir.Node, opset: int) -> None:
+    """Infer the types of a standard node's outputs where onnx can; leave them unknown where it cannot."""
+    if node.domain != "" or _has_graph(node):
+        return
+    if all(value.type is not None and value.shape is not None for value in node.outputs):
+        return
+    named: dict[str, ir.Value] = {}
+    proto = onnx.NodeProto(op_type=node.op_type)
+    for index, value in enumerate(node.inputs):
+        proto.input.append("" if value is None else f"i{index}")
+        if value is not None:
+            named[f"i{index}"] = value
+    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
+    proto.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
+    types, data = {}, {}
+    for name, value in named.items():
+        if value.type is None:
+            return
+        types[name] = _type_proto(value)
+        if value.const_value is not None and value.const_value.size <= FOLD_LIMIT:
+            data[name] = ir.to_proto(value.const_value)
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        inferred = onnx.shape_inference.infer_node_outputs(
+            schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
+        )
+    except Exception:  # noqa: BLE001 - no schema or no inference for this op: the type stays unknown
+        return
+    for index, value in enumerate(node.outputs):
+        kind = inferred.get(f"o{index}")
+        if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.elem_type:
+            continue
+        if value.type is None:
+            value.type = ir.TensorType(ir.DataType(kind.tensor_type.elem_type))
+        if value.shape is None and kind.tensor_type.HasField("shape"):
+            value.shape = ir.Shape([_dim(dim) for dim in kind.tensor_type.shape.dim])
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    return str(dim.dim_param) if dim.HasField("dim_param") and not dim.dim_param.startswith("unk__") else None
+
+
+def _type_proto(value: ir.Value) -> onnx.TypeProto:
+    shape = dims_of(value)
+    assert value.dtype is not None
+    return onnx.helper.make_tensor_type_proto(int(value.dtype), shape)
+
+
+def _key(node: ir.Node) -> Any:
+    """Equal keys mean equal results; ``None`` for nodes that must not be merged."""
+    if node.op_type in _RANDOM or _has_graph(node):
+        return None
+    attributes = tuple(sorted((key, repr(_plain(attribute))) for key, attribute in node.attributes.items()))
+    return (node.domain, node.op_type, node.overload, len(node.outputs), tuple(map(id, node.inputs)), attributes)
+
+
+def _has_graph(node: ir.Node) -> bool:
+    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+
+
+def _plain(attribute: ir.Attr) -> Any:
+    value = attribute.value
+    if attribute.type is ir.AttributeType.TENSOR:
+        return value.numpy()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _constant_array(node: ir.Node) -> Array | None:
+    (attribute,) = node.attributes.values()
+    if attribute.type is ir.AttributeType.TENSOR:
+        return np.asarray(attribute.value.numpy())
+    kinds: Mapping[str, Any] = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+    return np.asarray(attribute.value, dtype=kinds[attribute.name]) if attribute.name in kinds else None
+
+
+def _constant_name(array: Array) -> str:
+    """A name by content, so that edits elsewhere never rename it: ``const_i64_1_0_64``, ``const_f32_1e-05``."""
+    dtype = DType.of(array.dtype).value
+    if array.size == 0:
+        return f"const_{dtype}_empty"
+    if array.size <= 6 and array.ndim <= 1:
+        text = "_".join(str(item).replace("-", "neg_", 1) if item < 0 else str(item) for item in array.reshape(-1))
+        return f"const_{dtype}{'s' if array.ndim else ''}_{text}"
+    shape = "x".join(map(str, array.shape))
+    return f"const_{dtype}_{shape}_{hashlib.sha256(array.tobytes()).hexdigest()[:8]}"

@@ -1,0 +1,249 @@
+"""Our own translations of ATen ops, where torch's would lose something.
+
+torch's translations are used for everything else. The rules here keep shapes static where the graph knows them (``Reshape``
+with copied sizes instead of shape arithmetic), keep parameters as they are stored (``linear`` transposes in the graph, so
+names, ties and memory stay), and keep the meaning of attention for rows without an allowed key.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from actgraph.errors import UnsupportedError
+from actgraph.formats.onnx_export_emit import dims_of
+from actgraph.ops.dtypes import DType
+
+if TYPE_CHECKING:
+    from actgraph.formats.onnx_export_translate import Translator
+
+aten = torch.ops.aten
+Rule = Callable[["Translator", fx.Node, dict[str, Any]], Any]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule. It gets the bound arguments with nodes replaced by ONNX values, and returns values or None (decline)."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+# --- values that pass through -------------------------------------------------------------------------------------------
+
+
+@rule(
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default,
+)
+def identity(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+    return a["self"]
+
+
+@rule(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+def dropout(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+    if a.get("train") and a.get("p"):
+        raise UnsupportedError(f"{node.name} drops values at random", "capture the model in eval mode")
+    return a["input"]
+
+
+@rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, torch.ops.prims.convert_element_type.default)
+def convert(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+    value = a.get("self", a.get("a"))
+    kind = t.type_of(node)
+    if kind.dtype is None or value.dtype is None:
+        return None
+    return t.emit.cast(value, kind.dtype)
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.sym_size.int)
+def sym_size(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+    return t.scalar(t.size(a["self"], a["dim"]))
+
+
+@rule(
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int, aten._reshape_alias.default, aten.view_copy.default,
+)  # fmt: skip
+def reshape(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+    value, target = a["self"], t.type_of(node).shape
+    source = dims_of(value)
+    if source is None or target is None or value.type is None:
+        return None
+    if tuple(source) == target:
+        return value
+    shape = t.reshape_target(source, target)
+    if shape is not None:
+        return t.emit.op("Reshape", value, t.emit.ints(shape))
+    sizes = a.get("size", a.get("shape"))
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(target):
+        return None
+    parts = [size if isinstance(target[i], str) else target[i] for i, size in enumerate(sizes)]
+    return t.emit.op("Reshape", value, t.vector(parts), allowzero=1 if 0 in parts else None)
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+    rank = len(node.args[0].meta["val"].shape) + 1  # type: ignore[union-attr]
+    return t.emit.op("Unsqueeze", a["self"], t.emit.ints([a["dim"] % rank]))
+
+
+@rule(aten.expand.default)
+def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+    value, target = a["self"], t.type_of(node).shape
+    source = dims_of(value)
+    if source is None or target is None:
+        return None
+    if tuple(source) == target:
+        return value
+    padded = [1] * (len(target) - len(source)) + source
+    parts: list[Any] = []
+    for have, want, size in zip(padded, target, a["size"], strict=True):
+        if have == want:
+            parts.append(1)  # Expand broadcasts: 1 keeps the size
+        else:
+            parts.append(want if isinstance(want, int) else size)
+    return t.emit.op("Expand", value, t.vector(parts))
+
+
+@rule(aten.slice.Tensor)
+def slice_(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+    value = a["self"]
+    source, target = dims_of(value), t.type_of(node).shape
+    axis, start, end, step = a.get("dim", 0), a.get("start"), a.get("end"), a.get("step", 1)
+    whole = step == 1 and start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62))
+    if whole or (source is not None and tuple(source) == target and start in (None, 0) and step == 1):
+        return value
+    rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    bounds = [t.vector([0 if start is None else start]), t.vector([2**63 - 1 if end is None else end])]
+    return t.emit.op("Slice", value, *bounds, t.emit.ints([axis % rank]), None if step == 1 else t.vector([step]))
+
+
+@rule(aten.select.int)
+def select(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+    index = a["index"]
+    position = t.emit.constant(index, DType.I64) if isinstance(index, int) else index
+    return t.emit.op("Gather", a["self"], position, axis=a["dim"])
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+def split(t: Translator, node: fx.Node, a: dict[str, Any]) -> Sequence[ir.Value] | None:
+    axis = a.get("dim", 0)
+    sizes = [t.size_of(item, axis) for item in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    if len(sizes) == 1:
+        return [a["self"]]
+    return t.emit.ops("Split", a["self"], t.emit.ints(sizes), outputs=len(sizes), axis=axis)
+
+
+@rule(aten.unbind.int)
+def unbind(t: Translator, node: fx.Node, a: dict[str, Any]) -> Sequence[ir.Value]:
+    axis, count = a.get("dim", 0), len(node.meta["val"])
+    axes = t.emit.ints([axis % len(node.args[0].meta["val"].shape)])  # type: ignore[union-attr]
+    pieces: Sequence[ir.Value] = [a["self"]]
+    if count > 1:
+        pieces = t.emit.ops("Split", a["self"], outputs=count, axis=axis, num_outputs=count)
+    return [t.emit.op("Squeeze", piece, axes) for piece in pieces]
+
+
+# --- contractions -------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.linear.default)
+def linear(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+    """``MatMul`` with the weight transposed in the graph; ``Gemm`` where the input is a matrix.
+
+    The weight stays stored as ``[out, in]`` under its own name (a tied one once); engines transpose constants at load.
+    """
+    x, weight, bias = a["input"], a["weight"], a.get("bias")
+    if len(node.args[0].meta["val"].shape) == 2 and bias is not None:  # type: ignore[union-attr]
+        return t.emit.op("Gemm", x, weight, bias, transB=1)
+    product = t.emit.op("MatMul", x, t.emit.op("Transpose", weight, perm=[1, 0]))
+    return product if bias is None else t.emit.op("Add", product, bias)
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+    """``softmax(scale * q @ k.T + mask) @ v``, where a row without an allowed key gives zeros, as in torch."""
+    query, key, value, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
+    if a.get("dropout_p"):
+        raise UnsupportedError(f"{node.name} drops attention at random", "capture the model in eval mode")
+    q_val, k_val = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
+    rank, width = q_val.dim(), q_val.shape[-1]
+    if not isinstance(width, int) or query.dtype is None:
+        return None
+    dtype = DType.of(query.dtype)
+    scale = a.get("scale") or 1.0 / math.sqrt(width)
+    if a.get("enable_gqa") and q_val.shape[-3] != k_val.shape[-3]:
+        heads, kv_heads = int(q_val.shape[-3]), int(k_val.shape[-3])
+        key = _repeat_heads(t, key, heads, kv_heads, width)
+        value = _repeat_heads(t, value, heads, kv_heads, int(node.args[2].meta["val"].shape[-1]))  # type: ignore[union-attr]
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    scaled = t.emit.op("Mul", query, t.emit.constant(scale, dtype))
+    scores = t.emit.op("MatMul", scaled, t.emit.op("Transpose", key, perm=swap))
+    bias = _attention_bias(t, node, a, mask, dtype)
+    if bias is not None:
+        scores = t.emit.op("Add", scores, bias)
+    pattern = t.emit.op("Softmax", scores, axis=-1)
+    if mask is not None:
+        # Softmax of a row of -inf is NaN; torch gives zeros. Row-wise, so the whole pattern is not scanned for NaN.
+        lowest = t.emit.constant(-np.inf, dtype)
+        highest = t.emit.op("ReduceMax", bias, t.emit.ints([-1]), keepdims=1)
+        empty = t.emit.op("Equal", highest, lowest)
+        pattern = t.emit.op("Where", empty, t.emit.constant(0, dtype), pattern)
+    t.inner[node, "attention_pattern"] = pattern
+    return t.emit.op("MatMul", pattern, value)
+
+
+def _attention_bias(t: Translator, node: fx.Node, a: dict[str, Any], mask: ir.Value | None, dtype: DType) -> ir.Value | None:
+    """The mask as what is added to the scores: 0 where a key is allowed, ``-inf`` where not."""
+    allowed, bias = None, None
+    if mask is not None:
+        if mask.dtype is not None and DType.of(mask.dtype) is DType.BOOL:
+            allowed = mask
+        else:
+            bias = t.emit.cast(mask, dtype)
+    if a.get("is_causal"):
+        rows = t.size_vector(node.args[0], -2)  # type: ignore[arg-type]
+        columns = t.size_vector(node.args[1], -2)  # type: ignore[arg-type]
+        zero, one = t.emit.constant(0, DType.I64), t.emit.constant(1, DType.I64)
+        row = t.emit.op("Range", zero, t.scalar(rows), one)
+        column = t.emit.op("Range", zero, t.scalar(columns), one)
+        causal = t.emit.op("LessOrEqual", column, t.emit.op("Unsqueeze", row, t.emit.ints([1])))
+        allowed = causal if allowed is None else t.emit.op("And", allowed, causal)
+    if allowed is not None:
+        zeros, lowest = t.emit.constant(0, dtype), t.emit.constant(-np.inf, dtype)
+        masked = t.emit.op("Where", allowed, zeros, lowest)
+        bias = masked if bias is None else t.emit.op("Add", bias, masked)
+    return bias
+
+
+def _repeat_heads(t: Translator, value: ir.Value, heads: int, kv_heads: int, width: int) -> ir.Value:
+    """Each key/value head repeated for its group of query heads: ``[b, kv, s, d]`` to ``[b, heads, s, d]``."""
+    groups = heads // kv_heads
+    wide = t.emit.op("Unsqueeze", value, t.emit.ints([2]))
+    wide = t.emit.op("Expand", wide, t.emit.ints([1, 1, groups, 1, 1]))
+    return t.emit.op("Reshape", wide, t.vector([0, heads, -1, width]))
+
+
+# --- sizes as numbers ---------------------------------------------------------------------------------------------------
+
+
+@rule(operator.floordiv)
+def floordiv(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+    """Sizes are not negative, so the truncating integer division of ONNX is a floor."""
+    left, right = (t.number(a[key]) for key in ("arg0", "arg1"))
+    return t.emit.op("Div", left, right)
