@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from actgraph.errors import OptionError
 from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.shapes import TensorType
@@ -25,7 +27,7 @@ DOMAIN = "actgraph"
 OPSET_VERSION = 1
 
 AttributeValue = int | float | bool | str | tuple[int, ...] | tuple[float, ...]
-Attributes = Mapping[str, AttributeValue]
+Attributes = Mapping[str, Any]  # values are AttributeValue; Any keeps bodies readable
 
 
 class Trait(enum.Enum):
@@ -95,6 +97,7 @@ class OpDef:
     infer: ``(operand types, attributes) -> output types``, over symbolic shapes; absent operands are ``None``.
     reference: ``(*tensors, **attributes) -> tensor or tuple``, in plain torch ops (differentiable where trained through).
     body: ``(builder, operands, attributes) -> output values``, in standard ONNX ops of ``builder.opset``.
+    surrogate: what backward passes differentiate where the reference has no useful gradient (straight-through estimators).
     """
 
     name: str
@@ -109,6 +112,8 @@ class OpDef:
     samples: tuple[Sample, ...] = ()
     min_opset: int = 18
     version: int = 1
+    differentiable: bool = True  # False: no gradient flows (integer results)
+    surrogate: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None  # differentiated instead of the reference
 
     @property
     def qualified_name(self) -> str:
@@ -135,9 +140,18 @@ class OpDef:
 
 
 _KINDS: dict[str, Callable[[Any], AttributeValue]] = {
-    "int": int, "float": float, "bool": bool, "str": str,
-    "ints": lambda v: tuple(int(i) for i in v), "floats": lambda v: tuple(float(i) for i in v),
+    "int": int, "float": lambda v: single(v), "bool": bool, "str": str,
+    "ints": lambda v: tuple(int(i) for i in v), "floats": lambda v: tuple(single(i) for i in v),
 }  # fmt: skip
+
+
+def single(value: Any) -> float:
+    """The float32 nearest to ``value``, written as the shortest decimal that names it.
+
+    ONNX stores float attributes in single precision; with this both dialects hold (and print) the same number.
+    """
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
 
 
 def _check(op: OpDef, attribute: Attribute, value: Any) -> AttributeValue:
@@ -153,13 +167,46 @@ def _check(op: OpDef, attribute: Attribute, value: Any) -> AttributeValue:
     return result
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation of an op for one engine and device, registered by ``actgraph.runtime``.
+
+    claims: ``(operand types, attributes) -> bool``, asked per node before the engine sees the graph.
+    implementation: what the engine calls; for the engine ``"torch"`` it takes what the reference takes.
+    """
+
+    op: str
+    name: str  # "numba", "triton" ...
+    engine: str  # "torch" or "onnxruntime"
+    device: str  # "cpu" or "cuda"
+    claims: Callable[[Sequence[TensorType | None], Attributes], bool]
+    implementation: Callable[..., Any]
+
+
 _OPS: dict[str, OpDef] = {}
+_KERNELS: list[Kernel] = []
+
+
+def register_kernel(kernel: Kernel) -> Kernel:
+    """Add a kernel. Later ones are asked first."""
+    _KERNELS.insert(0, kernel)
+    return kernel
+
+
+def kernels(op: str = "", engine: str = "", device: str = "") -> list[Kernel]:
+    """The registered kernels of an op, engine and device (empty: of any), in the order in which they are asked."""
+    return [
+        k for k in _KERNELS if (not op or k.op == op) and (not engine or k.engine == engine) and (not device or k.device == device)
+    ]
 
 
 def register(op: OpDef) -> OpDef:
     """Add ``op`` to the registry. Raises ValueError if the name is taken by another definition."""
     if op.name in _OPS and _OPS[op.name] is not op:
         raise ValueError(f"op {op.qualified_name} is registered already")
+    names = [o.name for o in op.inputs] + [a.name for a in op.attributes]
+    if len(set(names)) != len(names):
+        raise ValueError(f"op {op.qualified_name} uses one name for two operands or attributes: {', '.join(names)}")
     _OPS[op.name] = op
     return op
 

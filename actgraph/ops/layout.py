@@ -1,0 +1,145 @@
+"""How operands line up with an activation: the channel axis, and the token axes around it.
+
+Ops take ``axis``, the channel axis of ``x`` (-1 for tokens by channels, 1 or -3 for NCHW). Two kinds of side operand:
+
+- *channel operands* (a steering vector, per-channel thresholds): rank 1 means one number per channel, laid along
+  ``axis``; rank 0 means one number; any other rank broadcasts against ``x`` as it is.
+- *token operands* (a mask, a run-time strength): shaped like ``x`` without its channel axis (or broadcastable to that),
+  so a mask is ``[batch, seq]`` for ``x`` of ``[batch, seq, channels]`` and ``[1]`` means "the same for all".
+
+Each helper exists for torch, for ONNX bodies and for symbolic shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from actgraph.errors import VerifyError
+from actgraph.ops.shapes import Dim, Shape, TensorType
+
+if TYPE_CHECKING:
+    import torch
+
+    from actgraph.ops.body import BodyBuilder, BodyValue
+
+
+def from_end(axis: int, rank: int) -> int:
+    """``axis`` counted from the end (negative). Raises VerifyError when ``x`` has no such axis."""
+    result = axis - rank if axis >= 0 else axis
+    if not -rank <= result < 0:
+        raise VerifyError(f"axis {axis} does not exist in a tensor of rank {rank}")
+    return result
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------------
+
+
+def torch_compute(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the type that references compute in: float64 stays, all else becomes float32."""
+    import torch
+
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def torch_channels(operand: torch.Tensor, axis: int) -> torch.Tensor:
+    """A channel operand, shaped to broadcast against ``x`` whose channel axis is ``axis`` (negative)."""
+    return operand.reshape(operand.shape + (1,) * (-axis - 1)) if operand.dim() == 1 else operand
+
+
+def torch_tokens(operand: torch.Tensor, axis: int) -> torch.Tensor:
+    """A token operand, shaped to broadcast against ``x`` whose channel axis is ``axis`` (negative)."""
+    return operand.unsqueeze(axis) if operand.dim() >= -axis else operand
+
+
+def torch_blend(x: torch.Tensor, edited: torch.Tensor, mask: torch.Tensor | None, axis: int) -> torch.Tensor:
+    """``edited`` where the mask is 1 or true, ``x`` bit for bit where it is 0 or false, and in between linearly."""
+    import torch
+
+    if mask is None:
+        return edited
+    mask = torch_tokens(mask, axis)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, edited, x)
+    mask = mask.to(x.dtype)
+    return torch.where(mask == 1, edited, torch.where(mask == 0, x, x + mask * (edited - x)))
+
+
+# --- ONNX bodies ------------------------------------------------------------------------------------------------------------
+
+
+def body_axis(b: BodyBuilder, axis: int, x: BodyValue) -> int:
+    """``axis`` counted from the end; a negative one needs no rank."""
+    return axis if axis < 0 and x.rank is None else from_end(axis, b.rank_of(x))
+
+
+def body_channels(b: BodyBuilder, operand: BodyValue, axis: int) -> BodyValue:
+    """As ``torch_channels``."""
+    return b.unsqueeze(operand, range(1, -axis)) if b.rank_of(operand) == 1 else operand
+
+
+def body_tokens(b: BodyBuilder, operand: BodyValue, axis: int) -> BodyValue:
+    """As ``torch_tokens``."""
+    return b.unsqueeze(operand, [axis]) if b.rank_of(operand) >= -axis else operand
+
+
+def body_blend(b: BodyBuilder, x: BodyValue, edited: BodyValue, mask: BodyValue | None, axis: int) -> BodyValue:
+    """As ``torch_blend``."""
+    from actgraph.ops.dtypes import DType
+
+    if mask is None:
+        return edited
+    is_bool = mask.dtype is DType.BOOL
+    mask = body_tokens(b, mask, axis)
+    if is_bool:
+        return b.where(mask, edited, x)
+    mask = b.cast(mask, x.dtype)
+    return b.where(mask.equal(1), edited, b.where(mask.equal(0), x, x + mask * (edited - x)))
+
+
+# --- symbolic shapes --------------------------------------------------------------------------------------------------------
+
+
+def check_into(op: str, name: str, shape: Shape | None, target: Shape | None) -> None:
+    """Raise VerifyError unless ``shape`` broadcasts to ``target`` without enlarging it (unknown sizes pass)."""
+    if shape is None or target is None:
+        return
+    short = len(shape) <= len(target)
+    if not short or any(not _fits(a, b) for a, b in zip(reversed(shape), reversed(target), strict=False)):
+        raise VerifyError(f"actgraph.{op}: {name} of shape {_text(shape)} does not broadcast to {_text(target)}")
+
+
+def check_tokens(op: str, name: str, x: TensorType, operand: TensorType | None, axis: int) -> None:
+    """Check a token operand against ``x``. Raises VerifyError."""
+    if operand is None or operand.shape is None or x.shape is None:
+        return
+    place = from_end(axis, len(x.shape)) + len(x.shape)
+    check_into(op, f"{name} (one value per token)", operand.shape, x.shape[:place] + x.shape[place + 1 :])
+
+
+def check_channels(op: str, name: str, x: TensorType, operand: TensorType | None, axis: int) -> None:
+    """Check a channel operand against ``x``. Raises VerifyError."""
+    if operand is None or operand.shape is None or x.shape is None:
+        return
+    place = from_end(axis, len(x.shape))
+    if len(operand.shape) == 1:
+        check_into(op, f"{name} (one value per channel)", operand.shape, (x.shape[place],))
+    else:
+        check_into(op, name, operand.shape, x.shape)
+
+
+def same_as_x(types: Sequence[TensorType | None]) -> list[TensorType]:
+    """The output type of ops that keep the type of their first operand."""
+    x = types[0]
+    assert x is not None
+    return [x]
+
+
+def _fits(size: Dim, target: Dim) -> bool:
+    if size == 1 or size is None or target is None or size == target:
+        return True
+    return not (isinstance(size, int) and isinstance(target, int))
+
+
+def _text(shape: Sequence[Any]) -> str:
+    return f"[{', '.join('?' if d is None else str(d) for d in shape)}]"
