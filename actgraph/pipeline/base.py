@@ -39,6 +39,7 @@ class PassResult:
     messages: list[str] = field(default_factory=list)
     expected_change: str = "exact"  # "exact": outputs stay equal within the tolerance; else the declared reason for change
     tolerance: float = 1e-5  # relative, when exact
+    expected_size: float | None = None  # when not exact: the largest relative change of an output that is still as intended
 
 
 @dataclass
@@ -63,9 +64,16 @@ class PassContext:
 
 
 class Pass(BaseModel, abc.ABC):
-    """Base class. Fields are the options; their descriptions, units and ranges become the JSON Schema and the docs."""
+    """Base class. Fields are the options; their descriptions, units and ranges become the JSON Schema and the docs.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    ``preserves`` holds what other passes may rely on: ``"values"`` (every surviving site keeps its numbers, so statistics
+    collected before the pass still hold after it).
+
+    An option that may name a file says so with ``json_schema_extra={"path": True}`` (or has type ``pathlib.Path``): in a recipe
+    it is relative to the recipe file when a file is there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     name: ClassVar[str]
     family: ClassVar[str]
@@ -75,6 +83,9 @@ class Pass(BaseModel, abc.ABC):
     #: A pass that may run twice in one pipeline with equal options (``steer`` twice is composition). Others are the
     #: identity, or an error, when found in the graph's history with the same options.
     repeatable: ClassVar[bool] = False
+    #: A pass that may find nothing to do without that being an error (``dce``, ``cse``, ``fold``, ``identity``), and that
+    #: may run again on its own output, where it is the identity.
+    may_do_nothing: ClassVar[bool] = False
 
     def requests(self, graph: Graph) -> Sequence[Request]:
         """The statistics that the pass needs on ``graph``; empty when it needs no calibration."""
@@ -83,3 +94,13 @@ class Pass(BaseModel, abc.ABC):
     @abc.abstractmethod
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrite ``graph`` in place. Raises PassError when what was asked for matches nothing."""
+
+    @property
+    def text(self) -> str:
+        """The pass as pipeline text, with the options that differ from their defaults: ``sparsify{sparsity=0.4}``."""
+        from actgraph.pipeline.options import pass_text
+
+        return pass_text(self)
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,164 @@
+"""PassManager: runs a pipeline on a graph, watched by instruments, and says what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actgraph.calibrate.statistics import Request, Statistics
+from actgraph.errors import ActgraphError, InputError, OptionError, ParityError, PassError, VerifyError
+from actgraph.graph.provenance import PassRecord
+from actgraph.pipeline.base import Pass, PassContext, PassResult
+from actgraph.pipeline.calibration import Calibrator
+from actgraph.pipeline.instruments import Instrument, Memory, Provenance, Run, Sizes, Timing, Verification
+from actgraph.pipeline.pipeline import Pipeline, PipelineLike
+from actgraph.pipeline.report import PassRow, Report, versions
+
+if TYPE_CHECKING:
+    from actgraph.graph import Graph
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The rewritten graph, and the report of how it came about."""
+
+    graph: Graph
+    report: Report
+
+    def __repr__(self) -> str:
+        return f"{self.graph!r}\n{self.report}"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+
+class PassManager:
+    """Runs ``pipeline``.
+
+    corpus: what passes calibrate on (see ``actgraph.calibrate.corpora``); default: the packaged sample text.
+    verify: ``"none"``, ``"boundary"`` (input and result) or ``"each"``.
+    seed: for everything random. calibration: options of ``actgraph.calibrate.collect`` (``batch_size``, ``max_tokens`` ...).
+    instruments: more instruments, called outside of the built-in ones.
+    """
+
+    def __init__(
+        self,
+        pipeline: PipelineLike,
+        corpus: Any = None,
+        *,
+        verify: str = "boundary",
+        seed: int = 0,
+        instruments: Sequence[Instrument] = (),
+        calibration: dict[str, Any] | None = None,
+    ) -> None:
+        if verify not in ("none", "boundary", "each"):
+            raise OptionError(f"verify is {verify!r}", "choose none, boundary or each")
+        self.pipeline = Pipeline.of(pipeline)
+        self.corpus = corpus
+        self.verify = verify
+        self.seed = seed
+        self.calibration = dict(calibration or {})
+        self.instruments = list(instruments)
+
+    def run(self, graph: Graph) -> RunResult:
+        """Run every pass on a copy of ``graph`` (tensors are shared until a pass replaces them).
+
+        Raises what the passes raise, prefixed with the pass; PassError when a pass matched nothing or was applied before.
+        """
+        begun = time.perf_counter()
+        self._check(graph)
+        report = Report(graph.name, graph.dialect, str(self.pipeline), seed=self.seed, versions=versions())
+        run = Run(graph, graph.clone(), self.pipeline, report, self.seed)
+        instruments = self._instruments()
+        calibrator = Calibrator(lambda g, requests: self._collect(g, requests, report))
+        for instrument in instruments:
+            instrument.start(run)
+        for index, step in enumerate(self.pipeline):
+            run.index, run.row = index, PassRow(step.name, step.text)
+            report.rows.append(run.row)
+            self._step(run, step, calibrator, instruments)
+        for instrument in reversed(instruments):
+            instrument.finish(run)
+        report.seconds = time.perf_counter() - begun
+        report.notes = list(run.graph.notes)
+        return RunResult(run.graph, report)
+
+    def _instruments(self) -> list[Instrument]:
+        chosen: list[Instrument] = [*self.instruments]
+        if self.verify != "none":
+            chosen.append(Verification(self.verify))
+        return [*chosen, Provenance(), Sizes(), Memory(), Timing()]
+
+    def _step(self, run: Run, step: Pass, calibrator: Calibrator, instruments: Sequence[Instrument]) -> None:
+        row = run.row
+        try:
+            begun = time.perf_counter()
+            statistics = calibrator.statistics(run.graph, run.pipeline, run.index)
+            row.calibration_seconds = time.perf_counter() - begun
+            row.statistics = len(statistics) if statistics is not None else 0
+            for instrument in instruments:
+                instrument.before(run, step)
+            context = PassContext(seed=self.seed, statistics=statistics, text=step.text, name=step.name)
+            result = step.run(run.graph, context)
+            self._take(row, step, result)
+            for instrument in reversed(instruments):
+                instrument.after(run, step, result)
+        except Exception as error:
+            for instrument in reversed(instruments):
+                instrument.failed(run, step, error)
+            raise self._explained(run, step, error) from error
+        calibrator.ran(step)
+        run.graph.history.append(PassRecord(step.name, step.text, dict(row.counts), run.report.versions.get("actgraph", "")))
+
+    @staticmethod
+    def _take(row: PassRow, step: Pass, result: PassResult) -> None:
+        row.counts = {rule: int(count) for rule, count in result.counts.items()}
+        row.declined, row.details, row.messages = list(result.declined), list(result.details), list(result.messages)
+        row.expected_change = result.expected_change
+        if not any(row.counts.values()) and not step.may_do_nothing:
+            why = f": {result.declined[0].site}: {result.declined[0].reason}" if result.declined else ""
+            raise PassError(f"nothing matched, so nothing was changed{why}", "widen `site`, or take the pass out of the pipeline")
+
+    def _explained(self, run: Run, step: Pass, error: Exception) -> ActgraphError:
+        """The error with the pass named."""
+        where = f"pass {run.index + 1} ({step.name})"
+        if isinstance(error, ActgraphError):
+            kind = type(error) if type(error).__init__ is ActgraphError.__init__ else PassError
+            return kind(f"{where}: {error.message.removeprefix(f'{step.name}: ')}", error.hint)
+        return PassError(f"{where} failed: {type(error).__name__}: {_one_line(error)}")
+
+    def _check(self, graph: Graph) -> None:
+        """What can be refused before anything runs."""
+        done = {record.text for record in graph.history}
+        seen: set[str] = set()
+        for number, step in enumerate(self.pipeline, 1):
+            where = f"pass {number} ({step.name})"
+            if graph.dialect not in step.dialects:
+                raise PassError(
+                    f"{where} takes {' and '.join(sorted(step.dialects))} graphs, and {graph.name} is {graph.dialect}",
+                    "apply it to the model in the other form" if step.dialects else "",
+                )
+            text = step.text
+            if not step.may_do_nothing:
+                if text in done:
+                    raise PassError(f"{where}: {text} was applied to {graph.name} already", "start from the original model")
+                if text in seen and not step.repeatable:
+                    raise PassError(f"{where}: {text} is in the pipeline twice", "remove one of the two")
+            seen.add(text)
+
+    def _collect(self, graph: Graph, requests: list[Request], report: Report) -> Statistics:
+        from actgraph.calibrate.corpora import Corpus
+        from actgraph.calibrate.engine import collect
+
+        corpus = Corpus.of(self.corpus)
+        found = collect(graph, requests, corpus, **self.calibration)
+        report.corpus, report.documents, report.tokens = corpus.name, found.documents, found.tokens
+        return found
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
