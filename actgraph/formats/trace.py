@@ -1,0 +1,141 @@
+"""Capture: a torch module and example inputs become an ``FxGraph``.
+
+torch.export in non-strict mode under ``no_grad``, then ``run_decompositions({})``, so that the result is functional and
+composite ops (linear, scaled_dot_product_attention, silu) stay whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from actgraph.errors import CaptureError, InputError
+from actgraph.formats.trace_dims import (
+    ConstantWatch, DynamicSpec, Limits, dims_of_spec, explain_violation, plan_dimensions,
+)  # fmt: skip
+from actgraph.formats.trace_result import graph_of_program
+from actgraph.graph.fx import FxGraph
+
+
+def trace(
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: DynamicSpec | None = None,
+    strict_dims: bool = False,
+    name: str | None = None,
+    *,
+    limits: Limits | None = None,
+) -> FxGraph:
+    """Capture ``module`` called with ``args`` and ``kwargs`` (tensors in any nesting of lists, tuples and dicts).
+
+    dynamic: dimension names by argument, ``{"input_ids": ("batch", "seq")}``; ``None`` in a tuple is a static dimension,
+    nested arguments take equally nested specs, and a name used twice is one dimension. limits: ``{"seq": (1, 512)}``.
+    strict_dims: an error instead of a note where torch can only capture a dimension as a constant.
+
+    The module is captured in eval mode and left as it was. Raises CaptureError naming the line of user code that could not be
+    captured, InputError for arguments or specs that do not fit.
+    """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"trace takes a torch.nn.Module, not a {type(module).__name__}", "wrap functions in a module")
+    arguments = _bind(module, tuple(args), dict(kwargs or {}))
+    plan = plan_dimensions(arguments, dynamic or {}, limits or {})
+    notes: list[str] = []
+    with _eval_mode(module), _quiet():
+        while True:
+            watch = ConstantWatch()
+            try:
+                with torch.no_grad(), watch:
+                    program = torch.export.export(
+                        module, (), plan.arguments, dynamic_shapes=plan.specification(), strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                    )
+                    program = program.run_decompositions({})
+                break
+            except Exception as error:  # noqa: BLE001 - torch.export raises nearly anything
+                changes = explain_violation(error, plan, watch)
+                if not changes:
+                    raise CaptureError(*_explain(module, error)) from error
+                if strict_dims:
+                    raise CaptureError(changes[0].text, "drop strict_dims to keep the dimension static") from error
+                notes += [change.text for change in changes]
+                for change in changes:
+                    plan = plan.apply(change)
+        graph = graph_of_program(program, name or type(module).__name__, plan)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    graph.notes += notes
+    return graph
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments by the names of ``forward``, then keywords in the order given."""
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind_partial(*args)
+    except TypeError as error:
+        raise InputError(f"{type(module).__name__}.forward does not take {len(args)} positional arguments", str(error)) from error
+    named: dict[str, Any] = {}
+    for key, value in bound.arguments.items():
+        if signature.parameters[key].kind is inspect.Parameter.VAR_POSITIONAL:
+            raise InputError(f"{type(module).__name__}.forward takes *{key}", "wrap it in a module with named arguments")
+        named[key] = value
+    twice = sorted(set(named) & set(kwargs))
+    if twice:
+        raise InputError(f"argument {twice[0]!r} is given twice")
+    result = {**named, **{key: value for key, value in kwargs.items() if value is not None}}
+    if not result:
+        raise InputError(f"{type(module).__name__} needs example inputs", "pass args or kwargs")
+    return result
+
+
+@contextlib.contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no key/value cache; everything as it was afterwards."""
+    training = [(child, child.training) for child in module.modules()]
+    configs = {id(c): c for c in (getattr(child, "config", None) for child in module.modules()) if hasattr(c, "use_cache")}
+    caching = [(config, config.use_cache) for config in configs.values()]
+    module.eval()
+    for config, _ in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for child, mode in training:
+            child.training = mode
+        for config, value in caching:
+            config.use_cache = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Capture prints nothing: warnings and torch's log lines are about internals."""
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _explain(module: nn.Module, error: Exception) -> tuple[str, str]:
+    """One line about a failed capture: where in user code, and what torch said."""
+    from actgraph.formats.trace_dims import user_line
+
+    place = user_line(error.__traceback__)
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = said[0] if said else type(error).__name__
+    where = f" at {place}" if place else ""
+    hint = "rewrite that line without data-dependent Python control flow, or trace a part of the model"
+    return f"{type(module).__name__} could not be captured{where}: {type(error).__name__}: {reason[:300]}", hint

@@ -1,0 +1,292 @@
+"""Dynamic dimensions of a capture: the user's names, example sizes that torch does not specialise, what torch refuses."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from actgraph.errors import InputError
+
+DynamicSpec = Mapping[str, Any]  # argument -> names per axis, nested as the argument is
+Limits = Mapping[str, tuple[int | None, int | None]]
+
+_HERE = str(Path(__file__).resolve().parent.parent)
+_TORCH = str(Path(torch.__file__).resolve().parent)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor among the arguments: where it is and the dimension name of each axis."""
+
+    path: tuple[Any, ...]
+    dims: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What torch demands of a dimension. ``value``: a constant, another ``Dim``, or text of an expression."""
+
+    name: str
+    value: Any
+    text: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arguments with usable sizes, and the ``Dim`` (or constant) of each name."""
+
+    given: dict[str, Any]
+    arguments: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    dims: dict[str, Any]
+    sizes: dict[str, int]
+    given_sizes: dict[str, int] = field(default_factory=dict)
+
+    def specification(self) -> dict[str, Any]:
+        """``dynamic_shapes`` of torch.export."""
+        by_path = {leaf.path: leaf for leaf in self.leaves}
+
+        def build(value: Any, path: tuple[Any, ...]) -> Any:
+            if isinstance(value, torch.Tensor):
+                leaf = by_path[path]
+                return {axis: self.dims[n] for axis, n in enumerate(leaf.dims) if n and self.dims[n] is not None}
+            return _map_children(value, path, build)
+
+        return {key: build(value, (key,)) for key, value in self.arguments.items()}
+
+    def apply(self, change: Change) -> Plan:
+        """The plan with one dimension restricted as torch demands."""
+        if isinstance(change.value, int):
+            sizes = {**self.sizes, change.name: self.given_sizes[change.name]}
+            dims = {**self.dims, change.name: None}
+            return replace(self, dims=dims, sizes=sizes, arguments=_resize(self.given, self.leaves, sizes))
+        return replace(self, dims={**self.dims, change.name: change.value})
+
+
+def plan_dimensions(arguments: dict[str, Any], dynamic: DynamicSpec, limits: Limits) -> Plan:
+    """Match ``dynamic`` with the arguments and choose example sizes: at least 2, distinct for distinct names.
+
+    Raises InputError for names of arguments that are not given, specs of the wrong length and sizes that disagree.
+    """
+    unknown = sorted(set(dynamic) - set(arguments))
+    if unknown:
+        raise InputError(f"dynamic names the argument {unknown[0]!r}, which is not given", f"given are {', '.join(arguments)}")
+    leaves: list[Leaf] = []
+    for key, value in arguments.items():
+        leaves += _leaves(value, dynamic.get(key), (key,))
+    given: dict[str, int] = {}
+    for leaf, tensor in zip(leaves, (_at(arguments, leaf.path) for leaf in leaves), strict=True):
+        for axis, name in enumerate(leaf.dims):
+            if name is None:
+                continue
+            size = given.setdefault(name, tensor.shape[axis])
+            if size != tensor.shape[axis]:
+                where = ".".join(map(str, leaf.path))
+                raise InputError(f"dimension {name!r} is {size} in one argument and {tensor.shape[axis]} in {where}")
+    sizes: dict[str, int] = {}
+    for name, size in given.items():
+        high = limits.get(name, (None, None))[1]
+        candidate = max(size, 2)
+        while candidate in sizes.values() and (high is None or candidate < high):
+            candidate += 1
+        sizes[name] = candidate
+    dims = {name: _dim(name, limits.get(name, (None, None))) for name in given}
+    return Plan(arguments, _resize(arguments, leaves, sizes), tuple(leaves), dims, sizes, given)
+
+
+def _dim(name: str, limits: tuple[int | None, int | None]) -> Any:
+    if not name.isidentifier():
+        raise InputError(f"{name!r} is no dimension name", "use a name like batch or seq")
+    return Dim(name, min=limits[0], max=limits[1])
+
+
+def dims_of_spec(spec: Any, rank: int, where: str) -> tuple[str | None, ...]:
+    """Names per axis of one tensor: from a tuple, or a dict by axis. Raises InputError when they do not fit the rank."""
+    if spec is None:
+        return (None,) * rank
+    if isinstance(spec, Mapping):
+        names: list[Any] = [None] * rank
+        for axis, name in spec.items():
+            if not isinstance(axis, int) or not -rank <= axis < rank:
+                raise InputError(f"dynamic names axis {axis} of {where}, which has {rank} axes")
+            names[axis] = name
+    elif isinstance(spec, Sequence) and not isinstance(spec, str):
+        names = list(spec)
+    else:
+        raise InputError(f"dynamic for {where} must be a tuple of names, not {spec!r}", 'such as ("batch", "seq")')
+    if len(names) != rank:
+        raise InputError(f"dynamic for {where} names {len(names)} axes, the tensor has {rank}")
+    names = [getattr(name, "__name__", name) for name in names]
+    if any(name is not None and not isinstance(name, str) for name in names):
+        raise InputError(f"dynamic for {where} must hold names or None, not {spec!r}")
+    return tuple(names)
+
+
+def _leaves(value: Any, spec: Any, path: tuple[Any, ...]) -> Iterator[Leaf]:
+    if isinstance(value, torch.Tensor):
+        yield Leaf(path, dims_of_spec(spec, value.dim(), ".".join(map(str, path))))
+        return
+    children = _children(value)
+    if children is None:
+        return
+    for key, child in children:
+        inner = None
+        if isinstance(spec, Mapping):
+            inner = spec.get(key)
+        elif isinstance(spec, Sequence) and isinstance(key, int) and key < len(spec):
+            inner = spec[key]
+        yield from _leaves(child, inner, (*path, key))
+
+
+def _children(value: Any) -> list[tuple[Any, Any]] | None:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    return None
+
+
+def _map_children(value: Any, path: tuple[Any, ...], build: Callable[[Any, tuple[Any, ...]], Any]) -> Any:
+    """The container ``value`` with ``build`` applied to its items; ``None`` for anything that is no container."""
+    children = _children(value)
+    if children is None:
+        return None
+    items = [(key, build(child, (*path, key))) for key, child in children]
+    return dict(items) if isinstance(value, Mapping) else type(value)([item for _, item in items])
+
+
+def _at(arguments: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        arguments = arguments[key]
+    return arguments
+
+
+def _resize(arguments: dict[str, Any], leaves: Sequence[Leaf], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The arguments with each named axis brought to its size by repeating what is there."""
+    by_path = {leaf.path: leaf for leaf in leaves}
+
+    def build(value: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(value, torch.Tensor):
+            for axis, name in enumerate(by_path[path].dims):
+                if name is not None and value.shape[axis] != sizes[name]:
+                    value = _stretch(value, axis, sizes[name])
+            return value
+        if _children(value) is None:
+            return value
+        return _map_children(value, path, build)
+
+    return {key: build(value, (key,)) for key, value in arguments.items()}
+
+
+def _stretch(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    if tensor.shape[axis] == 0:
+        shape = list(tensor.shape)
+        shape[axis] = size
+        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])
+
+
+# --- what torch refuses ---------------------------------------------------------------------------------------------------
+
+
+class ConstantWatch:
+    """Notes where in user code torch replaced a size symbol by a constant during a capture."""
+
+    def __init__(self) -> None:
+        self.places: dict[int, str] = {}
+        self._original: Any = None
+
+    def __enter__(self) -> ConstantWatch:
+        original = ShapeEnv._set_replacement
+        places = self.places
+
+        def noting(env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
+            if getattr(target, "is_Integer", False) and int(target) not in places:
+                place = _place_of_stack()
+                if place:
+                    places[int(target)] = place
+            original(env, symbol, target, message)
+
+        self._original = original
+        ShapeEnv._set_replacement = noting  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        ShapeEnv._set_replacement = self._original  # type: ignore[method-assign]
+
+
+def _is_user_code(filename: str) -> bool:
+    return not filename.startswith((_TORCH, _HERE, "<")) and "/contextlib.py" not in filename
+
+
+def _place_of_stack() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if _is_user_code(frame.f_code.co_filename):
+            return _line(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def user_line(trace: TracebackType | None) -> str:
+    """``file.py:12: code`` of the deepest frame outside torch and actgraph; empty where there is none."""
+    found = ""
+    while trace is not None:
+        filename = trace.tb_frame.f_code.co_filename
+        if _is_user_code(filename):
+            found = _line(filename, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def _line(filename: str, number: int) -> str:
+    import linecache
+
+    code = linecache.getline(filename, number).strip()
+    short = "/".join(Path(filename).parts[-3:]) if "site-packages" in filename else filename
+    return f"{short}:{number}" + (f": {code}" if code else "")
+
+
+def explain_violation(error: Exception, plan: Plan, watch: ConstantWatch) -> list[Change]:
+    """The changes to dimensions that torch's message demands, each with the line that says so; empty for other errors."""
+    message = str(error)
+    if "Suggested fixes:" not in message:
+        return []
+    fixes = message.split("Suggested fixes:")[1]
+    new_dims: dict[str, Any] = {}
+    changes: list[Change] = []
+    for line in fixes.splitlines():
+        match = re.fullmatch(r"\s*(\w+) = (.+?)\s*(#.*)?", line)
+        if not match:
+            continue
+        name, value = match.group(1), match.group(2)
+        if value.isdigit():
+            if plan.dims.get(name) is not None:
+                place = watch.places.get(plan.sizes[name], "")
+                where = f" (at {place})" if place else ""
+                changes.append(Change(name, int(value), f"dimension {name!r} is kept static at {plan.given_sizes[name]}: "
+                                      f"torch can only capture it as a constant{where}"))  # fmt: skip
+        elif value.startswith("Dim("):
+            limits = dict(re.findall(r"(min|max)=(\d+)", value))
+            made = Dim(name, **{key: int(number) for key, number in limits.items()})
+            new_dims[name] = made
+            if name in plan.dims:
+                changes.append(Change(name, made, f"dimension {name!r} is restricted to {value[4:-1]} by the model"))
+        elif name in plan.dims:
+            root = re.search(r"[A-Za-z_]\w*", value)
+            base = new_dims.get(root.group(0)) or plan.dims.get(root.group(0)) if root else None
+            if base is None and root is not None:
+                base = Dim(root.group(0))
+            if root is not None:
+                derived = eval(value, {"__builtins__": {}}, {root.group(0): base})  # noqa: S307 - torch's own arithmetic
+                changes.append(Change(name, derived, f"dimension {name!r} must be {value} for the model"))
+    return changes

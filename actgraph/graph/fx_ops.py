@@ -1,0 +1,164 @@
+"""Inserting calls into an FX graph: registry ops, the shared vocabulary, and fake execution for their types."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from actgraph.errors import InputError, UnsupportedError
+from actgraph.graph.fx_args import signature
+from actgraph.ops.dtypes import DType
+from actgraph.ops.registry import DOMAIN
+
+aten = torch.ops.aten
+Operands = Sequence[fx.Node | None]
+#: How sizes given as text (``"batch*seq"``) become nodes: supplied by the graph, which knows where sizes can be read.
+SizeOf = Callable[[str], "fx.Node | int"]
+
+
+def call(op: str, operands: Operands, attributes: Mapping[str, Any], size_of: SizeOf) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The target, args and kwargs that spell ``op`` in ATen.
+
+    op: ``actgraph.<name>`` for a registry op, or a name of the vocabulary that may be inserted.
+    Raises UnsupportedError for other names.
+    """
+    if op.startswith(f"{DOMAIN}."):
+        return _registry_call(op, operands, attributes)
+    if op in _SIMPLE:
+        return _SIMPLE[op], tuple(operands), dict(attributes)
+    if op == "cast":
+        return aten._to_copy.default, (operands[0],), {"dtype": DType.of(attributes["to"]).torch}
+    if op == "clip":
+        return aten.clamp.Tensor, tuple(operands), {}
+    if op == "transpose":
+        return aten.permute.default, (operands[0], list(attributes["perm"])), {}
+    if op == "reshape":
+        sizes = [size_of(size) if isinstance(size, str) else size for size in attributes["shape"]]
+        return aten.reshape.default, (operands[0], sizes), {}
+    raise UnsupportedError(f"op {op!r} cannot be inserted into an FX graph", "use a registry op or a starred name of the vocabulary")
+
+
+_SIMPLE: dict[str, Any] = {
+    "identity": aten.clone.default,
+    "add": aten.add.Tensor,
+    "sub": aten.sub.Tensor,
+    "mul": aten.mul.Tensor,
+    "div": aten.div.Tensor,
+    "where": aten.where.self,
+    "matmul": aten.matmul.default,
+}
+
+
+def _registry_call(op: str, operands: Operands, attributes: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    from actgraph.ops.registry import get_op
+    from actgraph.ops.torch_library import torch_op
+
+    definition = get_op(op)
+    target = torch_op(definition.name)
+    values: dict[str, Any] = dict(definition.complete(attributes))
+    rest = list(operands)
+    for operand in definition.inputs:
+        values[operand.name] = rest if operand.variadic else (rest.pop(0) if rest else None)
+        if operand.variadic:
+            rest = []
+    args, kwargs = [], {}
+    for argument in signature(target) or ():
+        value = values.pop(argument.name, argument.default)
+        if isinstance(value, tuple):
+            value = list(value)
+        if argument.keyword_only:
+            kwargs[argument.name] = value
+        else:
+            args.append(value)
+    if values or rest:
+        raise InputError(f"{op} does not take {', '.join(values) or 'so many operands'}", "see the op's documentation")
+    return target, tuple(args), kwargs
+
+
+def op_name(target: Any) -> str:
+    """``aten.linear``, ``aten.add.Scalar`` (the overload shown unless default or Tensor), ``actgraph.shift``, ``sym.mul``."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        overload = target._overloadname
+        return f"{namespace}.{name}" if overload in ("default", "Tensor") else f"{namespace}.{name}.{overload}"
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    if isinstance(target, str):
+        return f"module.{target}"
+    name = getattr(target, "__name__", str(target))
+    module = getattr(target, "__module__", "")
+    return f"sym.{name.removeprefix('sym_')}" if module in ("_operator", "operator", "math", "torch") else f"{module}.{name}"
+
+
+def evaluate(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
+    """What ``node`` computes, as fake values, from the fake values of its arguments.
+
+    Raises InputError when the op refuses its operands or would force a symbolic size to a constant.
+    """
+
+    def value_of(argument: fx.Node) -> Any:
+        if "val" not in argument.meta:
+            raise UnsupportedError(f"the type of {argument.name} is unknown", "the op at hand needs it")
+        return argument.meta["val"]
+
+    args = fx.node.map_arg(node.args, value_of)
+    kwargs = fx.node.map_arg(node.kwargs, value_of)
+    env = fake_mode.shape_env
+    before = dict(env.replacements) if env is not None else {}
+    target: Any = node.target
+    try:
+        with fake_mode, torch.no_grad():
+            result = target(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(f"{op_name(target)} cannot take these operands: {reason[0] if reason else type(error).__name__}") from error
+    if env is not None and len(env.replacements) != len(before):
+        forced = {symbol: value for symbol, value in env.replacements.items() if symbol not in before}
+        for symbol in forced:
+            del env.replacements[symbol]
+        facts = ", ".join(f"{symbol} = {value}" for symbol, value in forced.items())
+        raise InputError(f"{op_name(target)} would only work for {facts}", "use operands whose sizes agree for every input")
+    return result
+
+
+def build_size(expression: str, symbol_node: Callable[[str], fx.Node], graph: fx.Graph) -> fx.Node | int:
+    """Nodes that compute a size expression such as ``"2*seq + 1"`` from the sizes of inputs."""
+    names = {name: sympy.Symbol(name, integer=True, positive=True) for name in size_names(expression)}
+    return _emit(sympy.sympify(expression.replace("//", "/"), locals=names), symbol_node, graph)
+
+
+def size_names(expression: str) -> set[str]:
+    """The dimension names in a size expression."""
+    return set(re.findall(r"[A-Za-z_]\w*", expression)) - {"floor", "Max", "Min", "Mod"}
+
+
+def _emit(value: sympy.Expr, symbol_node: Callable[[str], fx.Node], graph: fx.Graph) -> Any:
+    if value.is_Integer:
+        return int(value)
+    if value.is_Symbol:
+        return symbol_node(str(value))
+    if isinstance(value, sympy.floor):
+        numerator, denominator = sympy.fraction(value.args[0])
+        return _binary(operator.floordiv, _emit(numerator, symbol_node, graph), _emit(denominator, symbol_node, graph), graph)
+    if isinstance(value, (sympy.Add, sympy.Mul)):
+        function = operator.add if isinstance(value, sympy.Add) else operator.mul
+        parts = [_emit(part, symbol_node, graph) for part in value.args]
+        result = parts[0]
+        for part in parts[1:]:
+            result = _binary(function, result, part, graph)
+        return result
+    raise UnsupportedError(f"the size {value} cannot be computed in the graph", "reshape with one size of -1 instead")
+
+
+def _binary(function: Callable[[Any, Any], Any], left: Any, right: Any, graph: fx.Graph) -> Any:
+    node = graph.call_function(function, (left, right))
+    values = [item.meta["val"] if isinstance(item, fx.Node) else item for item in (left, right)]
+    node.meta["val"] = function(*values)
+    return node
