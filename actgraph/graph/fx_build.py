@@ -8,6 +8,7 @@ and an origin. Guards and assertions about metadata are gone (``FxGraph`` checks
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -134,12 +135,23 @@ def normalise(graph: fx.Graph, root: nn.Module) -> FakeTensorMode:
 
 
 def module_scope(node: fx.Node) -> str:
-    """The module path that computed the node: the last entry of torch's module stack, ``""`` for the root."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    return "" if path.startswith("_empty_nn_module_stack") else path.removeprefix("L['self'].").removeprefix("L['self']")
+    """The module path that computed the node, ``""`` for the root, with ``@k`` after a module called for the k-th time again.
+
+    A shared layer's second call is ``encoder.layer@1``, and the linear in it ``encoder.layer@1.linear@1``.
+    """
+    scope, before = "", ""
+    for key, entry in (node.meta.get("nn_module_stack") or {}).items():
+        path = str(entry[0])
+        if path.startswith("_empty_nn_module_stack"):
+            return ""
+        path = path.removeprefix("L['self'].").removeprefix("L['self']")
+        if not path:
+            continue
+        again = re.search(r"@\d+$", str(key))
+        nested = path.startswith(f"{before}.") if before else False
+        scope = (scope + path[len(before) :] if nested else path) + (again.group() if again is not None else "")
+        before = path
+    return scope
 
 
 def set_origin(node: fx.Node, origin: Origin) -> None:
@@ -257,7 +269,7 @@ def _tidy_keywords(node: fx.Node) -> None:
     kwargs = dict(node.kwargs)
     if not kwargs.get("pin_memory", True):
         del kwargs["pin_memory"]
-    if kwargs.get("layout", None) is torch.strided:
+    if kwargs.get("layout") is torch.strided:
         del kwargs["layout"]
     value, source = node.meta.get("val"), node.args[0] if node.args else None
     if "_to_copy" in str(node.target) and isinstance(source, fx.Node) and isinstance(value, torch.Tensor):
