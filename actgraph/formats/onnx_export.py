@@ -7,37 +7,74 @@ the opset of the model, so that any ONNX runtime can run the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import functools
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
-from torch import fx
+from onnx_ir.passes.common import InlinePass
+from torch import fx, nn
 
 from actgraph.errors import UnsupportedError
 from actgraph.formats.compat import torch_facade
 from actgraph.formats.onnx_export_emit import Emitter, set_type
+from actgraph.formats.onnx_export_sites import Carrier
 from actgraph.formats.onnx_export_translate import Translator
 from actgraph.graph.fx import FxGraph
-from actgraph.graph.fx_build import is_item, is_multiple, lookup, module_scope
-from actgraph.graph.graph import Value
+from actgraph.graph.fx_build import lookup, module_scope
+from actgraph.graph.onnx import OnnxGraph
+from actgraph.graph.onnx_insert import attach_body
+from actgraph.graph.onnx_native import native_type, tensor_of
 from actgraph.graph.provenance import KEY, Origin
-from actgraph.ops.body import MIN_IR_VERSION, body_function, function_opsets
+from actgraph.ops.body import MIN_IR_VERSION, function_opsets
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, get_op
 
 #: The oldest and newest opset that a graph is exported to.
-MIN_OPSET, MAX_OPSET = 18, 21
-#: ATen ops that a newer opset has as one op.
+MIN_OPSET, MAX_OPSET = 18, 23
+#: ATen ops that are one op from this opset on and several before.
 _NATIVE_SINCE = {torch.ops.aten.gelu.default: 20}
+_BRANCHES = "pkg.torch.__subgraph__"
+
+
+def to_onnx(graph: FxGraph, opset: int | None = None) -> OnnxGraph:
+    """``graph`` as an ONNX graph of ``opset`` (default: the lowest of 18 and up that serves its ops and types).
+
+    Names, weights (shared, not copied), symbolic sizes, provenance, sites, history, notes and companions are kept; each
+    FX value is the ONNX value of the same name, except those that are graph outputs, which have their public name.
+    Raises UnsupportedError naming an op that ONNX cannot express.
+    """
+    needed = lowest_opset(graph)
+    opset = needed if opset is None else opset
+    if not needed <= opset <= MAX_OPSET:
+        reason = f"{graph.name} needs at least {needed}" if opset < needed else f"the newest supported one is {MAX_OPSET}"
+        raise UnsupportedError(f"cannot export {graph.name} to opset {opset}", reason)
+    carrier = Carrier(graph)
+    model, translator = build_model(graph, opset, carrier)
+    result = OnnxGraph(
+        model,
+        graph.name,
+        roles={**graph.input_roles, **graph.output_roles},
+        optional=list(graph.defaults),
+    )
+    for native in result.model.graph:
+        if native.domain == DOMAIN:
+            attach_body(result, native)
+    result.history = list(graph.history)
+    result.notes = list(graph.notes)
+    result.metadata = dict(graph.metadata)
+    result.companions = dataclasses.replace(graph.companions)
+    result._sites = carrier.table(result, translator)
+    return result
 
 
 def lowest_opset(graph: FxGraph) -> int:
     """The lowest opset that serves every op and element type of ``graph``."""
     opset = MIN_OPSET
     for node in graph.nodes():
-        target = node.key.target
-        opset = max(opset, _NATIVE_SINCE.get(target, MIN_OPSET))
+        opset = max(opset, _NATIVE_SINCE.get(node.key.target, MIN_OPSET))
         if node.op.startswith(f"{DOMAIN}."):
             opset = max(opset, get_op(node.op).min_opset)
         for value in node.outputs:
@@ -51,19 +88,28 @@ def _opset_of(dtype: DType | None) -> int:
     return 19 if dtype in (DType.F8E4M3, DType.F8E5M2) else MIN_OPSET
 
 
-def build_model(graph: FxGraph, opset: int) -> tuple[ir.Model, Translator]:
+def build_model(graph: FxGraph, opset: int, carrier: Carrier) -> tuple[ir.Model, Translator]:
     """The ONNX model of ``graph``, and the translator, which knows what became of each node."""
     emit = Emitter(opset)
-    translator = Translator(emit, graph.dims, keep=lambda node: False, describe=_Describer(graph))
+    translator = Translator(emit, graph.dims, carrier, _Describer())
     inputs = _inputs(graph, translator)
     parameters = _parameters(graph, translator)
-    translator.run([node for node in graph.graph.nodes if node.op == "call_function"])
+    _branches(graph, translator)
+    translator.run(graph.graph.nodes)
     outputs = _outputs(graph, translator)
-    initializers = [*parameters, *emit.initializers.values()]
+    nodes = emit.live_nodes(outputs)
+    initializers = [v for v in (*parameters, *emit.initializers.values()) if v.uses() or v in outputs]
     container = ir.Graph(
-        inputs, outputs, nodes=emit.nodes, initializers=initializers, opset_imports=function_opsets(opset), name=graph.name
+        inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=function_opsets(opset), name=graph.name
     )
-    model = ir.Model(container, ir_version=MIN_IR_VERSION, producer_name="actgraph", functions=list(translator.functions.values()))
+    for name, default in graph.defaults.items():
+        value = translator.values[graph.input(name).key]
+        value.const_value = tensor_of(np.asarray(default))
+        container.register_initializer(value)
+    functions = list(translator.functions.values())
+    model = ir.Model(container, ir_version=MIN_IR_VERSION, producer_name="actgraph", functions=functions)
+    if functions:
+        InlinePass()(model)
     return model, translator
 
 
@@ -87,6 +133,9 @@ def _parameters(graph: FxGraph, translator: Translator) -> list[ir.Value]:
     for value in graph.parameters():
         native = facade.graph_value(value.name, translator.emit.opset)
         native.const_value = facade.TorchTensor(graph.tensor(value).detach(), name=value.name)
+        others = [alias for alias in graph.aliases(value) if alias != value.name]
+        if others:
+            native.metadata_props["actgraph.aliases"] = " ".join(others)
         set_type(native, value.type)
         translator.emit.add_source(native)
         translator.values[value.key] = native
@@ -96,17 +145,17 @@ def _parameters(graph: FxGraph, translator: Translator) -> list[ir.Value]:
 
 def _outputs(graph: FxGraph, translator: Translator) -> list[ir.Value]:
     """The graph outputs under their public names; a copy where a value is an input, a parameter or output twice."""
-    taken: set[int] = set()
-    found = []
+    taken: set[ir.Value] = set()
+    found: list[ir.Value] = []
     for name, value in graph.outputs():
         native = translator.values[value.key]
-        producer = native.producer()
-        if producer is None or id(native) in taken:
-            native = translator.emit.op("Identity", native)
-            translator.emit.finish(name, [(name, native, value.type)], lambda node: None)
+        if native.producer() is None or native in taken:
+            copy = translator.emit.op("Identity", native)
+            translator.emit.finish(name, [(name, copy, value.type)], functools.partial(_Describer(), value.key))
+            native = copy
         else:
             translator.emit.rename(native, name)
-        taken.add(id(native))
+        taken.add(native)
         found.append(native)
     return found
 
@@ -114,8 +163,7 @@ def _outputs(graph: FxGraph, translator: Translator) -> list[ir.Value]:
 class _Describer:
     """Attaches provenance and the viewer's namespace to the nodes written for an FX node."""
 
-    def __init__(self, graph: FxGraph) -> None:
-        self.graph = graph
+    def __init__(self) -> None:
         self.facade = torch_facade()
 
     def __call__(self, source: fx.Node, node: ir.Node) -> None:
@@ -123,3 +171,45 @@ class _Describer:
         node.metadata_props.update({f"{KEY}.{key}": value for key, value in data.items()})
         if source.meta.get("nn_module_stack"):
             node.metadata_props["namespace"] = self.facade.namespace(source)
+
+
+# --- functions ------------------------------------------------------------------------------------------------------------
+
+
+def _branches(graph: FxGraph, translator: Translator) -> None:
+    """Branches of control flow as functions, which the translations of ``cond`` and its like call; inlined afterwards."""
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        found = lookup(graph.root, str(node.target))
+        if isinstance(found, fx.GraphModule):
+            translator.branches[str(node.target)] = _branch(found, str(node.target), translator)
+
+
+def _branch(module: fx.GraphModule, path: str, outer: Translator) -> ir.Function:
+    emit = Emitter(outer.emit.opset, constants_as_nodes=True, prefix=f"{path}.")
+    inner = Translator(emit, outer.dims, None, _Describer())
+    inputs = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            value = torch_facade().graph_value(node.name, emit.opset)
+            set_type(value, inner.type_of(node))
+            emit.add_source(value)
+            inner.values[node] = value
+            inputs.append(value)
+        elif node.op == "get_attr":
+            child = lookup(module, str(node.target))
+            if isinstance(child, nn.Module):
+                inner.branches[str(node.target)] = _branch(child, f"{path}.{node.target}", inner)  # type: ignore[arg-type]
+            else:
+                inner.values[node] = emit.constant(child.detach().cpu().numpy())
+    inner.run(module.graph.nodes)
+    listed: Any = module.graph.output_node().args[0]
+    results = [inner.values[node] for node in listed]
+    outputs = [emit.op("Identity", v) if v.producer() is None or v in results[:i] else v for i, v in enumerate(results)]
+    emit.finish(path, [(f"{path}.output", v, native_type(v)) for v in outputs if emit.is_pending(v)], lambda node: None)
+    outer.functions.update(inner.functions)
+    body = ir.Graph(inputs, outputs, nodes=emit.live_nodes(outputs), opset_imports={"": emit.opset})
+    function = ir.Function(_BRANCHES, path.replace(".", "__"), graph=body, attributes=[])
+    outer.functions[function.identifier()] = function
+    return function

@@ -35,8 +35,9 @@ class Emitter:
     may_share: asked before a helper that reads a value of the source graph is shared with other ops.
     """
 
-    def __init__(self, opset: int, *, constants_as_nodes: bool = False) -> None:
+    def __init__(self, opset: int, *, constants_as_nodes: bool = False, prefix: str = "") -> None:
         self.opset = opset
+        self.prefix = prefix  # of every name made here
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.constants: dict[Any, ir.Value] = {}
@@ -55,16 +56,17 @@ class Emitter:
         return self.ops(op_type, *inputs, outputs=outputs, domain=domain, **attributes)[0]
 
     def ops(
-        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", overload: str = "", **attributes: Any
+        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any
     ) -> tuple[ir.Value, ...]:
         """One node with ``outputs`` outputs. Attributes are plain Python values; ``None`` leaves one out."""
         operands = list(inputs)
         while operands and operands[-1] is None:
             operands.pop()
         given = {key: value for key, value in attributes.items() if value is not None}
-        node = ir.Node(
-            domain, op_type, operands, ir.convenience.convert_attributes(given), num_outputs=outputs, overload=overload
-        )
+        return self.add(ir.Node(domain, op_type, operands, ir.convenience.convert_attributes(given), num_outputs=outputs))
+
+    def add(self, node: ir.Node) -> tuple[ir.Value, ...]:
+        """Take over one node; returns what its outputs are (a constant, or those of an equal helper)."""
         return self._record(node)
 
     def record(self, nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> list[ir.Value]:
@@ -118,6 +120,7 @@ class Emitter:
 
     def unique(self, stem: str) -> str:
         """A value name that is not taken yet."""
+        stem = f"{self.prefix}{stem}"
         name, number = stem, 0
         while name in self._names:
             number += 1
@@ -127,7 +130,8 @@ class Emitter:
 
     def is_pending(self, value: Any) -> bool:
         """Whether a node of the translation under way made ``value``."""
-        return isinstance(value, ir.Value) and value.producer() is not None and any(n is value.producer() for n in self._pending)
+        maker = value.producer() if isinstance(value, ir.Value) else None
+        return maker is not None and any(node is maker for node in self._pending)
 
     def add_source(self, value: ir.Value) -> None:
         """Tell of an input or parameter of the source graph; its name is taken from now on."""
@@ -144,20 +148,36 @@ class Emitter:
         self._names.add(name)
         value.name = name
 
-    def finish(self, source: str, results: Sequence[tuple[str, ir.Value, TensorType]], describe: Callable[[ir.Node], None]) -> None:
+    def live_nodes(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
+        """The nodes that ``outputs`` depend on, in order; the others stop reading their operands."""
+        needed = set(outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if needed.isdisjoint(node.outputs):
+                self._replace(node, ())
+                continue
+            kept.append(node)
+            needed.update(value for value in node.inputs if value is not None)
+            for attribute in node.attributes.values():
+                if attribute.type is ir.AttributeType.GRAPH:
+                    inner = ir.traversal.RecursiveGraphIterator(attribute.as_graph())
+                    needed.update(value for part in inner for value in part.inputs if value is not None)
+        return kept[::-1]
+
+    def finish(
+        self, source: str, results: Sequence[tuple[str, ir.Value, TensorType]], describe: Callable[[ir.Node], None]
+    ) -> None:
         """Close the translation of one source node: name everything and put its nodes into the graph.
 
         source: name of the source node. results: its values as ``(name, value, type)``; each must be made by a pending node.
         describe: called on every new node to attach metadata.
         """
         final = {value for _, value, _ in results}
+        makers = {value.producer() for value in final}
         for name, value, kind in results:
             value.name = self.unique(name)
             set_type(value, kind)
             self._source_values.add(id(value))
-            producer = value.producer()
-            if producer is not None:
-                producer.name = source
         for node in self._pending:
             for value in node.outputs:
                 if value not in final:
@@ -165,6 +185,8 @@ class Emitter:
             if not any(value in final for value in node.outputs):
                 node.name = node.outputs[0].name
                 self._share(node)
+            else:  # several makers of one result each: only a single one can have the name of the source
+                node.name = f"{self.prefix}{source}" if len(makers) == 1 else node.outputs[0].name
             describe(node)
         self.nodes.extend(self._pending)
         self._pending = []
@@ -230,7 +252,7 @@ class Emitter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 results = load_op("", node.op_type, self.opset).eval(*arrays, n_outputs=len(node.outputs), **attributes)
-        except Exception:  # noqa: BLE001 - the reference evaluator lacks the op or the type: the node runs as it is
+        except Exception:  # the reference evaluator lacks the op or the type: the node runs as it is
             return None
         listed = list(results) if isinstance(results, (tuple, list)) else [results]
         if len(listed) != len(node.outputs) or any(np.asarray(r).size > FOLD_LIMIT for r in listed):
@@ -244,7 +266,8 @@ class Emitter:
         start = node.attributes.get_int("start", 0) or 0
         end = node.attributes.get_int("end", None)
         dims = list(value.shape)[start:end]
-        return [self.ints(dims)] if all(isinstance(dim, int) for dim in dims) else None
+        known = [dim for dim in dims if isinstance(dim, int)]
+        return [self.ints(known)] if len(known) == len(dims) else None
 
 
 def set_type(value: ir.Value, kind: TensorType) -> None:
@@ -288,7 +311,7 @@ def infer_types(node: ir.Node, opset: int) -> None:
         inferred = onnx.shape_inference.infer_node_outputs(
             schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
         )
-    except Exception:  # noqa: BLE001 - no schema or no inference for this op: the type stays unknown
+    except Exception:  # no schema or no inference for this op: the type stays unknown
         return
     for index, value in enumerate(node.outputs):
         kind = inferred.get(f"o{index}")
@@ -335,7 +358,9 @@ def _constant_array(node: ir.Node) -> Array | None:
     (attribute,) = node.attributes.values()
     if attribute.type is ir.AttributeType.TENSOR:
         return np.asarray(attribute.value.numpy())
-    kinds: Mapping[str, Any] = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+    kinds: Mapping[str, Any] = {
+        "value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32,
+    }  # fmt: skip
     return np.asarray(attribute.value, dtype=kinds[attribute.name]) if attribute.name in kinds else None
 
 

@@ -45,20 +45,20 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 @rule(
     aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default,
 )
-def identity(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+def identity(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return a["self"]
 
 
 @rule(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-def dropout(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+def dropout(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     if a.get("train") and a.get("p"):
         raise UnsupportedError(f"{node.name} drops values at random", "capture the model in eval mode")
     return a["input"]
 
 
 @rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, torch.ops.prims.convert_element_type.default)
-def convert(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
-    value = a.get("self", a.get("a"))
+def convert(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
+    value: ir.Value = a["self"] if "self" in a else a["a"]
     kind = t.type_of(node)
     if kind.dtype is None or value.dtype is None:
         return None
@@ -69,7 +69,7 @@ def convert(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
 
 
 @rule(aten.sym_size.int)
-def sym_size(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+def sym_size(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return t.scalar(t.size(a["self"], a["dim"]))
 
 
@@ -77,7 +77,7 @@ def sym_size(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int, aten._reshape_alias.default, aten.view_copy.default,
 )  # fmt: skip
-def reshape(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+def reshape(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     value, target = a["self"], t.type_of(node).shape
     source = dims_of(value)
     if source is None or target is None or value.type is None:
@@ -95,13 +95,13 @@ def reshape(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
 
 
 @rule(aten.unsqueeze.default)
-def unsqueeze(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+def unsqueeze(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     rank = len(node.args[0].meta["val"].shape) + 1  # type: ignore[union-attr]
     return t.emit.op("Unsqueeze", a["self"], t.emit.ints([a["dim"] % rank]))
 
 
 @rule(aten.expand.default)
-def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     value, target = a["self"], t.type_of(node).shape
     source = dims_of(value)
     if source is None or target is None:
@@ -119,7 +119,7 @@ def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
 
 
 @rule(aten.slice.Tensor)
-def slice_(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+def slice_(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     value = a["self"]
     source, target = dims_of(value), t.type_of(node).shape
     axis, start, end, step = a.get("dim", 0), a.get("start"), a.get("end"), a.get("step", 1)
@@ -132,25 +132,26 @@ def slice_(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
 
 
 @rule(aten.select.int)
-def select(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+def select(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     index = a["index"]
     position = t.emit.constant(index, DType.I64) if isinstance(index, int) else index
     return t.emit.op("Gather", a["self"], position, axis=a["dim"])
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
-def split(t: Translator, node: fx.Node, a: dict[str, Any]) -> Sequence[ir.Value] | None:
+def split(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     axis = a.get("dim", 0)
     sizes = [t.size_of(item, axis) for item in node.meta["val"]]
-    if not all(isinstance(size, int) for size in sizes):
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) < len(sizes):
         return None
     if len(sizes) == 1:
         return [a["self"]]
-    return t.emit.ops("Split", a["self"], t.emit.ints(sizes), outputs=len(sizes), axis=axis)
+    return t.emit.ops("Split", a["self"], t.emit.ints(known), outputs=len(sizes), axis=axis)
 
 
 @rule(aten.unbind.int)
-def unbind(t: Translator, node: fx.Node, a: dict[str, Any]) -> Sequence[ir.Value]:
+def unbind(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     axis, count = a.get("dim", 0), len(node.meta["val"])
     axes = t.emit.ints([axis % len(node.args[0].meta["val"].shape)])  # type: ignore[union-attr]
     pieces: Sequence[ir.Value] = [a["self"]]
@@ -163,7 +164,7 @@ def unbind(t: Translator, node: fx.Node, a: dict[str, Any]) -> Sequence[ir.Value
 
 
 @rule(aten.linear.default)
-def linear(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+def linear(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     """``MatMul`` with the weight transposed in the graph; ``Gemm`` where the input is a matrix.
 
     The weight stays stored as ``[out, in]`` under its own name (a tied one once); engines transpose constants at load.
@@ -176,7 +177,7 @@ def linear(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def attention(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value | None:
+def attention(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     """``softmax(scale * q @ k.T + mask) @ v``, where a row without an allowed key gives zeros, as in torch."""
     query, key, value, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
     if a.get("dropout_p"):
@@ -243,7 +244,7 @@ def _repeat_heads(t: Translator, value: ir.Value, heads: int, kv_heads: int, wid
 
 
 @rule(operator.floordiv)
-def floordiv(t: Translator, node: fx.Node, a: dict[str, Any]) -> ir.Value:
+def floordiv(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     """Sizes are not negative, so the truncating integer division of ONNX is a floor."""
     left, right = (t.number(a[key]) for key in ("arg0", "arg1"))
     return t.emit.op("Div", left, right)

@@ -8,8 +8,8 @@ others. Implicit type promotion of torch becomes explicit casts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -19,13 +19,17 @@ from actgraph.errors import UnsupportedError
 from actgraph.formats.compat import torch_facade
 from actgraph.formats.onnx_export_emit import Emitter, dims_of, set_type
 from actgraph.formats.onnx_export_rules import RULES
-from actgraph.graph.fx_args import bind, operand_paths
+from actgraph.graph.fx_args import bind
 from actgraph.graph.fx_build import is_item, is_multiple
 from actgraph.graph.fx_ops import op_name
 from actgraph.graph.fx_types import DimNames
+from actgraph.graph.onnx_native import registry_attributes
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, get_op
 from actgraph.ops.shapes import Dim, Shape, TensorType
+
+if TYPE_CHECKING:
+    from actgraph.formats.onnx_export_sites import Carrier
 
 Size = int | ir.Value
 
@@ -35,10 +39,12 @@ class Translator:
 
     values: what each FX node is in ONNX. made: the ONNX nodes written for each FX node.
     inner: values inside the translation of a node that virtual sites denote, by ``(node, recipe)``.
-    keep: nodes that must stay nodes of their own although they pass their operand through.
+    sites: which nodes must stay separate (``None``: no site denotes anything here).
     """
 
-    def __init__(self, emit: Emitter, dims: DimNames, keep: Callable[[fx.Node], bool], describe: Callable[[fx.Node, ir.Node], None]):
+    def __init__(
+        self, emit: Emitter, dims: DimNames, sites: Carrier | None, describe: Callable[[fx.Node, ir.Node], None]
+    ) -> None:
         self.emit = emit
         self.dims = dims
         self.facade = torch_facade()
@@ -48,7 +54,7 @@ class Translator:
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
         self.branches: dict[str, ir.Function] = {}
         self.size_sources: dict[Dim, tuple[ir.Value, int]] = {}
-        self._keep = keep
+        self._sites = sites
         self._describe = describe
 
     # --- what rules use ---------------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ class Translator:
 
     # --- the walk -----------------------------------------------------------------------------------------------------------
 
-    def run(self, nodes: Sequence[fx.Node]) -> None:
+    def run(self, nodes: Iterable[fx.Node]) -> None:
         """Translate every call among ``nodes``; inputs and parameters must be in ``values``."""
         for node in nodes:
             if node.op == "call_function":
@@ -134,6 +140,8 @@ class Translator:
         if is_item(node) and node in self.values:
             return
         before = len(self.emit.nodes)
+        edges = {self.values[operand] for operand in self._sites.edge_operands(node)} if self._sites is not None else set()
+        self.emit.may_share = lambda value: value not in edges
         result = self._translate(node)
         multiple = is_multiple(node)
         values = list(result) if multiple else [result]
@@ -149,7 +157,8 @@ class Translator:
 
     def _own(self, node: fx.Node, value: Any) -> Any:
         """``value``, or a copy of it where the FX node must stay a value of its own."""
-        if isinstance(value, ir.Value) and not self.emit.is_pending(value) and self._keep(node):
+        stays = self._sites is not None and self._sites.must_stay(node)
+        if stays and isinstance(value, ir.Value) and not self.emit.is_pending(value):
             return self.emit.op("Identity", value)
         return value
 
@@ -178,13 +187,16 @@ class Translator:
             return [self._resolve(item) for item in argument]
         return argument
 
-    def _torch_translation(self, node: fx.Node, translation: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _torch_translation(
+        self, node: fx.Node, translation: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
         convert = self._convert
         try:
             with self.facade.recording(self.emit.opset, self.emit.recorder_constants) as recording:
                 result = translation(*map(convert, args), **{key: self._keyword(key, value) for key, value in kwargs.items()})
         except Exception as error:
-            raise UnsupportedError(f"cannot export {op_name(node.target)} ({node.name}) to ONNX: {_first_line(error)}") from error
+            reason = f"cannot export {op_name(node.target)} ({node.name}) to ONNX: {_first_line(error)}"
+            raise UnsupportedError(reason) from error
         self.functions.update(recording.functions)
         many = isinstance(result, (list, tuple))
         values = self.emit.record(recording.nodes, list(result) if many else [result])
@@ -221,7 +233,7 @@ class Translator:
                 result = self._translate(part)
                 self.values[part] = result
                 if is_multiple(part):
-                    self.values.update((user, result[int(user.args[1])]) for user in part.users if is_item(user))  # type: ignore[arg-type]
+                    self.values.update((user, result[int(str(user.args[1]))]) for user in _items(part))
                 elif self.emit.is_pending(result):
                     set_type(result, self.type_of(part))
         return self._resolve(inner.graph.output_node().args[0])
@@ -233,11 +245,10 @@ class Translator:
         for operand in definition.inputs:
             given = self._resolve(bound.get(operand.name))
             operands += given if operand.variadic else [given]
-        from actgraph.ops.body import onnx_attributes
-
-        attributes = onnx_attributes(definition, {a.name: bound[a.name] for a in definition.attributes if a.name in bound})
-        values = self.emit.ops(
-            definition.onnx_name, *operands, domain=DOMAIN, outputs=len(definition.outputs), **{a.name: a for a in attributes}
+        given = {a.name: bound[a.name] for a in definition.attributes if a.name in bound}
+        native, _ = registry_attributes(definition, given)
+        values = self.emit.add(
+            ir.Node(DOMAIN, definition.onnx_name, _trimmed(operands), native, num_outputs=len(definition.outputs))
         )
         return list(values) if is_multiple(node) else values[0]
 
@@ -270,7 +281,14 @@ class Translator:
 
 def _items(node: fx.Node) -> list[fx.Node]:
     """The accesses to the results of a call with several, in order."""
-    return sorted((user for user in node.users if is_item(user)), key=lambda user: user.args[1])
+    return sorted(filter(is_item, node.users), key=lambda user: int(str(user.args[1])))
+
+
+def _trimmed(operands: list[ir.Value | None]) -> list[ir.Value | None]:
+    """Without the absent operands at the end."""
+    while operands and operands[-1] is None:
+        operands.pop()
+    return operands
 
 
 def _examples(argument: Any) -> Any:

@@ -129,7 +129,8 @@ def decompose(node: torch.fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any
     if function is None:
         return None
     leaves, spec = torch.utils._pytree.tree_flatten((list(args), dict(kwargs)))
-    dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))]
+    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
 
     def call(*operands: Any) -> Any:
         filled = list(leaves)

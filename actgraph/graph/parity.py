@@ -1,0 +1,333 @@
+"""Numeric comparison of two graphs.
+
+``compare`` runs both graphs, of any dialects, on the same inputs and measures how far apart their outputs (and, on request,
+values inside) are. The relative error of a pair is ``max|a - b| / max|a|`` with the left graph as the reference: one number
+per tensor, relative to the scale of the tensor and not of the single element, because elements near zero carry no
+information about relative precision. Where the reference is all zeros it is infinite unless both are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from actgraph.errors import InputError, ParityError
+from actgraph.graph.executor import executor_for
+from actgraph.graph.graph import Array, Graph, Role, Value
+from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import Dim
+
+#: Output names whose last axis scores tokens or classes: agreement of the best one is reported.
+_SCORES = frozenset({"logits", "lm_logits", "prediction_logits", "seq_relationship_logits"})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one pair of tensors is apart, over all inputs.
+
+    max_abs, max_rel: the largest errors over all inputs (``max_rel`` as defined in the module docstring).
+    worst: where the largest absolute error is: number of the input, then the index in the tensor; values left and right.
+    mismatched: elements that are NaN or infinite on one side only (or infinite with different signs).
+    same_argmax: the share of positions whose best score has the same index on both sides; ``None`` for other tensors.
+    """
+
+    name: str
+    max_abs: float
+    max_rel: float
+    worst: tuple[int, ...] = ()
+    left: float = 0.0
+    right: float = 0.0
+    mismatched: int = 0
+    same_argmax: float | None = None
+    problem: str = ""  # why the tensors cannot be compared: different shapes or dtypes
+
+    def within(self, rtol: float, atol: float) -> bool:
+        """Whether the pair agrees: no problem, equal NaN and infinity, and one of both errors within its tolerance."""
+        return not self.problem and self.mismatched == 0 and (self.max_rel <= rtol or self.max_abs <= atol)
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"{self.name}: {self.problem}"
+        text = f"{self.name}: max abs {self.max_abs:.3g}, rel {self.max_rel:.3g}"
+        if self.max_abs > 0:
+            text += f" at input {self.worst[0]}, {list(self.worst[1:])} ({self.left:.6g} and {self.right:.6g})"
+        if self.mismatched:
+            text += f", {self.mismatched} elements NaN or infinite on one side only"
+        if self.same_argmax is not None:
+            text += f", argmax agrees {self.same_argmax:.2%}"
+        return text
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The result of ``compare``. ``ok`` is true when every pair agrees within the tolerances."""
+
+    left: str
+    right: str
+    rtol: float
+    atol: float
+    inputs: int
+    outputs: tuple[Difference, ...]
+    values: tuple[Difference, ...] = ()
+    missing: tuple[str, ...] = field(default=())  # outputs that only one of the graphs has
+
+    @property
+    def ok(self) -> bool:
+        return not self.missing and all(d.within(self.rtol, self.atol) for d in (*self.outputs, *self.values))
+
+    @property
+    def worst(self) -> Difference | None:
+        """The pair with the largest relative error (or one that cannot be compared)."""
+        everything = (*self.outputs, *self.values)
+        return max(everything, key=lambda d: (bool(d.problem), d.mismatched, d.max_rel), default=None)
+
+    @property
+    def max_rel(self) -> float:
+        """The largest relative error over all pairs; infinite where one cannot be compared."""
+        return max((np.inf if d.problem or d.mismatched else d.max_rel for d in (*self.outputs, *self.values)), default=0.0)
+
+    @property
+    def max_abs(self) -> float:
+        """The largest absolute error over all pairs."""
+        return max((np.inf if d.problem else d.max_abs for d in (*self.outputs, *self.values)), default=0.0)
+
+    def check(self) -> ParityReport:
+        """The report itself. Raises ParityError naming the worst pair when the graphs do not agree."""
+        if self.ok:
+            return self
+        if self.missing:
+            raise ParityError(f"{self.left} and {self.right} have different outputs: {', '.join(self.missing)}", "compare equal graphs")
+        failed = [d for d in (*self.outputs, *self.values) if not d.within(self.rtol, self.atol)]
+        worst = max(failed, key=lambda d: (bool(d.problem), d.mismatched, d.max_rel))
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise ParityError(
+            f"{self.left} and {self.right} disagree: {worst}{more}", f"tolerance is {self.rtol:g} relative or {self.atol:g} absolute"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        return {
+            "left": self.left, "right": self.right, "rtol": self.rtol, "atol": self.atol, "inputs": self.inputs, "ok": self.ok,
+            "missing": list(self.missing), "outputs": [_as_dict(d) for d in self.outputs], "values": [_as_dict(d) for d in self.values],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        verdict = "agree" if self.ok else "disagree"
+        head = f"{self.left} and {self.right} {verdict} on {self.inputs} inputs (rtol {self.rtol:g}, atol {self.atol:g})"
+        lines = [f"  {d}" for d in (*self.outputs, *self.values)]
+        return "\n".join([head, *lines, *(f"  only one has {name}" for name in self.missing)])
+
+
+def compare(
+    left: Graph,
+    right: Graph,
+    inputs_list: Iterable[Mapping[str, Array]],
+    *,
+    rtol: float,
+    atol: float = 0.0,
+    values: Sequence[tuple[Value, Value]] | Mapping[str, tuple[Value, Value]] = (),
+) -> ParityReport:
+    """Run both graphs on each of ``inputs_list`` and compare their outputs by name.
+
+    A graph is given those inputs that it declares, so that one with an extra optional input can be compared with one
+    without. Outputs with role TAP that only one graph has are ignored; any other is reported as missing.
+    values: pairs ``(value of left, value of right)`` to compare as well, by name when given as a mapping; all of them are
+    fetched in the same run.
+    """
+    pairs = dict(values) if isinstance(values, Mapping) else {a.name: (a, b) for a, b in values}
+    runners = [
+        executor_for(graph).open(graph, list(dict.fromkeys(pair[side] for pair in pairs.values())))
+        for side, graph in enumerate((left, right))
+    ]
+    common, missing = _common_outputs(left, right)
+    gauges = {name: _Gauge(name) for name in common}
+    inner = {name: _Gauge(name) for name in pairs}
+    count = 0
+    for inputs in inputs_list:
+        results = [runner(_accepted(graph, inputs)) for runner, graph in zip(runners, (left, right), strict=True)]
+        for name, gauge in gauges.items():
+            gauge.add(count, results[0][name], results[1][name])
+        for name, (a, b) in pairs.items():
+            inner[name].add(count, results[0][a.name], results[1][b.name])
+        count += 1
+    if count == 0:
+        raise InputError("there are no inputs to compare on", "give at least one dictionary of arrays")
+    return ParityReport(
+        left.name, right.name, rtol, atol, count,
+        tuple(g.result() for g in gauges.values()), tuple(g.result() for g in inner.values()), missing,
+    )  # fmt: skip
+
+
+def difference(name: str, left: Array, right: Array) -> Difference:
+    """How far two arrays are apart."""
+    gauge = _Gauge(name)
+    gauge.add(0, left, right)
+    return gauge.result()
+
+
+class _Gauge:
+    """Accumulates the difference of one pair over inputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.found = Difference(name, 0.0, 0.0)
+        self.positions = 0
+        self.agreeing = 0
+
+    def add(self, number: int, left: Array, right: Array) -> None:
+        if self.found.problem:
+            return
+        left, right = np.asarray(left), np.asarray(right)
+        if left.shape != right.shape:
+            self.found = Difference(self.name, np.inf, np.inf, problem=f"shapes {list(left.shape)} and {list(right.shape)}")
+            return
+        if left.dtype != right.dtype:
+            self.found = Difference(
+                self.name, np.inf, np.inf, problem=f"types {DType.of(left.dtype).value} and {DType.of(right.dtype).value}"
+            )
+            return
+        if left.size == 0:
+            return
+        a, b = left.astype(np.float64), right.astype(np.float64)
+        self._scores(a, b)
+        comparable = np.isfinite(a) & np.isfinite(b)
+        same = comparable | (np.isnan(a) & np.isnan(b)) | (a == b)
+        error = np.abs(np.where(comparable, a, 0.0) - np.where(comparable, b, 0.0))
+        place = np.unravel_index(int(np.argmax(error)), error.shape)
+        max_abs = float(error[place])
+        scale = float(np.max(np.abs(np.where(np.isfinite(a), a, 0.0))))
+        max_rel = 0.0 if max_abs == 0.0 else (max_abs / scale if scale > 0 else np.inf)
+        was = self.found
+        worse = max_abs > was.max_abs
+        self.found = Difference(
+            self.name, max(was.max_abs, max_abs), max(was.max_rel, max_rel),
+            (number, *map(int, place)) if worse else was.worst,
+            float(a[place]) if worse else was.left, float(b[place]) if worse else was.right,
+            was.mismatched + int(np.count_nonzero(~same)),
+        )  # fmt: skip
+
+    def _scores(self, a: Array, b: Array) -> None:
+        if self.name in _SCORES and a.ndim:
+            best = np.argmax(a, axis=-1) == np.argmax(b, axis=-1)
+            self.positions += best.size
+            self.agreeing += int(np.count_nonzero(best))
+
+    def result(self) -> Difference:
+        if not self.positions or self.found.problem:
+            return self.found
+        return Difference(**{**self.found.__dict__, "same_argmax": self.agreeing / self.positions})
+
+
+def _as_dict(d: Difference) -> dict[str, Any]:
+    return {**d.__dict__, "worst": list(d.worst)}
+
+
+def _common_outputs(left: Graph, right: Graph) -> tuple[list[str], tuple[str, ...]]:
+    names = [[name for name, _ in graph.outputs()] for graph in (left, right)]
+    common = [name for name in names[0] if name in set(names[1])]
+    missing = [
+        name
+        for graph, own, other in ((left, *names), (right, *names[::-1]))
+        for name in own
+        if name not in other and graph.role(name) is not Role.TAP
+    ]
+    return common, tuple(missing)
+
+
+def _accepted(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    declared = {value.name for value in graph.inputs()}
+    return {name: array for name, array in inputs.items() if name in declared}
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------------
+
+
+def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, padding: str = "none") -> dict[str, Array]:
+    """Plausible inputs of ``graph``: equal arguments give equal arrays.
+
+    Token ids are within the vocabulary, positions count up, masks are ones; ``padding="left"`` or ``"right"`` masks about
+    a third of the last row, with positions as Hugging Face makes them. Other float inputs are standard normal. Sizes:
+    ``batch`` and ``seq`` for dimensions of these names, ``seq`` for other named ones, static ones as they are; a dimension
+    that the companions' sample inputs know is taken from there when it has another name. Optional inputs are left out.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, batch, seq]))
+    sizes: dict[str, int] = {}
+    for name, sample in graph.companions.sample_inputs.items():
+        declared = next((v for v in graph.inputs() if v.name == name), None)
+        if declared is not None and declared.shape is not None:
+            sizes.update({dim: n for dim, n in zip(declared.shape, np.shape(sample), strict=False) if isinstance(dim, str)})
+    sizes.update({"batch": batch, "seq": seq})
+    result: dict[str, Array] = {}
+    mask = _mask(batch, seq, padding)
+    for value in graph.inputs():
+        if graph.role(value.name) not in (Role.USER, Role.CONTEXT) or is_optional(graph, value):
+            continue
+        shape = tuple(_size(dim, sizes, seq) for dim in value.shape or ())
+        result[value.name] = _plausible(graph, value, shape, mask, rng)
+    return result
+
+
+def is_optional(graph: Graph, value: Value) -> bool:
+    """Whether an input has a default."""
+    return value.name in getattr(graph, "defaults", {})
+
+
+def _size(dim: Dim, sizes: Mapping[str, int], fallback: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    if dim is None:
+        return fallback
+    if dim in sizes:
+        return sizes[dim]
+    for name, size in sizes.items():  # an expression such as 2*seq
+        if name in dim:
+            from actgraph.ops.shapes import canonical_dim
+
+            result = canonical_dim(dim.replace(name, str(size)))
+            if isinstance(result, int):
+                return result
+    return fallback
+
+
+def _mask(batch: int, seq: int, padding: str) -> Array:
+    mask = np.ones((batch, seq), np.int64)
+    pad = seq // 3 + (seq > 1) * (seq < 3)
+    if padding == "left" and pad:
+        mask[-1, :pad] = 0
+    elif padding == "right" and pad:
+        mask[-1, seq - pad :] = 0
+    elif padding not in ("none", "left", "right"):
+        raise InputError(f"padding must be none, left or right, not {padding!r}")
+    return mask
+
+
+def _plausible(graph: Graph, value: Value, shape: tuple[int, ...], mask: Array, rng: np.random.Generator) -> Array:
+    name, dtype = value.name, value.dtype or DType.F32
+    if "mask" in name and not dtype.is_float:
+        return (mask if shape == mask.shape else np.ones(shape)).astype(dtype.numpy)
+    if name == "position_ids" or name.endswith("positions"):
+        counted = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+        return (counted if shape == counted.shape else np.broadcast_to(np.arange(shape[-1]), shape)).astype(dtype.numpy)
+    if name == "token_type_ids" or name.endswith("type_ids"):
+        return np.zeros(shape, dtype.numpy)
+    if dtype is DType.BOOL:
+        return np.ones(shape, np.bool_)
+    if dtype.is_integer:
+        return rng.integers(0, vocabulary(graph, value), shape).astype(dtype.numpy)
+    return rng.standard_normal(shape).astype(dtype.numpy)
+
+
+def vocabulary(graph: Graph, value: Value) -> int:
+    """How many different ids an integer input may hold: the rows of the table it indexes, else the configured number."""
+    for use in value.uses:
+        prim = use.node.prim if use.node is not None else None
+        if prim is None or prim.op != "gather" or len(prim.operands) < 2:
+            continue
+        table = prim.operands[0]
+        if isinstance(table, Value) and prim.operands[1] == value and table.shape and isinstance(table.shape[0], int):
+            return table.shape[0]
+    configured = graph.companions.config.get("vocab_size")
+    return int(configured) if isinstance(configured, int) and configured > 1 else 2
