@@ -67,11 +67,11 @@ def compile_model(case: str, load: Callable[[], Any], site: str) -> None:
     width = graph.site(site).type.shape[-1]
     pipeline = PIPELINE.format(site=site, ones=", ".join(["0.5"] * width))
     start = time.perf_counter()
-    out = ag.run(graph, pipeline, parity=False)
+    out = ag.run(graph, pipeline)
     wall = time.perf_counter() - start
-    for row in out.report.passes:
+    for row in out.report.rows:
         emit(case, f"pass {row.name}", round(row.seconds, 4), "s")
-    passes = sum(row.seconds for row in out.report.passes)
+    passes = sum(row.seconds for row in out.report.rows)
     with tempfile.TemporaryDirectory() as folder, timed(case, "export", seconds):
         out.graph.save(Path(folder) / "model.onnx")
     emit(case, "passes", round(passes, 4), "s", nodes=len(graph.nodes()), milliseconds_per_node=round(1000 * passes / len(graph.nodes()), 4))
@@ -164,8 +164,8 @@ def nodes20000() -> None:
         with timed(case, "verify", seconds):
             graph.verify()
         with timed(case, "five passes", seconds):
-            out = ag.run(graph, "identity, cse, sparsify{method=teal threshold=0.01}, quantize{weights=int8}, dce", parity=False)
-        for row in out.report.passes:
+            out = ag.run(graph, "identity, cse, sparsify{method=teal threshold=0.01}, quantize{weights=int8}, dce")
+        for row in out.report.rows:
             emit(case, f"pass {row.name}", round(row.seconds, 4), "s")
         with timed(case, "save", seconds):
             out.graph.save(Path(folder) / "out.onnx")
@@ -207,7 +207,7 @@ def _large(case: str, save: bool) -> None:
             process.join()
         return
     with timed(case, "quantize", seconds):
-        out = ag.run(graph, "quantize{weights=int8}", parity=False)
+        out = ag.run(graph, "quantize{weights=int8}")
     _report_peak(case, size, out)
 
 
@@ -218,7 +218,7 @@ def _quantize_file(case: str, path: str, size: int) -> None:
     with timed(case, "load", seconds):
         graph = ag.load(path)
     with timed(case, "quantize", seconds):
-        out = ag.run(graph, "quantize{weights=int8}", parity=False)
+        out = ag.run(graph, "quantize{weights=int8}")
     with timed(case, "save", seconds):
         out.graph.save(Path(path).with_name("quantized.onnx"))
     _report_peak(case, size, out)

@@ -12,11 +12,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actgraph.errors import InputError
+
+if TYPE_CHECKING:
+    from actgraph.graph import Graph
 
 Array = np.ndarray[Any, Any]
 FORMAT = "actgraph.steering_vector/1"
@@ -63,6 +66,23 @@ class SteeringVector:
             temporary.unlink(missing_ok=True)
             raise InputError(f"cannot write {path}: {error.strerror}", "choose another folder") from error
         return path
+
+
+def model_fingerprint(graph: Graph) -> str:
+    """A fingerprint of the model that survives passes and both dialects: sha256 over its embedding table (or, without one,
+    its first float weight of rank 2), 16 hexadecimal digits; empty for a model that has neither.
+    """
+    import hashlib
+
+    for node in graph.nodes():
+        prim = node.prim
+        table = prim.operands[0] if prim is not None and prim.op == "gather" and prim.operands else None
+        if table is not None and not isinstance(table, (int, float)) and table.is_parameter and len(table.shape or ()) == 2:
+            return hashlib.sha256(np.ascontiguousarray(graph.read(table)).tobytes()).hexdigest()[:16]
+    for parameter in graph.parameters():
+        if parameter.dtype is not None and parameter.dtype.is_float and len(parameter.shape or ()) == 2:
+            return hashlib.sha256(np.ascontiguousarray(graph.read(parameter)).tobytes()).hexdigest()[:16]
+    return ""
 
 
 def load_vector(path: str | Path) -> SteeringVector:

@@ -15,8 +15,12 @@ from pydantic import Field, model_validator
 from actgraph.calibrate.statistics import Request
 from actgraph.errors import OptionError
 from actgraph.graph import Graph
+from actgraph.graph.graph import Array
 from actgraph.passes.places import SitePass
 from actgraph.pipeline.base import PassContext, PassResult
+
+
+Bound = float | Array | None
 
 
 class Clip(SitePass):
@@ -57,17 +61,20 @@ class Clip(SitePass):
         with context.edit(graph) as editor:
             for site in self.select(graph):
                 low, high = self._range(context, site.name)
-                dtype = site.type.dtype.numpy if site.type.dtype is not None else np.dtype(np.float32)
-                bounds = [None if bound is None else np.asarray(bound, dtype) for bound in (low, high)]
                 attributes: dict[str, object] = {"policy": self.policy}
+                operands: list[Array] = []
                 if self.per == "channel":
+                    dtype = site.type.dtype.numpy if site.type.dtype is not None else np.dtype(np.float32)
+                    operands = [np.asarray(low, dtype), np.asarray(high, dtype)]
                     attributes["axis"] = self.axis
-                editor.insert_at(site, "actgraph.clip", bounds, attributes)
+                else:
+                    attributes |= {name: float(bound) for name, bound in (("min", low), ("max", high)) if bound is not None}
+                editor.insert_at(site, "actgraph.clip", operands, attributes)
                 result.counts["clipped"] += 1
                 result.details.append({"site": site.name, "min": _shown(low), "max": _shown(high)})
         return result
 
-    def _range(self, context: PassContext, name: str) -> tuple[object, object]:
+    def _range(self, context: PassContext, name: str) -> tuple[Bound, Bound]:
         if self.percentile is None:
             return self.min, self.max
         assert context.statistics is not None
@@ -79,7 +86,7 @@ class Clip(SitePass):
         return Request(name, "quantiles", per=self.per, axis=self.axis)
 
 
-def _shown(bound: object) -> object:
+def _shown(bound: Bound) -> object:
     array = np.asarray(bound, np.float64) if bound is not None else None
     if array is None or array.ndim == 0:
         return None if array is None else float(array)

@@ -55,8 +55,9 @@ def neuron_region(graph: Graph, feed_forward: FeedForward, starts: list[Value], 
 
 def _pointwise(node: Node) -> bool:
     if node.op.startswith(f"{DOMAIN}."):
-        traits = get_op(node.op).traits
-        return Trait.ELEMENTWISE in traits or node.op == f"{DOMAIN}.fake_quant"
+        if node.op == f"{DOMAIN}.shift":
+            return node.attributes.get("norm", "none") == "none"
+        return Trait.ELEMENTWISE in get_op(node.op).traits or node.op == f"{DOMAIN}.fake_quant"
     prim = node.prim
     return prim is not None and prim.op in _POINTWISE
 

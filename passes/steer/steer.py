@@ -16,6 +16,7 @@ from actgraph.formats.vectors import SteeringVector, load_vector
 from actgraph.graph import Editor, Graph, Site, SiteKind, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.views import Linear
+from actgraph.ops import get_op
 from actgraph.passes.places import Selector, SitePass
 from actgraph.passes.steer.folding import bias_writer
 from actgraph.pipeline.base import Declined, PassContext, PassResult
@@ -92,8 +93,8 @@ class Steer(SitePass):
         if node is None or node.op != "actgraph.shift" or any(o is not None for o in node.operands[2:]):
             return False
         old = node.operands[1]
-        attributes = node.attributes
-        if old is None or not old.is_parameter or attributes["axis"] != self.axis or attributes["norm"] != "keep" or attributes["scale"] != 1.0:
+        plain = get_op(node.op).complete({"axis": self.axis})
+        if old is None or not old.is_parameter or get_op(node.op).complete(node.attributes) != plain:
             return False
         total = graph.read(old).astype(np.float64) + direction
         editor.set_parameter(old, total.astype(graph.read(old).dtype))

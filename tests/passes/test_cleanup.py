@@ -1,0 +1,101 @@
+"""Cleanup: the numbers stay, sites stay, what is redundant goes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import actgraph as ag
+from actgraph.graph import Graph
+from tests.passes.conftest import apply, relative, run
+
+
+class Wasteful(torch.nn.Module):
+    """Equal branches, a constant expression, no-ops and a dead branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(4.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        constant = torch.cos(self.table) * 2 + torch.sin(self.table)
+        a = torch.exp(x) * constant
+        b = torch.exp(x) * constant
+        _ = torch.tanh(x)
+        return self.linear((a + b).reshape(x.shape)) * 1
+
+
+def wasteful(dialect: str) -> Graph:
+    graph = ag.trace(Wasteful().eval(), (torch.randn(3, 4),), dynamic={"x": ("batch", None)})
+    if dialect == "fx":
+        return graph
+    from actgraph.formats.onnx_export import to_onnx
+
+    return to_onnx(graph)
+
+
+X = {"x": np.random.default_rng(0).normal(0, 1, (5, 4)).astype(np.float32)}
+
+
+def test_each_pass_keeps_the_numbers(dialect: str) -> None:
+    graph = wasteful(dialect)
+    for step in ("dce", "identity", "cse", "fold", "identity, cse, fold, dce"):
+        assert relative(run(graph, X), run(apply(graph, step), X)) < 1e-6, step
+
+
+def test_together_they_leave_what_is_needed() -> None:
+    cleaned = apply(wasteful("fx"), "identity, cse, fold, dce")
+    ops = sorted(node.op for node in cleaned.nodes())
+    assert ops == ["aten.add", "aten.exp", "aten.linear", "aten.mul"]
+
+
+@pytest.mark.parametrize("step", ["identity", "cse", "fold", "dce", "identity, cse, fold, dce"])
+def test_real_model(stories: Graph, step: str) -> None:
+    cleaned = apply(stories, step)
+    cleaned.verify()
+    assert relative(run(stories), run(cleaned)) < 1e-6
+    names = {name for name in stories.site_table.all_names() if name.startswith("blocks.")}
+    assert names <= set(cleaned.site_table.all_names()), "no role site is lost"
+    assert len(cleaned.nodes()) <= len(stories.nodes())
+
+
+def test_cleaned_twice_is_cleaned_once(stories: Graph) -> None:
+    once = apply(stories, "identity, cse, fold, dce")
+    twice = apply(once, "identity, cse, fold, dce")
+    assert len(once.nodes()) == len(twice.nodes())
+
+
+def test_sites_stay_apart() -> None:
+    """Two equal activations with sites of their own are not merged: editing one must not edit the other."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([torch.relu(self.linear(x)), torch.relu(self.linear(x)) * 2], -1)
+
+    torch.manual_seed(0)
+    graph = ag.trace(Twice().eval(), (torch.randn(2, 4),), dynamic={"x": ("batch", None)})
+    cleaned = apply(graph, "cse, dce")
+    edited = apply(cleaned, "clip{site=activation.0 min=0 max=0.01}")
+    assert np.array_equal(run(graph, X)[:, 4:], run(edited, X)[:, 4:])
+    assert not np.array_equal(run(graph, X)[:, :4], run(edited, X)[:, :4])
+
+
+def test_fold_keeps_packed_weights(stories: Graph) -> None:
+    quantized = apply(stories, "quantize{weights=int8}, fold")
+    assert any(node.op == "actgraph.dequantize" for node in quantized.nodes())
+
+
+def test_golden(dialect: str, golden) -> None:  # type: ignore[no-untyped-def]
+    graph = wasteful(dialect)
+    cleaned = apply(graph, "identity, cse, fold, dce")
+    golden(f"cleanup.{dialect}", cleaned.text())
+    assert relative(run(graph, X), run(cleaned, X)) < 1e-6
+
+

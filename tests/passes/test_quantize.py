@@ -1,0 +1,129 @@
+"""Quantization: codes, error bounds, sharing, embeddings, activations, and what stays in float."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import actgraph as ag
+from actgraph.errors import PassError
+from actgraph.graph import Graph
+from actgraph.graph.graph import parameter_bytes
+from actgraph.passes.quantize.weights import symmetric_int8
+from tests.passes.conftest import apply, hf_stories, relative, run, token_inputs
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_codes_are_symmetric_per_channel(axis: int) -> None:
+    weight = np.random.default_rng(0).normal(0, 1, (6, 9)).astype(np.float32)
+    weight[(slice(None),) * axis + (2,)] = 0
+    q, scale = symmetric_int8(weight, axis)
+    wide = np.moveaxis(weight, axis, 0)
+    codes = np.moveaxis(q, axis, 0)
+    for channel, (row, code) in enumerate(zip(wide, codes, strict=True)):
+        expected = max(abs(float(v)) for v in row) / 127 or 1.0
+        assert scale[channel] == pytest.approx(expected, rel=1e-6)
+        assert all(abs(float(v) - int(c) * scale[channel]) <= scale[channel] / 2 * (1 + 1e-5) for v, c in zip(row, code, strict=True))
+    assert codes.min() >= -127 and scale[2] == 1 and not codes[2].any()
+
+
+def test_large_weights_are_packed_block_by_block_alike() -> None:
+    weight = np.random.default_rng(0).normal(0, 1, (2100, 4096)).astype(np.float32)
+    q, scale = symmetric_int8(weight, 0)
+    assert np.array_equal(q, np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8))
+
+
+def test_weights_against_rounded_weights_in_torch(stories: Graph) -> None:
+    """Direct reference: the transformers model with each linear's weight rounded in place."""
+    import copy
+
+    model = copy.deepcopy(hf_stories())
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                scale = module.weight.abs().amax(1, keepdim=True) / 127
+                module.weight.copy_(torch.round(module.weight / scale).clamp(-127, 127) * scale)
+        reference = model(**{k: torch.from_numpy(v) for k, v in token_inputs().items()}, use_cache=False).logits.numpy()
+    quantized = apply(stories, "quantize{weights=int8}")
+    assert relative(reference, run(quantized)) < 1e-5
+    assert relative(run(stories), run(quantized)) > 1e-3
+
+
+def test_perplexity_moves_by_less_than_a_percent(stories: Graph) -> None:
+    from actgraph.calibrate import default_corpus
+    from actgraph.calibrate.perplexity import perplexity
+
+    before = perplexity(stories, default_corpus()).value
+    after = perplexity(apply(stories, "quantize{weights=int8}"), default_corpus()).value
+    assert before == pytest.approx(5.17, abs=0.005)
+    assert abs(after / before - 1) < 0.01
+
+
+def test_model_shrinks_and_floats_go(stories: Graph) -> None:
+    quantized = apply(stories, "quantize{weights=int8 embeddings=true}")
+    sizes = [sum(parameter_bytes(p) for p in g.parameters()) for g in (stories, quantized)]
+    assert sizes[1] < 0.35 * sizes[0]
+    assert not any(p.dtype == "f32" and len(p.shape or ()) == 2 and p.shape[0] * p.shape[1] > 1024 for p in quantized.parameters())
+
+
+def test_tied_embedding_keeps_its_float_form_unless_asked(stories: Graph) -> None:
+    out = ag.run(stories, "quantize{weights=int8}")
+    assert "both forms are stored" in str(out.report)
+    table = next(p for p in out.graph.parameters() if "embed_tokens" in p.name and p.dtype == "f32")
+    assert table.shape == (512, 64)
+    packed = apply(stories, "quantize{weights=int8 embeddings=true}")
+    assert relative(run(out.graph), run(packed)) < 0.2  # rows are rounded as well
+    assert not np.array_equal(run(out.graph), run(packed))
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_activations(stories: Graph, activations: str) -> None:
+    quantized = apply(stories, f"quantize{{weights=none activations={activations}}}")
+    quantizers = [node for node in quantized.nodes() if node.op == "actgraph.fake_quant"]
+    # q, k and v read one value and share one quantizer; so do gate and up: o, down and the head have their own.
+    assert len(quantizers) == 5 * 4 + 1
+    error = relative(run(stories), run(quantized))
+    assert 1e-4 < error < 0.3
+
+
+def test_dynamic_activations_against_torch(tiny: Graph) -> None:
+    """Per-token absmax / 127, rounded half to even, on the input of one linear."""
+    tapped = apply(tiny, "tap{site=blocks.0.mlp.norm}, quantize{weights=none activations=dynamic site='linear.0'}, tap{site='linear.0:in' prefix=q.}")
+    out = tapped.run({"ids": np.array([[1, 2, 3]], np.int64)})
+    x = torch.from_numpy(out["blocks.0.mlp.norm"])
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    assert np.allclose(out["q.linear.0:in"], (torch.round(x / scale).clamp(-127, 127) * scale).numpy(), atol=1e-6)
+
+
+def test_convolutions_too() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+    graph = ag.trace(model, (torch.randn(2, 3, 9, 9),), dynamic={"input": ("batch", None, None, None)})
+    quantized = apply(graph, "quantize{weights=int8}")
+    x = {"input": np.random.default_rng(0).normal(0, 1, (2, 3, 9, 9)).astype(np.float32)}
+    assert 1e-5 < relative(run(graph, x), run(quantized, x)) < 2e-2
+    assert sum(node.op == "actgraph.dequantize" for node in quantized.nodes()) == 2
+
+
+def test_again_is_an_error(stories: Graph) -> None:
+    with pytest.raises(PassError):
+        apply(stories, "quantize{weights=int8}, quantize{weights=int8}")
+
+
+def test_ignore(stories: Graph) -> None:
+    quantized = apply(stories, "quantize{weights=int8 ignore=[logits, 'blocks.*.attn.*']}")
+    assert sum(node.op == "actgraph.dequantize" for node in quantized.nodes()) == 5 * 3, "gate, up and down of five blocks"
+
+
+@pytest.mark.parametrize("options", ["weights=int8", "weights=int8 embeddings=true", "weights=none activations=dynamic"])
+def test_golden(tiny: Graph, dialect: str, options: str, golden) -> None:  # type: ignore[no-untyped-def]
+    quantized = apply(tiny, f"quantize{{{options}}}")
+    golden(f"quantize_{'_'.join(o.split('=')[1] for o in options.split())}.{dialect}", quantized.text())
+    assert 1e-5 < relative(run(tiny), run(quantized)) < 0.1
+
+
+def test_dialects_agree(both_stories: dict[str, Graph]) -> None:
+    fx, onnx = (run(apply(graph, "quantize{weights=int8 embeddings=true}")) for graph in both_stories.values())
+    assert relative(fx, onnx) < 1e-5
