@@ -1,0 +1,51 @@
+"""Shared fixtures. Goldens live in tests/golden and are rewritten with ``pytest --update-golden``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+for _variable in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+    os.environ.setdefault(_variable, "1" if _variable == "OMP_NUM_THREADS" else "false")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files with what the tests see now")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Small models on shared cores: one thread is fastest and makes sums reproducible."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``golden(name, text)``: ``text`` equals the file ``tests/golden/<name>.txt`` (or becomes it, with --update-golden)."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        text = text if text.endswith("\n") else text + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        assert path.is_file(), f"no golden {path.name}: run pytest --update-golden and read the diff"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def stories() -> Callable[[], object]:
+    """``stories()`` gives a fresh clone of the packaged model's graph."""
+    from tests import zoo
+
+    return lambda: zoo.captured("stories260k")
