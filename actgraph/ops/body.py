@@ -236,6 +236,11 @@ class BodyBuilder:
     def slice(self, x: BodyValue, start: BodyValue, end: BodyValue, axis: int) -> BodyValue:
         return self.op("Slice", x, start, end, self.ints([axis]), rank=x.rank)
 
+    def fill(self, shape: BodyValue, value: Number, dtype: DType, rank: int | None) -> BodyValue:
+        """A tensor of ``shape`` full of ``value``."""
+        content = ir.Tensor(np.asarray([value], dtype.numpy), dtype=ir.DataType(dtype.onnx))
+        return self.op("ConstantOfShape", shape, dtype=dtype, rank=rank, attributes={"value": content})
+
     def rank_of(self, x: BodyValue) -> int:
         """The rank of ``x``. Raises UnsupportedError where it is not known."""
         if x.rank is None:
@@ -302,10 +307,13 @@ def _operand(builder: BodyBuilder, name: str, value: ir.Value, kind: TensorType)
     return BodyValue(builder, value, kind.dtype, kind.rank, kind.shape)
 
 
-def overload_name(op: OpDef, attributes: Attributes, operand_types: Sequence[TensorType | None], notes: Sequence[str] = ()) -> str:
+def overload_name(
+    op: OpDef, attributes: Attributes, operand_types: Sequence[TensorType | None], notes: Sequence[str] = ()
+) -> str:
     """The name of a specialisation: dtype and rank of each operand, then the structural attributes that are not default."""
     parts = [
-        "none" if t is None else f"{t.dtype.value if t.dtype else 'any'}r{'x' if t.rank is None else t.rank}" for t in operand_types
+        "none" if t is None else f"{t.dtype.value if t.dtype else 'any'}r{'x' if t.rank is None else t.rank}"
+        for t in operand_types
     ]
     for attribute in op.attributes:
         value = attributes[attribute.name]
@@ -329,7 +337,9 @@ def _operand_names(op: OpDef, count: int) -> list[str]:
     return names
 
 
-def body_function(op: OpDef, attributes: Mapping[str, Any], operand_types: Sequence[TensorType | None], opset: int) -> ir.Function:
+def body_function(
+    op: OpDef, attributes: Mapping[str, Any], operand_types: Sequence[TensorType | None], opset: int
+) -> ir.Function:
     """The ONNX function of one specialisation of ``op``.
 
     Its inputs are all operands of the op (absent ones stay unused: a call passes ``""``), its attributes are all

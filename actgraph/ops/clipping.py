@@ -107,7 +107,7 @@ register(
             Attribute("max", "float", "upper bound", default=math.inf, structural=False),
             Attribute("policy", "str", "what becomes of values outside", default="saturate", choices=("saturate", "zero")),
             Attribute("nan", "str", "what becomes of NaN", default="pass", choices=("pass", "zero")),
-            Attribute("axis", "int", "channel axis of x: -1 for [batch, seq, channels], 1 for NCHW", default=-1),
+            layout.AXIS,
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
         min_opset=13,

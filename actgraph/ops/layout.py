@@ -16,12 +16,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from actgraph.errors import VerifyError
+from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
+from actgraph.ops.registry import Attribute, Operand
 from actgraph.ops.shapes import Dim, Shape, TensorType
 
 if TYPE_CHECKING:
     import torch
 
     from actgraph.ops.body import BodyBuilder, BodyValue
+
+
+AXIS = Attribute("axis", "int", "channel axis of x: -1 for [batch, seq, channels], 1 for NCHW", default=-1)
+MASK = Operand(
+    "mask",
+    "one value per token (shape of x without its channel axis, or broadcastable to it); false or 0 leaves the token "
+    "bit for bit as it is",
+    dtypes=COMPUTE_FLOATS | {DType.BOOL},
+    optional=True,
+)
 
 
 def from_end(axis: int, rank: int) -> int:
@@ -85,8 +97,6 @@ def body_tokens(b: BodyBuilder, operand: BodyValue, axis: int) -> BodyValue:
 
 def body_blend(b: BodyBuilder, x: BodyValue, edited: BodyValue, mask: BodyValue | None, axis: int) -> BodyValue:
     """As ``torch_blend``."""
-    from actgraph.ops.dtypes import DType
-
     if mask is None:
         return edited
     is_bool = mask.dtype is DType.BOOL
@@ -95,6 +105,16 @@ def body_blend(b: BodyBuilder, x: BodyValue, edited: BodyValue, mask: BodyValue 
         return b.where(mask, edited, x)
     mask = b.cast(mask, x.dtype)
     return b.where(mask.equal(1), edited, b.where(mask.equal(0), x, x + mask * (edited - x)))
+
+
+def body_groups(b: BodyBuilder, h: BodyValue, place: int, group: int) -> BodyValue:
+    """``h`` with axis ``place`` split into groups of ``group``."""
+    shape = b.shape(h)
+    sizes = [b.slice(shape, b.ints([0]), b.ints([place]), 0)] if place else []
+    sizes += [b.op("Div", b.size(h, place), b.ints([group])), b.ints([group])]
+    if place + 1 < b.rank_of(h):
+        sizes.append(b.slice(shape, b.ints([place + 1]), b.ints([b.rank_of(h)]), 0))
+    return b.reshape(h, b.concat(sizes), b.rank_of(h) + 1, allowzero=True)
 
 
 # --- symbolic shapes --------------------------------------------------------------------------------------------------------

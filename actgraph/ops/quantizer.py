@@ -62,7 +62,7 @@ def code_range(dtype: DType) -> CodeRange:
 
 def _finite(*arrays: Array) -> None:
     if not all(np.isfinite(a).all() for a in arrays):
-        raise InputError("the range to quantize is not finite", "look for NaN or infinity in the weights or the calibration data")
+        raise InputError("the range to quantize is not finite", "look for NaN or infinity in weights and calibration data")
 
 
 def _usable(scale: Array) -> Array:

@@ -86,7 +86,7 @@ class Sample:
     shapes: tuple[tuple[int, ...] | None, ...]
     attributes: Attributes = field(default_factory=dict)
     dtypes: tuple[DType, ...] = ()  # empty: every dtype that the first operand admits
-    draw: Callable[..., tuple[Any, ...]] | None = None  # (rng, shapes, dtype) -> numpy operands, where random normal does not do
+    draw: Callable[..., tuple[Any, ...]] | None = None  # (rng, shapes, dtype) -> operands, where random normal does not do
     note: str = ""
 
 
@@ -97,6 +97,7 @@ class OpDef:
     infer: ``(operand types, attributes) -> output types``, over symbolic shapes; absent operands are ``None``.
     reference: ``(*tensors, **attributes) -> tensor or tuple``, in plain torch ops (differentiable where trained through).
     body: ``(builder, operands, attributes) -> output values``, in standard ONNX ops of ``builder.opset``.
+    eager: plain torch code that is faster than the reference on real tensors because it may look at values.
     surrogate: what backward passes differentiate where the reference has no useful gradient (straight-through estimators).
     """
 
@@ -113,6 +114,7 @@ class OpDef:
     min_opset: int = 18
     version: int = 1
     differentiable: bool = True  # False: no gradient flows (integer results)
+    eager: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None
     surrogate: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None  # differentiated instead of the reference
 
     @property
@@ -196,7 +198,9 @@ def register_kernel(kernel: Kernel) -> Kernel:
 def kernels(op: str = "", engine: str = "", device: str = "") -> list[Kernel]:
     """The registered kernels of an op, engine and device (empty: of any), in the order in which they are asked."""
     return [
-        k for k in _KERNELS if (not op or k.op == op) and (not engine or k.engine == engine) and (not device or k.device == device)
+        k
+        for k in _KERNELS
+        if (not op or k.op == op) and (not engine or k.engine == engine) and (not device or k.device == device)
     ]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from actgraph.errors import VerifyError
 from actgraph.ops import layout
+from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register, single
 from actgraph.ops.shapes import TensorType
 
@@ -14,7 +17,6 @@ if TYPE_CHECKING:
 
     from actgraph.ops.body import BodyBuilder, BodyValue
 
-_AXIS = Attribute("axis", "int", "channel axis of x: -1 for [batch, seq, channels], 1 for NCHW", default=-1)
 
 
 # --- gate -------------------------------------------------------------------------------------------------------------------
@@ -83,9 +85,174 @@ register(
         attributes=(
             Attribute("threshold", "float", "t, for the whole tensor", default=0.0, structural=False),
             Attribute("keep", "str", "which values stay", default="abs>", choices=("abs>", "x>=")),
-            _AXIS,
+            layout.AXIS,
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
+        min_opset=13,
+    )
+)
+
+
+# --- topk_gate --------------------------------------------------------------------------------------------------------------
+
+_TOPK_DOC = """
+Keep the ``k`` largest magnitudes along ``axis``, drop the rest: ``y = x`` where the rank of ``|x|`` is at most ``k``, else
++0.0. With ``group_size`` the axis (which it must divide) is cut into groups and each keeps its own ``k``: 2:4 sparsity is
+``k = 2, group_size = 4``. Ties go to the lowest index; NaN ranks with infinity. ``k`` of the size or more is the identity.
+Kept values pass bit for bit. The gradient is 1 where kept.
+
+Sources: top-k baselines of *TEAL*, 2024; *ELAS*, 2026 (2:4 activations).
+"""
+
+
+def _topk_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    (x,) = types
+    assert x is not None
+    k, group = attributes["k"], attributes["group_size"]
+    if k < 1 or group < 0:
+        raise VerifyError(f"actgraph.topk_gate: k = {k} and group_size = {group} must be positive")
+    if x.shape is not None:
+        size = x.shape[layout.from_end(attributes["axis"], len(x.shape))]
+        if group and isinstance(size, int) and size % group:
+            raise VerifyError(f"actgraph.topk_gate: groups of {group} do not divide axis {attributes['axis']} of {x}")
+    return [x]
+
+
+def _topk(x: torch.Tensor, *, k: int, group_size: int = 0, axis: int = -1) -> torch.Tensor:
+    import torch
+
+    axis = layout.from_end(axis, x.dim())
+    h = x.movedim(axis, -1)
+    if group_size:
+        h = h.reshape((*h.shape[:-1], h.shape[-1] // group_size, group_size))
+    size = torch.where(h.isnan(), torch.full((), torch.inf, dtype=h.dtype, device=h.device), h.abs()).detach()
+    order = torch.sort(size, dim=-1, descending=True, stable=True).indices
+    keep = torch.zeros_like(h, dtype=torch.bool).scatter(-1, order.narrow(-1, 0, min(k, h.shape[-1])), True)
+    y = torch.where(keep, h, torch.zeros((), dtype=h.dtype, device=h.device))
+    return (y.flatten(-2) if group_size else y).movedim(-1, axis).contiguous()
+
+
+def _topk_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    (x,) = operands
+    assert x is not None
+    group, rank = attributes["group_size"], b.rank_of(x)
+    place = rank + layout.body_axis(b, attributes["axis"], x)
+    h = b.up(x)
+    if group:
+        h = layout.body_groups(b, h, place, group)
+        place += 1
+    size = b.where(b.op("IsNaN", h), math.inf, b.op("Abs", h))
+    k = b.op("Min", b.size(h, place), b.ints([attributes["k"]]))
+    _, kept = b.multi("TopK", size, k, dtypes=[None, DType.I64], ranks=[None, None], attributes={"axis": place})
+    values = b.op("GatherElements", h, kept, attributes={"axis": place})
+    zero = b.fill(b.shape(h), 0.0, h.dtype, h.rank)
+    y = b.op("ScatterElements", zero, kept, values, attributes={"axis": place})
+    if group:
+        y = b.reshape(y, b.shape(x), rank, allowzero=True)
+    return [b.cast(y, x.dtype)]
+
+
+register(
+    OpDef(
+        name="topk_gate",
+        doc=_TOPK_DOC,
+        inputs=(Operand("x", "the activation"),),
+        outputs=("y",),
+        infer=_topk_infer,
+        reference=_topk,
+        body=_topk_body,
+        attributes=(
+            Attribute("k", "int", "how many values stay, per row or group"),
+            Attribute("group_size", "int", "length of a group along axis; 0: the whole axis", default=0),
+            layout.AXIS,
+        ),
+        traits=frozenset({Trait.PER_TOKEN}),
+        min_opset=14,
+    )
+)
+
+
+# --- index_gate -------------------------------------------------------------------------------------------------------------
+
+_INDEX_DOC = """
+Keep the channels listed in ``indices``, drop the others: ``y[.., j] = x[.., j]`` if ``j`` is listed, else +0.0.
+
+``indices`` is [K] for all tokens, or has leading axes that broadcast to the token axes of ``x`` ([batch, 1, K] for one set
+per sequence). A negative index is padding and lists nothing; an index beyond the channels is an error of the engine.
+Order and repetition do not matter. Kept values pass bit for bit. The gradient is 1 where kept.
+
+Source: *CoreInfer*, 2024 (core neurons, fixed per sequence).
+"""
+
+
+def _index_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    x, indices = types
+    assert x is not None and indices is not None
+    if indices.shape is not None:
+        if not indices.shape:
+            raise VerifyError("actgraph.index_gate: indices must have at least one axis")
+        listed = TensorType(indices.dtype, indices.shape[:-1])
+        layout.check_tokens("index_gate", "the leading axes of indices", x, listed, attributes["axis"])
+    return [x]
+
+
+def _index(x: torch.Tensor, indices: torch.Tensor, *, axis: int = -1) -> torch.Tensor:
+    import torch
+
+    axis = layout.from_end(axis, x.dim())
+    channels = x.shape[axis]
+    listed = indices.to(torch.int64)
+    listed = torch.where(listed < 0, torch.full((), channels, dtype=torch.int64, device=x.device), listed)
+    keep = torch.zeros((*indices.shape[:-1], channels + 1), dtype=torch.bool, device=x.device).scatter(-1, listed, True)
+    keep = keep.narrow(-1, 0, channels)
+    if keep.dim() == 1:
+        keep = layout.torch_channels(keep, axis)
+    elif keep.dim() >= -axis:
+        keep = keep.movedim(-1, axis)
+    else:
+        keep = keep.reshape((1,) * (-axis - keep.dim()) + keep.shape).movedim(-1, axis)
+    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _index_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    x, indices = operands
+    assert x is not None and indices is not None
+    axis = layout.body_axis(b, attributes["axis"], x)
+    h = b.up(x)
+    channels = b.size(x, b.rank_of(x) + axis)
+    rank = b.rank_of(indices)
+    listed = b.cast(indices, DType.I64)
+    listed = b.where(listed < 0, channels, listed)
+    leading = b.slice(b.shape(indices), b.ints([0]), b.ints([rank - 1]), 0)
+    empty = b.fill(b.concat([leading, channels + b.ints([1])]), 0, DType.I32, rank)
+    ones = b.fill(b.shape(indices), 1, DType.I32, rank)
+    marked = b.op("ScatterElements", empty, listed, ones, attributes={"axis": rank - 1})
+    keep = b.cast(b.slice(marked, b.ints([0]), channels, rank - 1), DType.BOOL)
+    if rank == 1:
+        keep = layout.body_channels(b, keep, axis)
+    else:
+        if rank < -axis:
+            keep, rank = b.unsqueeze(keep, range(-axis - rank)), -axis
+        perm = list(range(rank - 1))
+        perm.insert(rank + axis, rank - 1)
+        keep = b.transpose(keep, perm)
+    return [b.cast(b.where(keep, h, 0.0), x.dtype)]
+
+
+register(
+    OpDef(
+        name="index_gate",
+        doc=_INDEX_DOC,
+        inputs=(
+            Operand("x", "the activation"),
+            Operand("indices", "channels that stay, [.., K]", dtypes=frozenset({DType.I64, DType.I32})),
+        ),
+        outputs=("y",),
+        infer=_index_infer,
+        reference=_index,
+        body=_index_body,
+        attributes=(layout.AXIS,),
+        traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
     )
 )

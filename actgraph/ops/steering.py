@@ -1,7 +1,7 @@
-"""Ops of activation steering: shift along a vector, low-rank maps, rotation to an angle, channel scaling.
+"""Ops of activation steering: shift along a vector, scale channels. Edits inside a subspace are in ``subspace``.
 
-The set that the steering literature reduces to. Everything in it has an exact neutral setting, so that a steered model
-with the strength at 0, or a token outside the mask, is the unsteered one bit for bit.
+The set that the steering literature reduces to. Each op has an exact neutral setting, so that a model with the strength
+at 0, or a token outside the mask, is the unsteered one bit for bit.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from actgraph.errors import VerifyError
 from actgraph.ops import layout
-from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
-from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register, single
 from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
@@ -20,14 +18,6 @@ if TYPE_CHECKING:
 
     from actgraph.ops.body import BodyBuilder, BodyValue
 
-_AXIS = Attribute("axis", "int", "channel axis of x: -1 for [batch, seq, channels], 1 for NCHW", default=-1)
-_MASK = Operand(
-    "mask",
-    "one value per token (shape of x without its channel axis, or broadcastable to it); false or 0 leaves the token "
-    "bit for bit as it is",
-    dtypes=COMPUTE_FLOATS | {DType.BOOL},
-    optional=True,
-)
 _TINY = 1e-8  # below this a norm counts as zero
 
 
@@ -82,17 +72,19 @@ def _shift(
         if factor is not None:
             c = c * layout.torch_tokens(factor.to(h.dtype), axis)
     neutral = torch.full((), -0.0, dtype=h.dtype, device=x.device)
-    if norm == "relative":
-        size = torch.sqrt(torch.sum(v * v, axes, keepdim=True)).clamp_min(_TINY)
-        delta = c * (torch.sqrt(torch.sum(h * h, axes, keepdim=True)) / size) * v
-    else:
-        delta = c * v
+    size = _torch_norm(h, axes) / _torch_norm(v, axes).clamp_min(_TINY) if norm == "relative" else 1.0
+    delta = c * size * v
     y = h + torch.where(c != 0, delta, neutral)
     if norm == "restore":
-        before = torch.sqrt(torch.sum(h * h, axes, keepdim=True))
-        after = torch.sqrt(torch.sum(y * y, axes, keepdim=True)).clamp_min(_TINY)
-        y = torch.where(c != 0, y * (before / after), h)
+        y = torch.where(c != 0, y * (_torch_norm(h, axes) / _torch_norm(y, axes).clamp_min(_TINY)), h)
     return y.to(x.dtype)
+
+
+def _torch_norm(h: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    result: torch.Tensor = torch.linalg.vector_norm(h, dim=axes, keepdim=True)  # its gradient at zero is zero, not NaN
+    return result
 
 
 def _norm(b: BodyBuilder, h: BodyValue, axes: Sequence[int]) -> BodyValue:
@@ -135,7 +127,7 @@ register(
             Operand("x", "the activation"),
             Operand("vector", "what is added: [channels], or any shape that broadcasts to x"),
             Operand("strength", "a run-time factor per token or of shape [1]", optional=True),
-            _MASK,
+            layout.MASK,
         ),
         outputs=("y",),
         infer=_shift_infer,
@@ -145,7 +137,7 @@ register(
             Attribute("scale", "float", "factor of the vector", default=1.0, structural=False),
             Attribute("norm", "str", "what happens to the norm of x", default="none", choices=("none", "restore", "relative")),
             Attribute("norm_axes", "ints", "axes of the norms, counted from the end; empty: the channel axis", default=()),
-            _AXIS,
+            layout.AXIS,
         ),
         traits=frozenset({Trait.PER_TOKEN, Trait.FOLDS_AS_BIAS}),
         min_opset=13,
@@ -153,93 +145,57 @@ register(
 )
 
 
-# --- lowrank_map ------------------------------------------------------------------------------------------------------------
+# --- channel_scale ----------------------------------------------------------------------------------------------------------
 
-_LOWRANK_DOC = """
-Edit the part of ``x`` that lies in a small subspace: ``y = x + ((x basis) matrix) basis^T``, per token.
+_SCALE_DOC = """
+Scale channels: ``y = x * gamma``, ``gamma`` being one number per channel, one number, or anything that broadcasts to ``x``.
 
-With an orthonormal ``basis`` [channels, r]: ``matrix = -I`` projects the directions out (ablation), ``s * I`` scales
-their part by 1 + s, ``-2 I`` reflects, and ``(R - I)^T`` with a 2 x 2 rotation ``R`` turns the plane (row vectors). Costs
-2 r multiplications per channel; never build the channels x channels matrix.
+A mask blends: 0 or false gives ``x`` bit for bit, 1 or true the scaled value, a fraction interpolates. ``gamma = 1`` is the
+identity bit for bit; infinity times 0 is NaN, as in IEEE arithmetic. float16 and bfloat16 are computed in float32 and
+rounded once.
 
-A mask blends: 0 or false gives ``x`` bit for bit, 1 or true the edit, a fraction interpolates. NaN and infinity spread
-over the channels of their token. float16 and bfloat16 are computed in float32 and rounded once.
-
-Sources: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction*, 2024 (ablation); *Selective
-Steering*, 2026 (rotation).
+Sources: *AUSteer*, 2026 (``gamma = 1 + alpha * beta``); *TauGate*, 2026 (gains); Liu et al., *IA3*, 2022.
 """
 
 
-def _lowrank_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
-    x, basis, matrix, mask = types
-    assert x is not None and basis is not None and matrix is not None
-    _check_basis("lowrank_map", x, basis, attributes["axis"])
-    if matrix.shape is not None and basis.shape is not None:
-        rank = basis.shape[1]
-        if len(matrix.shape) != 2 or any(isinstance(d, int) and isinstance(rank, int) and d != rank for d in matrix.shape):
-            raise VerifyError(f"actgraph.lowrank_map: matrix {matrix} does not fit basis {basis}")
-    layout.check_tokens("lowrank_map", "mask", x, mask, attributes["axis"])
+def _scale_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    x, gamma, mask = types
+    assert x is not None
+    layout.check_channels("channel_scale", "gamma", x, gamma, attributes["axis"])
+    layout.check_tokens("channel_scale", "mask", x, mask, attributes["axis"])
     return [x]
 
 
-def _check_basis(op: str, x: TensorType, basis: TensorType, axis: int) -> None:
-    if basis.shape is None or x.shape is None:
-        return
-    channels = x.shape[layout.from_end(axis, len(x.shape))]
-    if len(basis.shape) != 2 or (isinstance(channels, int) and isinstance(basis.shape[0], int) and channels != basis.shape[0]):
-        raise VerifyError(f"actgraph.{op}: basis {basis} must be [channels, r] with the {channels} channels of x")
-
-
-def _lowrank(
-    x: torch.Tensor, basis: torch.Tensor, matrix: torch.Tensor, mask: torch.Tensor | None = None, *, axis: int = -1
-) -> torch.Tensor:
+def _scale(x: torch.Tensor, gamma: torch.Tensor, mask: torch.Tensor | None = None, *, axis: int = -1) -> torch.Tensor:
     axis = layout.from_end(axis, x.dim())
     h = layout.torch_compute(x)
-    base = basis.to(h.dtype)
-    part = (h.movedim(axis, -1) @ base) @ matrix.to(h.dtype)
-    edited = h + (part @ base.transpose(0, 1)).movedim(-1, axis)
-    return layout.torch_blend(h, edited, mask, axis).to(x.dtype)
+    return layout.torch_blend(h, h * layout.torch_channels(gamma.to(h.dtype), axis), mask, axis).to(x.dtype)
 
 
-def _to_last(b: BodyBuilder, h: BodyValue, axis: int) -> tuple[BodyValue, list[int]]:
-    """``h`` with the channel axis last, and the permutation that undoes it."""
-    if axis == -1:
-        return h, []
-    rank = b.rank_of(h)
-    perm = [i for i in range(rank) if i != rank + axis] + [rank + axis]
-    inverse = [perm.index(i) for i in range(rank)]
-    return b.transpose(h, perm), inverse
-
-
-def _lowrank_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
-    x, basis, matrix, mask = operands
-    assert x is not None and basis is not None and matrix is not None
+def _scale_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    x, gamma, mask = operands
+    assert x is not None and gamma is not None
     axis = layout.body_axis(b, attributes["axis"], x)
     h = b.up(x)
-    base = b.cast(basis, h.dtype)
-    rows, back = _to_last(b, h, axis)
-    part = b.op("MatMul", b.op("MatMul", rows, base), b.cast(matrix, h.dtype))
-    delta = b.op("MatMul", part, b.transpose(base, [1, 0]))
-    edited = h + (b.transpose(delta, back) if back else delta)
-    return [b.cast(layout.body_blend(b, h, edited, mask, axis), x.dtype)]
+    scaled = h * layout.body_channels(b, b.cast(gamma, h.dtype), axis)
+    return [b.cast(layout.body_blend(b, h, scaled, mask, axis), x.dtype)]
 
 
 register(
     OpDef(
-        name="lowrank_map",
-        doc=_LOWRANK_DOC,
+        name="channel_scale",
+        doc=_SCALE_DOC,
         inputs=(
             Operand("x", "the activation"),
-            Operand("basis", "[channels, r], orthonormal columns for the readings above"),
-            Operand("matrix", "[r, r], what is done inside the subspace"),
-            _MASK,
+            Operand("gamma", "factors: [channels], [], or any shape that broadcasts to x"),
+            layout.MASK,
         ),
         outputs=("y",),
-        infer=_lowrank_infer,
-        reference=_lowrank,
-        body=_lowrank_body,
-        attributes=(_AXIS,),
-        traits=frozenset({Trait.PER_TOKEN, Trait.FOLDS_AS_LINEAR_MAP}),
+        infer=_scale_infer,
+        reference=_scale,
+        body=_scale_body,
+        attributes=(layout.AXIS,),
+        traits=frozenset({Trait.ELEMENTWISE, Trait.FOLDS_AS_LINEAR_MAP}),
         min_opset=13,
     )
 )

@@ -59,7 +59,7 @@ def register_all() -> None:
     """Define every op of the registry in torch. Calling it again defines only what is new."""
     global _LIBRARY
     if _LIBRARY is None:
-        _LIBRARY = torch.library.Library(DOMAIN, "DEF")  # noqa: TOR901 (kept for the life of the process)
+        _LIBRARY = torch.library.Library(DOMAIN, "DEF")  # type: ignore[no-untyped-call]  # kept for the life of the process
     for op in all_ops():
         if not hasattr(getattr(torch.ops, DOMAIN), op.name):
             _define(_LIBRARY, op)
@@ -103,13 +103,19 @@ def _dim(size: int | torch.SymInt) -> Dim:
 def _define(library: torch.library.Library, op: OpDef) -> None:
     torch.library.define(f"{DOMAIN}::{op.name}", torch_schema(op), lib=library, tags=(torch.Tag.pt2_compliant_tag,))
 
+    compute = op.eager or op.reference
+
     @functools.wraps(op.reference)
     def implementation(*operands: Any, **attributes: Any) -> Any:
         _check(op, operands, attributes)
+        return _fresh(compute(*operands, **attributes), operands)
+
+    def fake(*operands: Any, **attributes: Any) -> Any:
+        _check(op, operands, attributes)
         return _fresh(op.reference(*operands, **attributes), operands)
 
-    library.impl(op.name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{DOMAIN}::{op.name}", implementation, lib=library)
+    library.impl(op.name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{DOMAIN}::{op.name}", fake, lib=library)
     if op.differentiable:
         backward, setup = _autograd(op)
         torch.library.register_autograd(f"{DOMAIN}::{op.name}", backward, setup_context=setup, lib=library)
@@ -159,7 +165,7 @@ def _autograd(op: OpDef) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
         results: list[torch.Tensor | None] = [None] * len(flat)
         if wanted:
-            _, pull = torch.func.vjp(run, *(flat[i] for i in wanted))
+            pull = torch.func.vjp(run, *(flat[i] for i in wanted))[1]
             pulled = pull(gradients if len(gradients) > 1 else gradients[0])
             for index, gradient in zip(wanted, pulled, strict=True):
                 results[index] = gradient

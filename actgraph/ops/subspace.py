@@ -1,0 +1,209 @@
+"""Ops that edit the part of an activation that lies in a small subspace: low-rank maps and rotation to an angle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from actgraph.errors import VerifyError
+from actgraph.ops import layout
+from actgraph.ops.dtypes import DType
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register, single
+from actgraph.ops.shapes import TensorType
+
+if TYPE_CHECKING:
+    import torch
+
+    from actgraph.ops.body import BodyBuilder, BodyValue
+
+
+# --- lowrank_map ------------------------------------------------------------------------------------------------------------
+
+_LOWRANK_DOC = """
+Edit the part of ``x`` that lies in a small subspace: ``y = x + ((x basis) matrix) basis^T``, per token.
+
+With an orthonormal ``basis`` [channels, r]: ``matrix = -I`` projects the directions out (ablation), ``s * I`` scales
+their part by 1 + s, ``-2 I`` reflects, and ``(R - I)^T`` with a 2 x 2 rotation ``R`` turns the plane (row vectors). Costs
+2 r multiplications per channel; never build the channels x channels matrix.
+
+A mask blends: 0 or false gives ``x`` bit for bit, 1 or true the edit, a fraction interpolates. NaN and infinity spread
+over the channels of their token. float16 and bfloat16 are computed in float32 and rounded once.
+
+Sources: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction*, 2024 (ablation); *Selective
+Steering*, 2026 (rotation).
+"""
+
+
+def _lowrank_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    x, basis, matrix, mask = types
+    assert x is not None and basis is not None and matrix is not None
+    _check_basis("lowrank_map", x, basis, attributes["axis"])
+    if matrix.shape is not None and basis.shape is not None:
+        rank = basis.shape[1]
+        if len(matrix.shape) != 2 or any(isinstance(d, int) and isinstance(rank, int) and d != rank for d in matrix.shape):
+            raise VerifyError(f"actgraph.lowrank_map: matrix {matrix} does not fit basis {basis}")
+    layout.check_tokens("lowrank_map", "mask", x, mask, attributes["axis"])
+    return [x]
+
+
+def _check_basis(op: str, x: TensorType, basis: TensorType, axis: int) -> None:
+    if basis.shape is None or x.shape is None:
+        return
+    channels = x.shape[layout.from_end(axis, len(x.shape))]
+    if len(basis.shape) != 2 or (isinstance(channels, int) and isinstance(basis.shape[0], int) and channels != basis.shape[0]):
+        raise VerifyError(f"actgraph.{op}: basis {basis} must be [channels, r] with the {channels} channels of x")
+
+
+def _lowrank(
+    x: torch.Tensor, basis: torch.Tensor, matrix: torch.Tensor, mask: torch.Tensor | None = None, *, axis: int = -1
+) -> torch.Tensor:
+    axis = layout.from_end(axis, x.dim())
+    h = layout.torch_compute(x)
+    base = basis.to(h.dtype)
+    part = (h.movedim(axis, -1) @ base) @ matrix.to(h.dtype)
+    edited = h + (part @ base.transpose(0, 1)).movedim(-1, axis)
+    return layout.torch_blend(h, edited, mask, axis).to(x.dtype)
+
+
+def _to_last(b: BodyBuilder, h: BodyValue, axis: int) -> tuple[BodyValue, list[int]]:
+    """``h`` with the channel axis last, and the permutation that undoes it."""
+    if axis == -1:
+        return h, []
+    rank = b.rank_of(h)
+    perm = [i for i in range(rank) if i != rank + axis] + [rank + axis]
+    inverse = [perm.index(i) for i in range(rank)]
+    return b.transpose(h, perm), inverse
+
+
+def _lowrank_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    x, basis, matrix, mask = operands
+    assert x is not None and basis is not None and matrix is not None
+    axis = layout.body_axis(b, attributes["axis"], x)
+    h = b.up(x)
+    base = b.cast(basis, h.dtype)
+    rows, back = _to_last(b, h, axis)
+    part = b.op("MatMul", b.op("MatMul", rows, base), b.cast(matrix, h.dtype))
+    delta = b.op("MatMul", part, b.transpose(base, [1, 0]))
+    edited = h + (b.transpose(delta, back) if back else delta)
+    return [b.cast(layout.body_blend(b, h, edited, mask, axis), x.dtype)]
+
+
+register(
+    OpDef(
+        name="lowrank_map",
+        doc=_LOWRANK_DOC,
+        inputs=(
+            Operand("x", "the activation"),
+            Operand("basis", "[channels, r], orthonormal columns for the readings above"),
+            Operand("matrix", "[r, r], what is done inside the subspace"),
+            layout.MASK,
+        ),
+        outputs=("y",),
+        infer=_lowrank_infer,
+        reference=_lowrank,
+        body=_lowrank_body,
+        attributes=(layout.AXIS,),
+        traits=frozenset({Trait.PER_TOKEN, Trait.FOLDS_AS_LINEAR_MAP}),
+        min_opset=13,
+    )
+)
+
+
+# --- target_angle -----------------------------------------------------------------------------------------------------------
+
+_ANGLE_DOC = """
+Turn the part of ``x`` that lies in a plane to an absolute angle, keeping its length:
+``y = x + (|c| (cos a, sin a) - c) basis^T`` with ``c = x basis``, per token.
+
+``basis`` [channels, 2] has orthonormal columns; ``angle`` is in radians, one number ([] or [1]) or one per token. Every
+token ends at the same angle in the plane, so no angle is the identity (for a relative rotation, which is linear, use
+``lowrank_map``). ``when = "above"`` edits only tokens whose first coordinate ``c[0]`` exceeds ``threshold``; the others,
+and those outside the mask, stay bit for bit.
+
+NaN and infinity spread over the channels of their token (a NaN coordinate is not above any threshold). float16 and
+bfloat16 are computed in float32 and rounded once.
+
+Source: *Angular Steering*, 2025 (``"above"`` with threshold 0 is its adaptive form); *Selective Steering*, 2026.
+"""
+
+
+def _angle_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    x, basis, angle, mask = types
+    assert x is not None and basis is not None
+    _check_basis("target_angle", x, basis, attributes["axis"])
+    if basis.shape is not None and basis.shape[1] not in (2, None) and isinstance(basis.shape[1], int):
+        raise VerifyError(f"actgraph.target_angle: basis {basis} must have 2 columns")
+    layout.check_tokens("target_angle", "angle", x, angle, attributes["axis"])
+    layout.check_tokens("target_angle", "mask", x, mask, attributes["axis"])
+    return [x]
+
+
+def _angle(
+    x: torch.Tensor,
+    basis: torch.Tensor,
+    angle: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    when: str = "always",
+    threshold: float = 0.0,
+    axis: int = -1,
+) -> torch.Tensor:
+    import torch
+
+    axis = layout.from_end(axis, x.dim())
+    h = layout.torch_compute(x)
+    base = basis.to(h.dtype)
+    c = h.movedim(axis, -1) @ base
+    a = angle.to(h.dtype).unsqueeze(-1)
+    length = torch.linalg.vector_norm(c, dim=-1, keepdim=True)
+    target = length * torch.cat([torch.cos(a), torch.sin(a)], -1)
+    edited = h + ((target - c) @ base.transpose(0, 1)).movedim(-1, axis)
+    if when == "above":
+        above = (c.select(-1, 0) > single(threshold)).unsqueeze(axis)
+        edited = torch.where(above, edited, h)
+    return layout.torch_blend(h, edited, mask, axis).to(x.dtype)
+
+
+def _angle_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    x, basis, angle, mask = operands
+    assert x is not None and basis is not None and angle is not None
+    axis = layout.body_axis(b, attributes["axis"], x)
+    h = b.up(x)
+    base = b.cast(basis, h.dtype)
+    rows, back = _to_last(b, h, axis)
+    c = b.op("MatMul", rows, base)
+    a = b.unsqueeze(b.cast(angle, h.dtype), [-1])
+    length = b.op("Sqrt", b.reduce("ReduceSum", c * c, [-1]))
+    target = length * b.concat([b.op("Cos", a), b.op("Sin", a)], axis=-1)
+    delta = b.op("MatMul", target - c, b.transpose(base, [1, 0]))
+    edited = h + (b.transpose(delta, back) if back else delta)
+    if attributes["when"] == "above":
+        first = b.op("Gather", c, b.const(0, DType.I64), rank=b.rank_of(c) - 1, attributes={"axis": -1})
+        above = b.unsqueeze(first > b.attribute("threshold", h.dtype), [axis])
+        edited = b.where(above, edited, h)
+    return [b.cast(layout.body_blend(b, h, edited, mask, axis), x.dtype)]
+
+
+register(
+    OpDef(
+        name="target_angle",
+        doc=_ANGLE_DOC,
+        inputs=(
+            Operand("x", "the activation"),
+            Operand("basis", "[channels, 2], orthonormal columns spanning the plane"),
+            Operand("angle", "radians: [], [1], or one per token"),
+            layout.MASK,
+        ),
+        outputs=("y",),
+        infer=_angle_infer,
+        reference=_angle,
+        body=_angle_body,
+        attributes=(
+            Attribute("when", "str", "which tokens are turned", default="always", choices=("always", "above")),
+            Attribute("threshold", "float", "what the first coordinate must exceed", default=0.0, structural=False),
+            layout.AXIS,
+        ),
+        traits=frozenset({Trait.PER_TOKEN}),
+        min_opset=13,
+    )
+)
