@@ -1,10 +1,99 @@
-"""actgraph: the compiler for neural-network activations."""
+"""actgraph: the compiler for neural-network activations.
+
+Capture a model as a graph, rewrite it by passes, prove what they did, and ship the result::
+
+    import actgraph as ag
+
+    graph = ag.load("stories260k")  # or a Hugging Face directory, m.onnx, m.pt2, package.module:factory
+    graph.sites("blocks.*.mlp.hidden")
+    out = ag.run(graph, "sparsify{method=teal sparsity=0.4}, quantize{weights=int8}")
+    print(out.report)
+    out.graph.save("model.onnx")
+
+Everything here is imported when it is first used; torch, onnxruntime and transformers only by what needs them.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from actgraph.errors import ActgraphError
 from actgraph.graph.executor import install_executor
+
+if TYPE_CHECKING:
+    from actgraph.calibrate.corpora import Corpus
+    from actgraph.formats import load
+    from actgraph.formats.trace import trace
+    from actgraph.formats.vectors import SteeringVector, load_vector
+    from actgraph.graph import Graph, Site
+    from actgraph.graph.diff import GraphDiff, diff
+    from actgraph.graph.parity import ParityReport, compare, sample_inputs
+    from actgraph.passes.steer.extract import extract_vector
+    from actgraph.pipeline import Pass, PassManager, Pipeline, Report, RunResult, register
+    from actgraph.pipeline.instruments import Instrument
+    from actgraph.pipeline.pipeline import PipelineLike
+    from actgraph.runtime.generate import Generation, Step, generate, stream
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "ActgraphError", "Corpus", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager", "Pipeline", "Report",
+    "RunResult", "Site", "SteeringVector", "Step", "compare", "diff", "extract_vector", "generate", "load", "load_vector",
+    "register", "run", "sample_inputs", "stream", "trace",
+]  # fmt: skip
+
 install_executor("fx", "actgraph.runtime.torch_engine:TorchExecutor")
 install_executor("onnx", "actgraph.runtime.ort_engine:OrtExecutor")
+
+#: Where the public names are.
+_HOMES = {
+    "actgraph.calibrate.corpora": ("Corpus",),
+    "actgraph.formats": ("load",),
+    "actgraph.formats.trace": ("trace",),
+    "actgraph.formats.vectors": ("SteeringVector", "load_vector"),
+    "actgraph.graph": ("Graph", "Site"),
+    "actgraph.graph.diff": ("GraphDiff", "diff"),
+    "actgraph.graph.parity": ("ParityReport", "compare", "sample_inputs"),
+    "actgraph.passes.steer.extract": ("extract_vector",),
+    "actgraph.pipeline": ("Pass", "PassManager", "Pipeline", "Report", "RunResult", "register"),
+    "actgraph.runtime.generate": ("Generation", "Step", "generate", "stream"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'actgraph' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def run(
+    graph: Graph,
+    pipeline: PipelineLike,
+    corpus: Any = None,
+    *,
+    seed: int = 0,
+    verify: str = "boundary",
+    calibration: dict[str, Any] | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> RunResult:
+    """Run the passes of ``pipeline`` on a copy of ``graph``; the result has ``.graph`` and ``.report``.
+
+    pipeline: text (``"clip{percentile=99.9}, quantize"``), a recipe's ``Path``, passes, or a ``Pipeline``.
+    corpus: what passes calibrate on: a file, a folder of images, texts, or dicts of arrays; default: the packaged sample text.
+    seed: of everything that is drawn at random. verify: ``"none"``, ``"boundary"`` or ``"each"`` pass.
+    calibration: options of the calibration run (``batch_size``, ``max_tokens`` ...). instruments: more observers.
+
+    Raises OptionError for a pipeline that does not parse, SiteError and PassError for one that does not fit the graph.
+    """
+    from actgraph.pipeline.manager import PassManager
+
+    manager = PassManager(pipeline, corpus, verify=verify, seed=seed, instruments=instruments, calibration=calibration)
+    return manager.run(graph)
