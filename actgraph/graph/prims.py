@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from actgraph.graph.graph import Node, Value
+    from actgraph.graph.graph import Array, Node, Value
+    from actgraph.ops.shapes import Shape
 
 Scalar = float | int | bool
 
@@ -32,11 +35,11 @@ VOCABULARY: dict[str, str] = {
     "prelu": "(x, slope)", "softmax": "(x) {axis}", "log_softmax": "(x) {axis}",
     # reductions
     "mean": "(x) {axes, keepdims}", "sum": "(x) {axes, keepdims}", "amax": "(x) {axes, keepdims}", "amin": "(x) {axes, keepdims}",
-    "cumsum": "(x) {axis}", "topk": "(x) {k, axis} -> values, indices", "argmax": "(x) {axis}",
+    "var": "(x) {axes, keepdims, correction}", "cumsum": "(x) {axis}", "topk": "(x) {k, axis} -> values, indices", "argmax": "(x) {axis}",
     # shape
     "reshape": "(x) {shape: output shape}: view, flatten, squeeze, unsqueeze *", "transpose": "(x) {perm} *",
-    "expand": "(x)", "slice": "(x) {axis, start, end, step}", "split": "(x) {axis} -> pieces", "concat": "(x, ...) {axis}",
-    "pad": "(x)", "roll": "(x)", "flip": "(x)", "repeat": "(x)", "stack": "(x, ...) {axis}",
+    "expand": "(x)", "slice": "(x) {axis, start, end, step}", "split": "(x) {axis} -> pieces", "unbind": "(x) {axis} -> pieces without the axis", "concat": "(x, ...) {axis}",
+    "pad": "(x)", "roll": "(x)", "flip": "(x)", "repeat": "(x)", "trilu": "(x)", "stack": "(x, ...) {axis}",
     # indexing
     "gather": "(table, indices) {axis}: embedding, index_select, Gather", "index": "(x, indices...)", "gather_elements": "(x, indices) {axis}",
     "scatter": "(x, indices, updates)", "one_hot": "(indices)",
@@ -44,6 +47,9 @@ VOCABULARY: dict[str, str] = {
     "matmul": "(a, b) *", "linear": "(x, weight, bias|None) {out_axis: axis of weight that is the output}",
     "conv": "(x, weight, bias|None) {stride, padding, dilation, groups}", "conv_transpose": "(x, weight, bias|None)",
     "sdpa": "(q, k, v, mask|None) {scale, is_causal, enable_gqa}", "grouped_matmul": "(x, weights, offsets)",
+    # quantized weights and products (files of other tools)
+    "quantize": "(x, scale, zero_point|None)", "dequantize": "(x, scale, zero_point|None)", "dynamic_quantize": "(x) -> q, scale, zero_point",
+    "matmul_integer": "(a, b, a_zero_point|None, b_zero_point|None)",
     # normalisation
     "layer_norm": "(x, weight|None, bias|None) {eps, axes}", "rms_norm": "(x, weight|None) {eps, axes}",
     "batch_norm": "(x, weight, bias, mean, var) {eps}", "group_norm": "(x, weight, bias) {groups, eps}",
@@ -67,3 +73,20 @@ class Prim:
     @property
     def output(self) -> Value:
         return self.outputs[0]
+
+
+def is_single(shape: Shape | None) -> bool:
+    """Whether a shape is that of exactly one element."""
+    return shape is not None and all(size == 1 for size in shape)
+
+
+def as_scalar(array: Array) -> Scalar:
+    """The one element of ``array`` as a Python number.
+
+    Floats become the shortest decimal that rounds to the stored number, so that a constant that one dialect stores as
+    float32 equals the double that the other one holds (``1e-05``, not ``9.999999747378752e-06``).
+    """
+    item = array.reshape(-1)[0]
+    if array.dtype.kind in "biu":
+        return bool(item) if array.dtype.kind == "b" else int(item)
+    return float(str(np.float32(item))) if array.dtype.itemsize <= 4 else float(item)

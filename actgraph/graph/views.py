@@ -6,21 +6,28 @@ Each view is a small record of values plus the nodes it was read from; ``Views``
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from actgraph.graph.graph import Array, Graph, Node, Use, Value
 
 if TYPE_CHECKING:
     from actgraph.graph.editor import Editor
+    from actgraph.graph.recognize.semantic import Semantics
 
 
 @dataclass(frozen=True)
 class Linear:
     """``output = input @ weight.T + bias``.
 
+    nodes: everything that belongs to it: transposes and casts of the weight, flattening of rows, product, bias.
     input: the operand edge that reads the input (``Use``); output: the value after the bias.
     weight: the stored parameter (or the value that dequantizes it); ``out_axis`` is its output axis as stored.
+    matrix: the operand edge that reads the weight at the product. ``None`` for a product of integers, where ``integer``
+    holds the scale and zero point of the stored integers.
     """
 
     nodes: tuple[Node, ...]
@@ -31,20 +38,106 @@ class Linear:
     bias: Value | None
     in_features: int
     out_features: int
+    matrix: Use | None = None
+    integer: tuple[Value | None, Value | None] = (None, None)
 
     def read_weight(self) -> Array:
-        """The weight as ``[out_features, in_features]`` (a view where possible)."""
-        ...
+        """The weight as ``[out_features, in_features]`` (a view where possible; a computed one is evaluated)."""
+        from actgraph.graph.evaluate import evaluate
+
+        graph = self.weight.graph
+        stored = evaluate(graph, self.weight)
+        scale, zero = self.integer
+        if scale is not None:
+            offset = evaluate(graph, zero).astype(np.float32) if zero is not None else np.float32(0)
+            stored = (stored.astype(np.float32) - offset) * evaluate(graph, scale)
+        return stored if self.out_axis == 0 else stored.T
 
     def write_weight(self, editor: Editor, weight: Array) -> None:
-        """Replace the weight, given as ``[out_features, in_features]``, for this linear only (a shared one is untied)."""
-        ...
+        """Replace the weight, given as ``[out_features, in_features]``, for this linear only (a shared one is untied).
 
-    def read_bias(self) -> Array | None: ...
+        The element type stays. A weight that is computed (dequantized) is replaced by a plain one, and a message says so.
+        Raises PassError for a product of integers.
+        """
+        from actgraph.errors import PassError
+
+        if self.matrix is None:
+            raise PassError(
+                f"the weight {self.weight.name} is read as integers and cannot be replaced by numbers", "edit it before quantizing"
+            )
+        stored = self.weight
+        uses = self._own_uses(stored) if stored.is_parameter else []
+        if uses and stored.dtype is not None:
+            data = np.ascontiguousarray(weight if self.out_axis == 0 else weight.T)
+            editor.set_parameter(stored, data.astype(stored.dtype.numpy, copy=False), uses=uses)
+            return
+        node, index = self.matrix
+        assert node is not None
+        operand = node.operands[index]
+        assert operand is not None
+        dtype = operand.dtype.numpy if operand.dtype is not None else weight.dtype
+        transposed = self._matrix_out_axis() == 1
+        data = np.ascontiguousarray(weight.T if transposed else weight).astype(dtype, copy=False)
+        editor.set_operand(node, index, editor.add_parameter(f"{stored.name}_plain", data))
+        if not stored.is_parameter:
+            editor.messages.append(f"{self.output.name}: the computed weight {stored.name} was replaced by a stored one")
+
+    def read_bias(self) -> Array | None:
+        """The bias as ``[out_features]``."""
+        from actgraph.graph.evaluate import evaluate
+
+        return evaluate(self.bias.graph, self.bias).reshape(-1) if self.bias is not None else None
 
     def write_bias(self, editor: Editor, bias: Array) -> None:
         """Replace or create the bias, ``[out_features]``, for this linear only."""
-        ...
+        dtype = self.output.dtype.numpy if self.output.dtype is not None else bias.dtype
+        data = np.ascontiguousarray(np.asarray(bias).reshape(-1)).astype(dtype, copy=False)
+        old = self.bias
+        if old is not None:
+            uses = [use for use in old.uses if use.node in self.nodes and use != self.matrix]
+            if old.is_parameter:
+                editor.set_parameter(old, data.reshape(old.shape or (-1,)), uses=uses)  # type: ignore[arg-type]
+                return
+            stored = editor.add_parameter(f"{self.weight.name}_bias", data)
+            for use in uses:
+                assert use.node is not None
+                editor.set_operand(use.node, use.index, stored)
+            return
+        stored = editor.add_parameter(_bias_name(self.weight.name), data)
+        product = self.matrix.node if self.matrix is not None else None
+        prim = product.prim if product is not None else None
+        if product is not None and prim is not None and prim.op == "linear":
+            editor.set_operand(product, 2, stored)
+            return
+        added = editor.insert("add", [self.output, stored], after=self.output.producer, like=product)
+        editor.redirect(self.output, added.output)
+
+    def _own_uses(self, stored: Value) -> list[Use]:
+        """The uses of the stored weight through which nobody but this linear reads it; empty when others share the way."""
+        readers = set(self.nodes)
+        own = [use for use in stored.uses if use.node in readers]
+        path = {use.node for use in own if use.node is not None and (self.matrix is None or use.node != self.matrix.node)}
+        while path:
+            node = path.pop()
+            for output in node.outputs:
+                if any(use.node not in readers for use in output.uses):
+                    return []
+                path |= {use.node for use in output.uses if use.node is not None and use.node != self.matrix_node}
+        return own
+
+    @property
+    def matrix_node(self) -> Node | None:
+        """The node of the product."""
+        return self.matrix.node if self.matrix is not None else None
+
+    def _matrix_out_axis(self) -> int:
+        prim = self.matrix_node.prim if self.matrix_node is not None else None
+        return int(prim.attributes["out_axis"]) if prim is not None and prim.op == "linear" else 1
+
+
+def _bias_name(weight: str) -> str:
+    stem, _, leaf = weight.rpartition(".")
+    return f"{stem}.bias" if leaf == "weight" and stem else f"{weight}_bias"
 
 
 @dataclass(frozen=True)
@@ -86,12 +179,16 @@ class Activation:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: ``softmax(scale * q @ k.T + mask) @ v``.
+    """One attention: ``softmax(scale * query @ key.T + mask) @ value``.
 
-    query/key/value: what the attention itself reads (after rotary, norms and head expansion), ``[batch, heads, seq, head]``.
+    query/key/value: what the attention itself reads (after rotary, norms and head expansion), ``[batch, heads, seq, head]``
+    (``key_by_token``: the key is ``[batch, seq, heads, head]``, where a file merged its transposes; onnxruntime's fused ops
+    read all three as ``[batch, seq, heads * head]``).
+    mask: boolean (true: allowed; with ``mask_excludes``, true: not allowed) or numbers that are added to the scores.
+    softcap: scores are ``softcap * tanh(scores / softcap)`` before the mask.
     q/k/v: the projections' outputs these come from (a fused projection's slice), which role sites denote.
-    pattern: the softmax result, ``None`` inside a fused op. output: the result per head; head_out: what the output
-    projection reads, ``[batch, seq, heads * head]``.
+    pattern: the softmax result, ``None`` inside a fused op. output: the result per head, ``[batch, heads, seq, head]``.
+    out_projection: the linear that reads the result; its input is ``head_out``, ``[batch, seq, heads * head]``.
     """
 
     nodes: tuple[Node, ...]
@@ -110,6 +207,9 @@ class Attention:
     pattern: Value | None
     output: Value
     out_projection: Linear | None
+    softcap: float | None = None
+    mask_excludes: bool = False
+    key_by_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +217,7 @@ class FeedForward:
     """``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))``. Fused gate-up projections are one linear in both fields.
 
     pre_act/act/hidden: input and output of the activation; the input of the down projection.
+    up_value: what the activation is multiplied by: the up projection's output, or its half of a fused one.
     """
 
     gate: Linear | None
@@ -128,17 +229,22 @@ class FeedForward:
     hidden: Value
     fused_gate_up: bool = False
     gate_first: bool = True  # order of the halves of a fused projection
+    up_value: Value | None = None
 
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """A router and its experts."""
+    """A router and its experts.
+
+    hidden: rows of all experts, ``[rows, features]``, the input of the (grouped) down projection; expert_index: the expert
+    of each row, ``[rows]``; gates: the weights by which expert outputs are mixed, ``[tokens, experts per token]``.
+    """
 
     router: Linear
     router_logits: Value
-    gates: Value | None  # the weights by which expert outputs are mixed
-    hidden: Value | None  # rows of all experts, input of the (grouped) down projection
-    expert_index: Value | None  # the expert of each row of ``hidden``
+    gates: Value | None
+    hidden: Value | None
+    expert_index: Value | None
     output: Value
     experts: int
 
@@ -176,11 +282,89 @@ class Views:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
-    def linears(self) -> list[Linear]: ...
-    def convs(self) -> list[Convolution]: ...
-    def norms(self) -> list[Norm]: ...
-    def activations(self) -> list[Activation]: ...
-    def attentions(self) -> list[Attention]: ...
-    def feed_forwards(self) -> list[FeedForward]: ...
-    def moe(self) -> list[MixtureOfExperts]: ...
-    def blocks(self) -> list[Block]: ...
+    @functools.cached_property
+    def semantics(self) -> Semantics:
+        """The graph in the shared vocabulary, which all views are read from."""
+        from actgraph.graph.recognize.semantic import Semantics
+
+        return Semantics(self.graph)
+
+    @functools.cached_property
+    def _linears(self) -> list[Linear]:
+        from actgraph.graph.recognize.linear import linears
+
+        return linears(self.semantics)
+
+    @functools.cached_property
+    def _convs(self) -> list[Convolution]:
+        from actgraph.graph.recognize.conv import convolutions
+
+        return convolutions(self.semantics)
+
+    @functools.cached_property
+    def _norms(self) -> list[Norm]:
+        from actgraph.graph.recognize.norm import norms
+
+        return norms(self.semantics)
+
+    @functools.cached_property
+    def _activations(self) -> list[Activation]:
+        from actgraph.graph.recognize.activation import activations
+
+        return activations(self.semantics)
+
+    @functools.cached_property
+    def _attentions(self) -> list[Attention]:
+        from actgraph.graph.recognize.attention import attentions
+
+        return attentions(self.semantics, self._linears)
+
+    @functools.cached_property
+    def _feed_forwards(self) -> list[FeedForward]:
+        from actgraph.graph.recognize.feed_forward import feed_forwards
+
+        return feed_forwards(self.semantics, self._linears, self._activations, self._attentions)
+
+    @functools.cached_property
+    def _moe(self) -> list[MixtureOfExperts]:
+        from actgraph.graph.recognize.moe import mixtures
+
+        return mixtures(self.semantics, self._linears)
+
+    @functools.cached_property
+    def _blocks(self) -> list[Block]:
+        from actgraph.graph.recognize.blocks import blocks
+
+        return blocks(self)
+
+    def linears(self) -> list[Linear]:
+        """Linear layers, by the order of the nodes that produce their outputs (as all views)."""
+        return list(self._linears)
+
+    def convs(self) -> list[Convolution]:
+        """Convolutions with a stored weight."""
+        return list(self._convs)
+
+    def norms(self) -> list[Norm]:
+        """Normalisations, whole or written out."""
+        return list(self._norms)
+
+    def activations(self) -> list[Activation]:
+        """Pointwise nonlinearities, whole or written out; parts of larger ones are not listed."""
+        return list(self._activations)
+
+    def attentions(self) -> list[Attention]:
+        """Attentions, fused or written out."""
+        return list(self._attentions)
+
+    def feed_forwards(self) -> list[FeedForward]:
+        """Pairs of linears around an activation, with or without a gate."""
+        return list(self._feed_forwards)
+
+    def moe(self) -> list[MixtureOfExperts]:
+        """Mixtures of experts."""
+        return list(self._moe)
+
+    def blocks(self) -> list[Block]:
+        """The repeated residual units."""
+        return list(self._blocks)
