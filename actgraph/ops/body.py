@@ -167,7 +167,7 @@ class BodyBuilder:
         return self.cast(self._constant_node(reference, stored, 1 if listed else 0), dtype)
 
     def _constant(self, attributes: Mapping[str, Any], dtype: DType, rank: int) -> BodyValue:
-        (name, value), = attributes.items()
+        ((name, value),) = attributes.items()
         return self._constant_node(_attribute(name, value), dtype, rank)
 
     def _constant_node(self, attribute: ir.Attr, dtype: DType, rank: int) -> BodyValue:
@@ -359,9 +359,7 @@ def body_function(
     ]
     results = op.body(builder, operands, complete)
     outputs = _named_outputs(op, builder, results, inputs)
-    graph = ir.Graph(
-        inputs, outputs, nodes=_live(builder.nodes, outputs), opset_imports={"": opset}, name=op.onnx_name
-    )
+    graph = ir.Graph(inputs, outputs, nodes=_live(builder.nodes, outputs), opset_imports={"": opset}, name=op.onnx_name)
     return ir.Function(
         DOMAIN,
         op.onnx_name,
@@ -371,9 +369,7 @@ def body_function(
     )
 
 
-def _named_outputs(
-    op: OpDef, builder: BodyBuilder, results: Sequence[BodyValue], inputs: Sequence[ir.Value]
-) -> list[ir.Value]:
+def _named_outputs(op: OpDef, builder: BodyBuilder, results: Sequence[BodyValue], inputs: Sequence[ir.Value]) -> list[ir.Value]:
     outputs: list[ir.Value] = []
     for name, result in zip(op.outputs, results, strict=True):
         if any(result.value is v for v in [*inputs, *outputs]):  # a function may not return its input

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from actgraph.ops import layout
-from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register, single
+from actgraph.ops.drawing import draws, grid, normal, positive, special
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
 from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
@@ -111,5 +112,27 @@ register(
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
         min_opset=13,
+        exact=True,
+        samples=(
+            Sample(((2, 3, 8), None, None), {"min": -0.5, "max": 1.0}),
+            Sample(
+                ((2, 3, 40), None, None),
+                {"min": 0.0, "max": 1.0, "policy": "zero", "nan": "zero"},
+                draw=draws(special, None, None),
+            ),
+            Sample(((2, 3, 40), None, None), {"max": 1.0}, draw=draws(special, None, None), note="NaN and infinity"),
+            Sample(((2, 3, 40), None, None), {"min": -1.0, "max": 0.5, "policy": "zero"}, draw=draws(grid, None, None)),
+            Sample(((0, 8), None, None), {"max": 1.0}, note="no tokens"),
+            Sample(((), None, None), {"max": 0.1}, note="a scalar"),
+            Sample(
+                ((3, 5, 131), None, (131,)),
+                {"min": -0.1, "nan": "zero"},
+                draw=draws(special, None, positive),
+                note="per channel",
+            ),
+            Sample(((2, 4, 3, 5), (4,), ()), {"axis": 1}, draw=draws(normal, normal, positive), note="NCHW"),
+            Sample(((3, 5, 7), (), ()), draw=draws(special, positive, normal), note="bounds may cross"),
+            Sample(((2, 3, 8), None, None), draw=draws(special, None, None), note="identity"),
+        ),
     )
 )

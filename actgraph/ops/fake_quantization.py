@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from actgraph.errors import VerifyError
 from actgraph.ops import layout
+from actgraph.ops.drawing import draws, finite_special, integers, normal, scales, zeros
 from actgraph.ops.dtypes import DType
 from actgraph.ops.quantizer import SMALLEST_SCALE, code_range
-from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register
 from actgraph.ops.scales import (
     FLOAT8,
     TYPES,
@@ -252,5 +253,37 @@ register(
         ),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
+        exact=True,
+        samples=(
+            Sample(((2, 3, 8), (), None), draw=draws(finite_special, scales, None)),
+            Sample(((2, 3, 8), (1,), (1,)), {"dtype": "u8"}, draw=draws(normal, scales, integers(100, 156, DType.I32))),
+            Sample(((2, 3, 8), (8,), (8,)), {"granularity": "axis"}, draw=draws(normal, scales, integers(-9, 9, DType.I32))),
+            Sample(((2, 4, 3, 5), (4,), None), {"granularity": "axis", "axis": 1}, draw=draws(normal, scales, None)),
+            Sample(
+                ((2, 3, 10), (2, 3, 3), None),
+                {"granularity": "group", "group_size": 4, "dtype": "i4"},
+                draw=draws(normal, scales, None),
+            ),
+            Sample(((0, 3, 8), (), None), draw=draws(normal, scales, None), note="no tokens"),
+            Sample(((2, 3, 8), (), None), {"dtype": "f8e4m3"}, draw=draws(normal, scales, None)),
+            Sample(((2, 3, 8), (), None), {"dtype": "f8e5m2"}, draw=draws(normal, scales, None)),
+            Sample(((2, 3, 8), None, None), {"source": "dynamic"}),
+            Sample(((2, 3, 8), None, None), {"source": "dynamic", "granularity": "token", "dtype": "u8"}),
+            Sample(((2, 17, 259), None, None), {"source": "dynamic", "granularity": "token"}, note="large"),
+            Sample(((2, 3, 8), None, None), {"source": "dynamic", "granularity": "token", "symmetric": False}),
+            Sample(
+                ((2, 3, 8), None, None),
+                {"source": "dynamic", "granularity": "group", "group_size": 4, "dtype": "u4", "symmetric": False},
+            ),
+            Sample(((2, 6, 3, 5), None, None), {"source": "dynamic", "granularity": "group", "group_size": 2, "axis": 1}),
+            Sample(((3, 5), None, None), {"source": "dynamic", "granularity": "axis", "axis": 0}),
+            Sample(
+                ((3, 5), None, None),
+                {"source": "dynamic", "granularity": "token"},
+                draw=draws(zeros, None, None),
+                note="all zero",
+            ),
+            Sample(((0, 5), None, None), {"source": "dynamic", "granularity": "token"}, note="no tokens"),
+        ),
     )
 )

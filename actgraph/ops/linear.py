@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from actgraph.errors import UnsupportedError, VerifyError
 from actgraph.ops import layout
+from actgraph.ops.drawing import draws, integers, normal, offsets
 from actgraph.ops.dtypes import DType
-from actgraph.ops.registry import Attributes, OpDef, Operand, Trait, register
+from actgraph.ops.registry import Attributes, OpDef, Operand, Sample, Trait, register
 from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ def _grouped_infer(types: Sequence[TensorType | None], attributes: Attributes) -
     return [TensorType(x.dtype, (None if x.shape is None else x.shape[0], out))]
 
 
-def _grouped(
-    x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _grouped(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     import torch
 
     h, w = layout.torch_compute(x), weights.to(layout.torch_compute(x).dtype)
@@ -98,9 +97,7 @@ def _grouped_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attribut
     bounds = b.concat([b.ints([0]), ends, b.size(x, 0)])
     starts = b.slice(bounds, b.ints([0]), b.ints([experts + 1]), 0)
     counts = b.slice(bounds, b.ints([1]), b.ints([experts + 2]), 0) - starts
-    pieces = b.multi(
-        "Split", h, counts, dtypes=[h.dtype] * (experts + 1), ranks=[2] * (experts + 1), attributes={"axis": 0}
-    )
+    pieces = b.multi("Split", h, counts, dtypes=[h.dtype] * (experts + 1), ranks=[2] * (experts + 1), attributes={"axis": 0})
     parts = []
     for expert in range(experts):
         index = b.const(expert, DType.I64)
@@ -131,5 +128,19 @@ register(
         body=_grouped_body,
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
+        samples=(
+            Sample(((10, 8), (4, 6, 8), (4,), None), draw=draws(normal, normal, offsets(10), None)),
+            Sample(((10, 8), (4, 6, 8), (4,), (4, 6)), draw=draws(normal, normal, offsets(10, DType.I64), normal)),
+            Sample(
+                ((10, 8), (3, 5, 8), (3,), None),
+                draw=draws(normal, normal, integers(7, 8, DType.I32), None),
+                note="rest is zero",
+            ),
+            Sample(
+                ((0, 8), (3, 5, 8), (3,), (3, 5)), draw=draws(normal, normal, integers(0, 1, DType.I32), normal), note="no rows"
+            ),
+            Sample(((1, 1), (1, 1, 1), (1,), None), draw=draws(normal, normal, offsets(1), None)),
+            Sample(((129, 67), (8, 65, 67), (8,), None), draw=draws(normal, normal, offsets(129), None), note="large"),
+        ),
     )
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actgraph.errors import VerifyError
 from actgraph.ops import layout
+from actgraph.ops.drawing import draws, finite_special, integers, normal, scales
 from actgraph.ops.dtypes import INTEGERS, DType
 from actgraph.ops.quantizer import QUANTIZED
-from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register
 from actgraph.ops.scales import (
     FLOAT8,
     TYPES,
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
     import torch
 
     from actgraph.ops.body import BodyBuilder, BodyValue
+
+
+_I8 = (DType.I8,)
+
+
+def _codes(rng: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    """Codes over the whole range of ``dtype``."""
+    low, high = (0, 256) if dtype is DType.U8 else (-128, 128)
+    return rng.integers(low, high, shape).astype(dtype.numpy)
 
 
 # --- dequantize ---------------------------------------------------------------------------------------------------------------
@@ -135,6 +145,34 @@ register(
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
         min_opset=13,
+        exact=True,
+        samples=(
+            Sample(((6, 8), (6,), None), dtypes=_I8, draw=draws(_codes, scales, None)),
+            Sample(((6, 8), (), ()), {"dtype": "f16"}, dtypes=_I8, draw=draws(_codes, scales, integers(0, 9, DType.I32))),
+            Sample(((6, 8), (1,), (1,)), {"dtype": "bf16"}, dtypes=_I8, draw=draws(_codes, scales, integers(0, 9, DType.I32))),
+            Sample(
+                ((5, 7), (7,), (7,)), {"axis": 1}, dtypes=(DType.U8,), draw=draws(_codes, scales, integers(0, 256, DType.U8))
+            ),
+            Sample(((0, 7), (7,), None), {"axis": -1}, dtypes=_I8, draw=draws(_codes, scales, None), note="empty"),
+            Sample(
+                ((4, 10), (4, 3), (4, 3)),
+                {"axis": 1, "block_size": 4},
+                dtypes=(*_I8, DType.U8),
+                draw=draws(_codes, scales, integers(0, 9, DType.I32)),
+                note="the last block is short",
+            ),
+            Sample(((6, 5), (2, 5), None), {"axis": 0, "block_size": 3}, dtypes=_I8, draw=draws(_codes, scales, None)),
+            Sample(((3, 6), (3,), None), {"packed": "i4"}, dtypes=(DType.U8,), draw=draws(_codes, scales, None)),
+            Sample(
+                ((2, 3, 4), (2, 3, 2), (2, 3, 2)),
+                {"packed": "u4", "axis": 2, "block_size": 4},
+                dtypes=(DType.U8,),
+                draw=draws(_codes, scales, integers(0, 16, DType.I32)),
+            ),
+            Sample(((3, 4, 5, 5), (3,), None), dtypes=_I8, draw=draws(_codes, scales, None), note="a convolution"),
+            Sample(((3, 5), (3,), None), dtypes=(DType.I16, DType.I32), draw=draws(_codes, scales, None)),
+            Sample(((300, 257), (300,), None), dtypes=_I8, draw=draws(_codes, scales, None), note="large"),
+        ),
     )
 )
 
@@ -210,6 +248,19 @@ register(
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
         min_opset=13,
+        exact=True,
+        samples=(
+            Sample(((6, 8), (6,), None), draw=draws(normal, scales, None)),
+            Sample(((6, 8), (), ()), {"dtype": "u8"}, draw=draws(finite_special, scales, integers(100, 156, DType.I32))),
+            Sample(((5, 7), (7,), (7,)), {"axis": 1}, draw=draws(normal, scales, integers(-9, 9, DType.I8))),
+            Sample(((0, 7), (1,), None), draw=draws(normal, scales, None), note="empty"),
+            Sample(
+                ((4, 10), (4, 3), (4, 3)), {"axis": 1, "block_size": 4}, draw=draws(normal, scales, integers(-9, 9, DType.I32))
+            ),
+            Sample(((5, 7), (5,), None), {"dtype": "i16"}, draw=draws(normal, scales, None)),
+            Sample(((5, 7), (5,), None), {"dtype": "f8e4m3"}, draw=draws(normal, scales, None)),
+            Sample(((300, 257), (300,), None), draw=draws(normal, scales, None), note="large"),
+        ),
         differentiable=False,
     )
 )

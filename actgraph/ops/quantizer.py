@@ -143,9 +143,7 @@ def quantize_array(
     return np.clip(steps + zero, codes.qmin, codes.qmax).astype(np.int32).astype(dtype.numpy)
 
 
-def dequantize_array(
-    q: Array, scale: Array, zero_point: Array | None = None, *, axis: int = 0, block_size: int = 0
-) -> Array:
+def dequantize_array(q: Array, scale: Array, zero_point: Array | None = None, *, axis: int = 0, block_size: int = 0) -> Array:
     """``(q - zero_point) * scale`` in float32."""
     values = q.astype(np.float32)
     if zero_point is not None:

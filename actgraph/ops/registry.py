@@ -114,6 +114,7 @@ class OpDef:
     min_opset: int = 18
     version: int = 1
     differentiable: bool = True  # False: no gradient flows (integer results)
+    exact: bool = False  # every engine must give the same bits (no rounding that could differ)
     eager: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None
     surrogate: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None  # differentiated instead of the reference
 

@@ -98,9 +98,7 @@ def _zeros_like(b: BodyBuilder, scale: BodyValue, dtype: DType) -> BodyValue:
     return b.op("Cast", b.op("Mul", scale, 0.0), dtype=dtype, attributes={"to": dtype.onnx})
 
 
-def body_dequantize(
-    b: BodyBuilder, q: BodyValue, scale: BodyValue, zero: BodyValue | None, axis: int, block: int
-) -> BodyValue:
+def body_dequantize(b: BodyBuilder, q: BodyValue, scale: BodyValue, zero: BodyValue | None, axis: int, block: int) -> BodyValue:
     scale, zero = _linear_operands(b, scale, zero, q.dtype)
     attributes = {"axis": axis, **({"block_size": block} if block else {})}
     return b.op("DequantizeLinear", q, scale, zero, dtype=scale.dtype, rank=q.rank, attributes=attributes)
@@ -122,9 +120,7 @@ def torch_steps(
     return rounded.clamp(codes.qmin, codes.qmax)
 
 
-def body_steps(
-    b: BodyBuilder, h: BodyValue, scale: BodyValue, zero: BodyValue | None, dtype: DType
-) -> BodyValue:
+def body_steps(b: BodyBuilder, h: BodyValue, scale: BodyValue, zero: BodyValue | None, dtype: DType) -> BodyValue:
     codes = code_range(dtype)
     steps = h / scale
     if dtype in FLOAT8:

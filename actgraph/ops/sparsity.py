@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from actgraph.errors import VerifyError
 from actgraph.ops import layout
+from actgraph.ops.drawing import draws, grid, integers, normal, positive, special
 from actgraph.ops.dtypes import DType
-from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register, single
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
 from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
     import torch
 
     from actgraph.ops.body import BodyBuilder, BodyValue
-
 
 
 # --- gate -------------------------------------------------------------------------------------------------------------------
@@ -89,6 +89,20 @@ register(
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
         min_opset=13,
+        exact=True,
+        samples=(
+            Sample(((2, 3, 8), None), {"threshold": 0.3}),
+            Sample(((2, 3, 64), None), {"threshold": 0.25}, draw=draws(grid, None), note="values on the threshold"),
+            Sample(
+                ((2, 3, 64), None), {"threshold": 0.25, "keep": "x>="}, draw=draws(grid, None), note="values on the threshold"
+            ),
+            Sample(((0, 8), None), {"threshold": 0.3}, note="no tokens"),
+            Sample(((), None), {"threshold": 0.3}, note="a scalar"),
+            Sample(((3, 5, 131), (131,)), draw=draws(special, positive), note="NaN and infinity"),
+            Sample(((3, 5, 7), ()), {"keep": "x>="}, draw=draws(special, positive)),
+            Sample(((2, 4, 3, 5), (4,)), {"axis": 1}, draw=draws(normal, positive), note="NCHW"),
+            Sample(((2, 3, 40), None), {"threshold": 0.0}, draw=draws(special, None), note="identity"),
+        ),
     )
 )
 
@@ -168,6 +182,17 @@ register(
         ),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=14,
+        exact=True,
+        samples=(
+            Sample(((2, 3, 8),), {"k": 3}),
+            Sample(((2, 3, 40),), {"k": 9}, draw=draws(grid), note="ties"),
+            Sample(((2, 3, 40),), {"k": 2, "group_size": 4}, draw=draws(grid), note="2:4 with ties"),
+            Sample(((2, 3, 40),), {"k": 5}, draw=draws(special), note="NaN and infinity"),
+            Sample(((0, 8),), {"k": 3}, note="no tokens"),
+            Sample(((1, 1),), {"k": 3}, note="k beyond the size"),
+            Sample(((2, 8, 3, 5),), {"k": 1, "group_size": 2, "axis": 1}, note="NCHW"),
+            Sample(((4, 1031),), {"k": 300}, note="large"),
+        ),
     )
 )
 
@@ -254,5 +279,16 @@ register(
         attributes=(layout.AXIS,),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
+        exact=True,
+        samples=(
+            Sample(((2, 3, 8), (3,)), draw=draws(normal, integers(0, 8, DType.I64))),
+            Sample(((2, 3, 8), (2, 1, 3)), draw=draws(special, integers(-2, 8, DType.I32)), note="padding, NaN and infinity"),
+            Sample(((2, 0, 8), (0,)), draw=draws(normal, integers(0, 8, DType.I64)), note="no tokens, no indices"),
+            Sample(((3, 1, 1), (4,)), draw=draws(normal, integers(-1, 1, DType.I64))),
+            Sample(((3, 5, 1031), (500,)), draw=draws(normal, integers(0, 1031, DType.I64)), note="large"),
+            Sample(((2, 4, 3, 5), (2,)), {"axis": 1}, draw=draws(normal, integers(0, 4, DType.I64)), note="NCHW"),
+            Sample(((2, 4, 3, 5), (2, 1, 1, 2)), {"axis": 1}, draw=draws(normal, integers(0, 4, DType.I64))),
+            Sample(((2, 4, 3, 5), (5, 2)), {"axis": 1}, draw=draws(normal, integers(0, 4, DType.I64)), note="a set per column"),
+        ),
     )
 )

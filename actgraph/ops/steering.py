@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from actgraph.ops import layout
-from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register, single
+from actgraph.ops.drawing import boolean, draws, fraction, nan_vector, normal, special, zeros
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
 from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
@@ -141,6 +142,24 @@ register(
         ),
         traits=frozenset({Trait.PER_TOKEN, Trait.FOLDS_AS_BIAS}),
         min_opset=13,
+        samples=(
+            Sample(((2, 3, 8), (8,), None, None), {"scale": 0.5}),
+            Sample(((0, 3, 8), (8,), None, (0, 3)), draw=draws(normal, normal, None, boolean), note="no tokens"),
+            Sample(((1, 1, 1), (1,), None, None), {"scale": -2.0}),
+            Sample(((2, 17, 259), (259,), (1,), None), {"norm": "relative", "scale": 0.1}, note="large"),
+            Sample(((2, 3, 8), (8,), (2, 3), (2, 3)), draw=draws(special, normal, fraction, boolean), note="NaN and infinity"),
+            Sample(((2, 3, 8), (8,), (2, 1), (3,)), draw=draws(normal, normal, normal, fraction)),
+            Sample(((2, 3, 8), (8,), None, (2, 3)), {"norm": "restore"}, draw=draws(normal, normal, None, boolean)),
+            Sample(((2, 3, 8), (8,), None, None), {"norm": "restore", "scale": 3.0}, draw=draws(zeros, normal, None, None)),
+            Sample(((2, 4, 3, 5), (4,), None, (2, 3, 5)), {"axis": 1}, draw=draws(normal, normal, None, boolean), note="NCHW"),
+            Sample(
+                ((2, 4, 3, 5), (1, 4, 3, 5), None, (2, 1, 5)),
+                {"axis": -3, "norm": "relative", "norm_axes": (-3, -2, -1)},
+                draw=draws(normal, normal, None, fraction),
+            ),
+            Sample(((2, 3, 8), (), None, None), {"scale": 0.5}, note="one number for all channels"),
+            Sample(((2, 3, 8), (8,), None, None), {"scale": 0.0}, draw=draws(special, nan_vector, None, None), note="off"),
+        ),
     )
 )
 
@@ -197,5 +216,13 @@ register(
         attributes=(layout.AXIS,),
         traits=frozenset({Trait.ELEMENTWISE, Trait.FOLDS_AS_LINEAR_MAP}),
         min_opset=13,
+        samples=(
+            Sample(((2, 3, 8), (8,), None)),
+            Sample(((2, 0, 8), (8,), None), note="no tokens"),
+            Sample(((1, 1), (1,), None)),
+            Sample(((3, 5, 129), (129,), (3, 5)), draw=draws(special, normal, boolean), note="NaN and infinity"),
+            Sample(((3, 5, 7), (), (5,)), draw=draws(normal, normal, fraction)),
+            Sample(((2, 4, 3, 5), (4,), (2, 3, 5)), {"axis": 1}, draw=draws(normal, normal, boolean), note="NCHW"),
+        ),
     )
 )

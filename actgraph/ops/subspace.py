@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from actgraph.errors import VerifyError
 from actgraph.ops import layout
+from actgraph.ops.drawing import boolean, draws, fraction, normal, orthonormal, zeros
 from actgraph.ops.dtypes import DType
-from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Trait, register, single
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
 from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
@@ -105,6 +106,14 @@ register(
         attributes=(layout.AXIS,),
         traits=frozenset({Trait.PER_TOKEN, Trait.FOLDS_AS_LINEAR_MAP}),
         min_opset=13,
+        samples=(
+            Sample(((2, 3, 8), (8, 2), (2, 2), None), draw=draws(normal, orthonormal, normal, None)),
+            Sample(((0, 3, 8), (8, 1), (1, 1), None), draw=draws(normal, orthonormal, normal, None), note="no tokens"),
+            Sample(((1, 1), (1, 1), (1, 1), None)),
+            Sample(((2, 17, 259), (259, 3), (3, 3), (2, 17)), draw=draws(normal, orthonormal, normal, boolean), note="large"),
+            Sample(((3, 5, 7), (7, 2), (2, 2), (1,)), draw=draws(normal, orthonormal, normal, fraction)),
+            Sample(((2, 4, 3, 5), (4, 2), (2, 2), (2, 3, 5)), {"axis": 1}, draw=draws(normal, orthonormal, normal, boolean)),
+        ),
     )
 )
 
@@ -205,5 +214,21 @@ register(
         ),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
+        samples=(
+            Sample(((2, 3, 8), (8, 2), (), None), draw=draws(normal, orthonormal, normal, None)),
+            Sample(((2, 0, 8), (8, 2), (1,), None), draw=draws(normal, orthonormal, normal, None), note="no tokens"),
+            Sample(((2, 17, 259), (259, 2), (2, 17), (2, 17)), draw=draws(normal, orthonormal, normal, boolean), note="large"),
+            Sample(
+                ((3, 5, 7), (7, 2), (1,), None),
+                {"when": "above", "threshold": 0.25},
+                draw=draws(normal, orthonormal, normal, None),
+            ),
+            Sample(((3, 5, 7), (7, 2), (1,), (5,)), draw=draws(zeros, orthonormal, normal, fraction), note="nothing to turn"),
+            Sample(
+                ((2, 4, 3, 5), (4, 2), (2, 3, 5), (5,)),
+                {"axis": 1, "when": "above"},
+                draw=draws(normal, orthonormal, normal, boolean),
+            ),
+        ),
     )
 )

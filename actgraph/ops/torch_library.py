@@ -153,9 +153,7 @@ def _autograd(op: OpDef) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         flat = list(ctx.saved_tensors)
-        wanted = [
-            i for i, t in enumerate(flat) if t is not None and t.is_floating_point() and _needs_gradient(ctx, i)
-        ]
+        wanted = [i for i, t in enumerate(flat) if t is not None and t.is_floating_point() and _needs_gradient(ctx, i)]
 
         def run(*chosen: torch.Tensor) -> Any:
             filled = list(flat)
