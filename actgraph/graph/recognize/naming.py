@@ -1,0 +1,78 @@
+"""From what the recognisers found to the table of sites: one entry per place, the best of its names first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from actgraph.graph.anchors import Anchor, SiteKind, edge_anchor, role_of, value_anchor
+from actgraph.graph.graph import Graph, Node, Value
+from actgraph.graph.sites import SiteTable
+
+#: Kinds of names, best first: the best name of a place is its canonical one.
+ROLE, STRUCTURAL, MODULE = 0, 1, 2
+
+#: Where one value has several roles, the earlier of these is canonical (``resid_post`` is the next block's ``resid_pre``).
+_ROLE_ORDER = (
+    "logits", "resid_post", "embed", "resid_mid", "hidden", "head_out", "q", "k", "v", "gate", "up", "out", "norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Named:
+    """One name found for one place. kind: ``ROLE``, ``STRUCTURAL`` or ``MODULE``."""
+
+    name: str
+    anchor: Anchor
+    kind: int
+
+
+def reads(value: Value, nodes: Iterable[Node]) -> Anchor | None:
+    """The edge through which ``nodes`` read ``value``; ``None`` when they do not."""
+    edges = [(node, index) for node in nodes for index, operand in enumerate(node.operands) if operand == value]
+    return edge_anchor(edges) if edges else None
+
+
+def build_table(graph: Graph, found: Iterable[Named]) -> SiteTable:
+    """One site per place, in topological order: a value stands where it is made, an edge where it is read."""
+    places: dict[tuple[object, ...], list[Named]] = {}
+    taken: set[str] = set()
+    for named in found:
+        if named.name not in taken:
+            taken.add(named.name)
+            places.setdefault(named.anchor.key, []).append(named)
+    position = {node: place for place, node in enumerate(graph.nodes())}
+    inputs = {value: place for place, value in enumerate(graph.inputs())}
+
+    def order(names: list[Named]) -> tuple[int, int, int, str]:
+        anchor, best = names[0].anchor, min(names, key=_preference).name
+        if anchor.kind is SiteKind.VALUE:
+            assert anchor.value is not None
+            maker = anchor.value.producer
+            if maker is None:
+                return (-1, 0, inputs.get(anchor.value, 0), best)
+            return (position.get(maker, -1), 2, maker.outputs.index(anchor.value), best)
+        if anchor.kind is SiteKind.VIRTUAL:
+            assert anchor.node is not None
+            return (position[anchor.node], 1, 0, best)
+        return (min(position[node] for node, _ in anchor.edges), 0, anchor.index, best)
+
+    table = SiteTable()
+    for names in sorted(places.values(), key=order):
+        first, *others = sorted(names, key=_preference)
+        role_names = [named.name for named in names if named.kind == ROLE]
+        role = "module" if first.kind == MODULE else role_of(first.name)
+        table.add(first.name, first.anchor, role, [named.name for named in others], role_names)
+    return table
+
+
+def _preference(named: Named) -> tuple[int, int, int]:
+    if named.kind != ROLE:
+        return (named.kind, len(named.name.split(".")), len(named.name))
+    role = role_of(named.name)
+    return (ROLE, _ROLE_ORDER.index(role) if role in _ROLE_ORDER else len(_ROLE_ORDER), 0)
+
+
+def at_value(name: str, value: Value | None, kind: int) -> list[Named]:
+    """The name of a value, or nothing when there is no value."""
+    return [Named(name, value_anchor(value), kind)] if value is not None else []
