@@ -272,7 +272,9 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
 
 def is_optional(graph: Graph, value: Value) -> bool:
     """Whether an input has a default."""
-    return value.name in getattr(graph, "defaults", {})
+    from actgraph.graph.context import input_default
+
+    return input_default(graph, value.name) is not None
 
 
 def _size(dim: Dim, sizes: Mapping[str, int], fallback: int) -> int:

@@ -1,0 +1,154 @@
+"""Context values: what a pass may need to know about the tokens at hand, asked for by name.
+
+A graph gives the one it has (its ``position_ids`` or ``attention_mask`` input, or the positions it counts itself). A missing
+one becomes an *optional* input with a neutral default, so that hosts that know nothing of it still run the file.
+
+The default has size 1 on every axis (``[1, 1]`` for an input of rank 2: onnxruntime checks the rank of a default against
+the declared shape), so whoever computes with a context value must let it broadcast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actgraph.errors import InputError
+from actgraph.graph.graph import Array, Graph, Node, Role, Value
+from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import Dim, Shape, TensorType
+
+if TYPE_CHECKING:
+    from actgraph.graph.editor import Editor
+
+
+@dataclass(frozen=True)
+class ContextKind:
+    """One kind of context value.
+
+    axes: which of the axes of the tokens it has, ``"batch"`` and ``"seq"`` (none: one number). neutral: the default.
+    spellings: names of inputs that are this value.
+    """
+
+    doc: str
+    dtype: DType
+    axes: tuple[str, ...]
+    neutral: int
+    spellings: tuple[str, ...] = ()
+
+
+KINDS: dict[str, ContextKind] = {
+    "positions": ContextKind(
+        "position of each token in its row, from 0", DType.I64, ("batch", "seq"), 0, ("position_ids", "positions", "decoder_position_ids")
+    ),
+    "valid_tokens": ContextKind(
+        "true for tokens, false for padding", DType.BOOL, ("batch", "seq"), 1, ("attention_mask", "valid_tokens")
+    ),
+    "prompt_lengths": ContextKind("number of prompt tokens of each row; 0: all tokens are generated", DType.I64, ("batch",), 0),
+    "row_index": ContextKind("index of each row among the requests of a batch", DType.I64, ("batch",), 0),
+    "step": ContextKind("number of the step of an iterated model, from 0", DType.I64, (), 0),
+}  # fmt: skip
+
+
+def graph_context(graph: Graph, editor: Editor, name: str) -> Value:
+    """The context value called ``name``, broadcastable to its axes of the tokens (see ``KINDS``).
+
+    The graph's own input or computed value is used where there is one (``valid_tokens`` of a number mask is its cast to
+    bool); otherwise an optional input with role CONTEXT is added, once. Raises InputError for an unknown name or a graph
+    without token dimensions.
+    """
+    if name not in KINDS:
+        raise InputError(f"there is no context value {name!r}", f"they are {', '.join(KINDS)}")
+    kind = KINDS[name]
+    own = _own_input(graph, kind)
+    if own is not None:
+        return _as_dtype(editor, own, kind.dtype, name)
+    if name == "positions":
+        counted = counted_positions(graph)
+        if counted is not None:
+            return counted
+    shape = _shape(graph, kind)
+    default = np.full([1] * len(shape), kind.neutral, kind.dtype.numpy)
+    return editor.add_input(name, TensorType(kind.dtype, shape), role=Role.CONTEXT, default=default)
+
+
+def has_context(graph: Graph, name: str) -> bool:
+    """Whether ``graph`` has the context value itself, so that ``graph_context`` adds no input."""
+    return _own_input(graph, KINDS[name]) is not None or (name == "positions" and counted_positions(graph) is not None)
+
+
+def input_default(graph: Graph, name: str) -> Array | None:
+    """The default of an optional input; ``None`` for inputs that must be given."""
+    defaults = getattr(graph, "defaults", None)
+    if defaults is not None:
+        return defaults.get(name)  # type: ignore[no-any-return]
+    return graph.default(name)  # type: ignore[attr-defined,no-any-return]
+
+
+def token_dims(graph: Graph) -> tuple[Dim, ...] | None:
+    """The batch and sequence dimensions: the first two axes of the token ids, else of the first input that has two."""
+    inputs = [value for value in graph.inputs() if graph.role(value.name) is Role.USER and value.shape is not None]
+    ids = [v for v in inputs if v.name in ("input_ids", "decoder_input_ids", "inputs_embeds", "tokens")]
+    for value in (*ids, *inputs):
+        if value.shape is not None and len(value.shape) >= 2:
+            return value.shape[:2]
+    return None
+
+
+def _own_input(graph: Graph, kind: ContextKind) -> Value | None:
+    """The input that is the context value: spelled like it, with its axes."""
+    dims = token_dims(graph)
+    for spelling in (*kind.spellings, *(name for name, k in KINDS.items() if k is kind)):
+        for value in graph.inputs():
+            if value.name != spelling or value.shape is None or value.dtype is None:
+                continue
+            if graph.role(spelling) is Role.CONTEXT or (dims is not None and value.shape == dims[: len(kind.axes)]):
+                return value
+    return None
+
+
+def _as_dtype(editor: Editor, value: Value, dtype: DType, name: str) -> Value:
+    """``value``, cast once where its type differs; a cast that is there already is used again."""
+    if value.dtype == dtype:
+        return value
+    for use in value.uses:
+        if use.node is not None and use.node.prim is not None and use.node.prim.op == "cast" and use.node.output.dtype == dtype:
+            return use.node.output
+    return editor.insert("cast", [value], {"to": dtype}, name=name).output
+
+
+def counted_positions(graph: Graph) -> Value | None:
+    """The positions that the graph counts itself: the first ``0, 1, 2 ...`` as long as the sequence."""
+    dims = token_dims(graph)
+    if dims is None or len(dims) < 2 or not isinstance(dims[1], str):
+        return None
+    for node in graph.nodes():
+        prim = node.prim
+        if prim is not None and prim.op == "arange" and node.output.shape == (dims[1],) and _counts_from_zero(graph, node):
+            return node.output if node.output.dtype is DType.I64 else None
+    return None
+
+
+def _counts_from_zero(graph: Graph, node: Node) -> bool:
+    if node.op == "onnx.Range":
+        start, _, step = (_number(graph, operand) for operand in node.operands)
+        return start == 0 and step == 1
+    attributes = node.attributes
+    return attributes.get("start", 0) == 0 and attributes.get("step", 1) == 1
+
+
+def _number(graph: Graph, value: Value | None) -> float | None:
+    if value is None or not value.is_parameter:
+        return None
+    data = graph.read(value)
+    return float(data.reshape(-1)[0]) if data.size == 1 else None
+
+
+def _shape(graph: Graph, kind: ContextKind) -> Shape:
+    if not kind.axes:
+        return (1,)
+    dims = token_dims(graph)
+    if dims is None or len(dims) < len(kind.axes):
+        raise InputError(f"{graph.name} has no input with batch and sequence dimensions", "context values are about tokens")
+    return tuple(dims[: len(kind.axes)])
