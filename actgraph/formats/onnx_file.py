@@ -1,0 +1,277 @@
+"""Loading and saving ``.onnx`` files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from actgraph.errors import InputError, UnsupportedError
+from actgraph.formats import onnx_finish, onnx_stream
+from actgraph.formats.atomic import atomic_file, temporary_file
+from actgraph.formats.companions import read_companions, write_companions
+from actgraph.graph.graph import Graph
+from actgraph.graph.onnx import OnnxGraph
+from actgraph.graph.onnx_native import array_of, tensor_of
+
+#: The oldest standard opset that is read.
+MIN_OPSET = 7
+#: Weights up to this size are stored in the ``.onnx`` file itself (protobuf ends at 2 GB).
+SINGLE_FILE_BYTES = 1_500_000_000
+_PROTOBUF_BYTES = 2_147_000_000
+
+
+def load_onnx(path: str | Path, **options: Any) -> OnnxGraph:
+    """The graph in an ``.onnx`` file of opset 7 or newer, with external data mapped, not read.
+
+    What actgraph recorded in the file (sites, history, provenance, companions beside it) comes back.
+    Raises InputError for a file that is missing, corrupt or incomplete, UnsupportedError for what onnx_ir cannot hold.
+    """
+    if options:
+        raise InputError(f"an .onnx file has no loading option {next(iter(options))!r}")
+    path = Path(path)
+    proto = _parse(path)
+    _check(path, proto)
+    try:
+        with _quiet():
+            model = ir.from_proto(proto)
+    except Exception as error:  # onnx_ir wraps whatever goes wrong in its own error, whose message is a page long
+        raise InputError(f"{path} is not a valid ONNX model: {_root_cause(error)}") from error
+    del proto
+    _read_tensors(model, path)
+    found = onnx_finish.read_metadata(model)
+    outputs = onnx_finish.take_back_names(model, found.get("renamed", {}))
+    ours = "version" in found
+    typed = ours and int(found.get("untyped", -1)) == onnx_finish.count_untyped(model)
+    name = model.graph.name if ours and model.graph.name else path.stem
+    graph = OnnxGraph(
+        model, name, outputs=outputs, roles=onnx_finish.stored_roles(found),
+        optional=found.get("optional", []) if ours else None, typed=typed,
+    )  # fmt: skip
+    onnx_finish.restore(graph, found)
+    graph.companions = read_companions(path, found.get("companions") if ours else None)
+    return graph
+
+
+def save_onnx(
+    graph: Graph,
+    path: str | Path,
+    *,
+    inline: str | Sequence[str] = "none",
+    external_data: bool | None = None,
+    opset: int | None = None,
+) -> Path:
+    """Write ``graph`` to ``path`` and return it. The file appears whole or not at all.
+
+    inline: which actgraph ops become standard ops: ``"none"`` (their functions are kept, for kernels to claim), ``"all"``,
+    or a list of op names.
+    external_data: weights in a data file beside; by default only above 1.5 GB.
+    opset: the opset that a torch graph is exported to.
+    Raises InputError where the file cannot be written, UnsupportedError where ONNX cannot hold the graph.
+    """
+    path = Path(path)
+    if not isinstance(graph, OnnxGraph):
+        from actgraph.formats.onnx_export import to_onnx
+        from actgraph.graph.fx import FxGraph
+
+        assert isinstance(graph, FxGraph)
+        graph = to_onnx(graph, opset)
+    elif opset is not None and opset != graph.opset:
+        raise UnsupportedError(f"{graph.name} has opset {graph.opset} already", "opset= is for graphs captured from torch")
+    twin = graph.clone()
+    if inline != "none":
+        onnx_finish.inline_ops(twin, None if inline == "all" else [inline] if isinstance(inline, str) else inline)
+    renamed = onnx_finish.finish(twin)
+    size = weight_bytes(twin)
+    external = size > SINGLE_FILE_BYTES if external_data is None else external_data
+    if not external and size > _PROTOBUF_BYTES:
+        raise UnsupportedError(f"{size / 1e9:.1f} GB of weights do not fit into one .onnx file", "leave out external_data=False")
+    onnx_finish.write_metadata(twin, graph, renamed, write_companions(graph.companions, path))
+    _write(twin, path, external)
+    return path
+
+
+def serialize(graph: OnnxGraph) -> bytes:
+    """``graph`` as the bytes of a file, without metadata. The graph is used up: give a clone."""
+    onnx_finish.finish(graph)
+    proto, tensors = _split(graph.model)
+    stream = io.BytesIO()
+    onnx_stream.write_model(stream, proto, list(onnx_stream.headers(tensors)))
+    return stream.getvalue()
+
+
+def write_temporary(graph: OnnxGraph, path: Path) -> None:
+    """``graph`` as a file with external data, without metadata and companions. The graph is used up: give a clone."""
+    onnx_finish.finish(graph)
+    _write(graph, path, True)
+
+
+def weight_bytes(graph: OnnxGraph) -> int:
+    """Bytes of all initializers."""
+    return sum(tensor.nbytes for tensor in graph.model.graph.initializers.tensors())
+
+
+def _write(twin: OnnxGraph, path: Path, external: bool) -> None:
+    target = Path(os.path.realpath(path))
+    proto, tensors = _split(twin.model)
+    entries = _write_external(target, tensors) if external else list(onnx_stream.headers(tensors))
+    with atomic_file(target) as stream:
+        onnx_stream.write_model(stream, proto, entries)
+
+
+def _split(model: ir.Model) -> tuple[onnx.ModelProto, list[tuple[str, ir.TensorProtocol]]]:
+    """The model as a protobuf without the initializers of its outermost graph, and those. ``model`` loses them."""
+    graph = model.graph
+    values = list(graph.initializers.values())
+    tensors = [(str(value.name), value.const_value) for value in values if value.const_value is not None]
+    graph.initializers.clear()
+    model.opset_imports.update(sorted((model.opset_imports.pop(key), key)[::-1] for key in list(model.opset_imports)))
+    proto = ir.to_proto(model)
+    listed = {value.name for value in graph.inputs}
+    for value in values:
+        if value.metadata_props and value.name not in listed:
+            ir.serde.serialize_value_into(proto.graph.value_info.add(), value)
+    return proto, tensors
+
+
+def _write_external(target: Path, tensors: Sequence[tuple[str, ir.TensorProtocol]]) -> list[onnx_stream.Entry]:
+    """Write large tensors to a data file named by content, and return the headers of all."""
+    large = [
+        (name, tensor)
+        for name, tensor in tensors
+        if tensor.nbytes >= onnx_stream.SMALLEST_EXTERNAL and not isinstance(tensor, ir.StringTensor)
+    ]
+    if not large:
+        return list(onnx_stream.headers(tensors))
+    with temporary_file(target.with_suffix(".data")) as (stream, temporary):
+        places, digest = onnx_stream.write_data(stream, large)
+        stream.close()
+        location = onnx_stream.data_name(target, digest)
+        os.replace(temporary, target.with_name(location))
+    offsets = {name: offset for name, offset, _ in places}
+    entries: list[onnx_stream.Entry] = []
+    for name, tensor in tensors:
+        if name in offsets:
+            entries.append((onnx_stream.external_header(name, tensor, location, offsets[name]), None))
+        else:
+            entries.extend(onnx_stream.headers([(name, tensor)]))
+    return entries
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise InputError(f"{path} is not an ONNX file, or it is damaged", "export or copy the model again") from error
+    return proto
+
+
+def _check(path: Path, proto: onnx.ModelProto) -> None:
+    if not proto.opset_import and not proto.graph.node and not proto.graph.output:
+        raise InputError(f"{path} holds no ONNX graph", "export or copy the model again")
+    newest = onnx.defs.onnx_opset_version()
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx") and not MIN_OPSET <= entry.version <= newest:
+            hint = "convert it with onnx.version_converter" if entry.version < MIN_OPSET else "upgrade the onnx package"
+            raise UnsupportedError(f"{path} has opset {entry.version}; {MIN_OPSET} to {newest} are supported", hint)
+    if proto.graph.sparse_initializer:
+        raise UnsupportedError(f"{path} has sparse initializers", "store the weights densely")
+
+
+def _read_tensors(model: ir.Model, path: Path) -> None:
+    """Replace every tensor that refers to the file or its data by one over memory: a view, mapped where it is external."""
+    maps: dict[str, mmap.mmap] = {}
+    for value in _initialized(model):
+        tensor = value.const_value
+        if tensor is not None:
+            value.const_value = _resident(str(value.name), tensor, path, maps)
+    for node in _every_node(model):
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[name] = ir.AttrTensor(name, _resident(f"{node.name}.{name}", attribute.value, path, maps))
+
+
+def _resident(name: str, tensor: ir.TensorProtocol, path: Path, maps: dict[str, mmap.mmap]) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.StringTensor):
+        return tensor
+    if isinstance(tensor, ir.ExternalTensor):
+        return _mapped(name, tensor, path, maps)
+    try:
+        array = array_of(tensor)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: the data of {name} does not fit its shape {list(tensor.shape)}") from error
+    return tensor_of(array, name)
+
+
+def _mapped(name: str, tensor: ir.ExternalTensor, path: Path, maps: dict[str, mmap.mmap]) -> ir.TensorProtocol:
+    """External data as an array over the mapped file. The mapping outlives the file's name: replacing it is harmless."""
+    location = os.fspath(tensor.location)
+    folder = Path(os.path.realpath(path)).parent
+    target = Path(os.path.realpath(folder / location))
+    if os.path.isabs(location) or not target.is_relative_to(folder):
+        raise InputError(f"{path}: the data of {name} lies outside of the model's folder ({location})", "move it beside the model")
+    shape = tuple(int(size) for size in tensor.shape)
+    if tensor.nbytes == 0:
+        return tensor_of(np.empty(shape, tensor.dtype.numpy()), name)
+    if location not in maps:
+        try:
+            with open(target, "rb") as stream:
+                maps[location] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            reason = "is missing" if not target.exists() else "cannot be read"
+            raise InputError(f"{path}: its data file {location} {reason}", "keep the data file beside the model") from error
+    start, length = tensor.offset or 0, tensor.nbytes
+    if start < 0 or start + length > len(maps[location]) or tensor.length not in (None, length):
+        raise InputError(f"{path}: its data file {location} is too short for {name}", "copy the data file again")
+    raw = np.frombuffer(maps[location], np.uint8, length, start)
+    if tensor.dtype.bitwidth < 8:
+        return ir.PackedTensor(raw, tensor.dtype, shape=shape, name=name)
+    return tensor_of(raw.view(tensor.dtype.numpy()).reshape(shape), name)
+
+
+def _initialized(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
+def _every_node(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """onnx_ir logs what is wrong with an invalid graph; the verifier says it better."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
