@@ -9,6 +9,7 @@ from pydantic import Field
 
 from actgraph.errors import PassError
 from actgraph.graph import Editor, Graph, Node, Use, Value
+from actgraph.graph.graph import Array
 from actgraph.ops.dtypes import DType
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 
@@ -71,7 +72,7 @@ class Cast(Pass):
 _CASTABLE = frozenset({DType.F16, DType.BF16, DType.F32, DType.F64})
 
 
-def _converted(graph: Graph, parameter: Value, target: DType) -> np.ndarray:  # type: ignore[type-arg]
+def _converted(graph: Graph, parameter: Value, target: DType) -> Array:
     data = graph.read(parameter)
     with np.errstate(over="ignore"):
         converted = data.astype(target.numpy)

@@ -79,11 +79,11 @@ class Clip(SitePass):
             return self.min, self.max
         assert context.statistics is not None
         share = self.percentile / 100.0
-        low, high = context.statistics.quantile(self._request(name), np.array([1.0 - share, share]))
+        low, high = context.statistics.sketch(self._request(name)).quantile(np.array([1.0 - share, share]))
         return low, high
 
     def _request(self, name: str) -> Request:
-        return Request(name, "quantiles", per=self.per, axis=self.axis)
+        return Request(name, "quantile", axis=self.axis if self.per == "channel" else None)
 
 
 def _shown(bound: Bound) -> object:

@@ -95,18 +95,19 @@ class Prune(Pass):
         moments: list[Array] = []
         if self.importance != "magnitude":
             assert context.statistics is not None
-            moments = [context.statistics.read(_request(graph, f)) for f in group]
+            moments = [context.statistics.array(_request(graph, f)) for f in group]
         mean_square = np.sum(moments, axis=0) if moments else None
         return neuron_importance(self.importance, group[0].down.read_weight(), mean_square)
 
 
 def _request(graph: Graph, feed_forward: FeedForward) -> Request:
-    return Request(edge_name(graph, feed_forward.down), "second_moment", per="channel")
+    return Request(edge_name(graph, feed_forward.down), "second_moment", axis=-1)
 
 
 def _starts(feed_forward: FeedForward) -> list[Value]:
     """The values where the neurons begin: outputs of gate and up, or the halves of a fused projection."""
     if feed_forward.fused_gate_up:
+        assert feed_forward.up_value is not None
         return [feed_forward.pre_act, feed_forward.up_value]
     return [linear.output for linear in (feed_forward.gate, feed_forward.up) if linear is not None]
 
@@ -176,6 +177,7 @@ def _split_fused(editor: Editor, f: FeedForward, keep: Array) -> None:
     node, index = f.up.input
     assert node is not None
     source = node.operands[index]
+    assert f.up_value is not None
     gate_rows = keep if f.gate_first else keep + half
     up_rows = keep + half if f.gate_first else keep
     for rows, old, part in ((gate_rows, f.pre_act, "gate"), (up_rows, f.up_value, "up")):

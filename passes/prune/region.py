@@ -56,7 +56,7 @@ def neuron_region(graph: Graph, feed_forward: FeedForward, starts: list[Value], 
 def _pointwise(node: Node) -> bool:
     if node.op.startswith(f"{DOMAIN}."):
         if node.op == f"{DOMAIN}.shift":
-            return node.attributes.get("norm", "none") == "none"
+            return bool(node.attributes.get("norm", "none") == "none")
         return Trait.ELEMENTWISE in get_op(node.op).traits or node.op == f"{DOMAIN}.fake_quant"
     prim = node.prim
     return prim is not None and prim.op in _POINTWISE

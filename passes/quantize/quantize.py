@@ -17,7 +17,7 @@ from pydantic import Field
 from actgraph.calibrate.statistics import Request
 from actgraph.errors import PassError
 from actgraph.graph import Editor, Graph, Use, Value
-from actgraph.graph.graph import parameter_bytes
+from actgraph.graph.graph import Array, parameter_bytes
 from actgraph.graph.views import Convolution, Linear
 from actgraph.passes.linears import chosen, edge_name
 from actgraph.passes.places import Selector
@@ -132,11 +132,11 @@ class Quantize(Pass):
                     result.declined.append(Declined(place.output.name, "dynamic per-token scales need a token axis; use static"))
                     continue
                 key: tuple[Value, object] = (value, "dynamic")
-                operands: list[Value | np.ndarray | None] = [value, None, None]  # type: ignore[type-arg]
+                operands: list[Value | Array | None] = [value, None, None]
                 attributes = {"dtype": "i8", "source": "dynamic", "granularity": "token", "symmetric": True}
             else:
                 assert context.statistics is not None
-                absmax = float(context.statistics.read(Request(names[place.output], "absmax")))
+                absmax = float(context.statistics[names[place.output], "absmax"])
                 scale = absmax / 127 if absmax > 0 else 1.0
                 key = (value, scale)
                 operands = [value, np.asarray(scale, value.dtype.numpy if value.dtype else np.float32), None]

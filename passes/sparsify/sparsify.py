@@ -60,26 +60,27 @@ class Sparsify(Pass):
         result = PassResult(expected_change=f"activations with |x| <= t are dropped ({self.method})")
         with context.edit(graph) as editor:
             for name, value, uses in places:
-                threshold = self._threshold(context, name)
+                threshold, measured = self._threshold(context, name)
                 if len(value.uses) and value.dtype is None:
                     result.declined.append(Declined(name, "its type is unknown"))
                     continue
                 node = editor.insert("actgraph.gate", [value, None], {"threshold": threshold}, after=value.producer)
                 editor.redirect(value, node.output, uses)
                 result.counts["gates"] += 1
-                result.details.append({"site": name, "threshold": threshold})
+                result.details.append({"site": name, "threshold": threshold, "sparsity": measured})
         if not result.counts:
             raise PassError(f"sparsify changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
         return result
 
-    def _threshold(self, context: PassContext, name: str) -> float:
+    def _threshold(self, context: PassContext, name: str) -> tuple[float, float | None]:
+        """The threshold at a place and the share of calibration activations that it drops."""
         if self.sparsity is None:
             assert self.threshold is not None
-            return self.threshold
+            return self.threshold, None
         assert context.statistics is not None
-        if self.sparsity == 0:
-            return 0.0
-        return float(context.statistics.quantile(_request(name), self.sparsity))
+        sketch = context.statistics.sketch(_request(name))
+        threshold = float(sketch.quantile(self.sparsity)) if self.sparsity > 0 else 0.0
+        return threshold, float(sketch.cdf(threshold))
 
     def _places(self, graph: Graph) -> list[tuple[str, Value, list[Use] | None]]:
         """``(site name, value, uses)``: what to gate and for which readers (``None``: all)."""
@@ -102,7 +103,7 @@ class Sparsify(Pass):
 
 
 def _request(name: str) -> Request:
-    return Request(name, "quantiles", absolute=True)
+    return Request(name, "abs_quantile")
 
 
 def _act_name(graph: Graph, feed_forward: FeedForward) -> str:

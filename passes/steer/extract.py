@@ -28,14 +28,14 @@ def extract_vector(
     method: Literal["mean_difference"] = "mean_difference",
     position: Literal["last"] = "last",
     batch_size: int = 8,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> SteeringVector:
     """The direction from ``negative`` to ``positive`` at each site.
 
     positive, negative: corpora (a file with a text a line, a list of texts ...); they need not be of one size.
     site: one selector or several; the vector holds a ``[width]`` float32 direction for each site matched.
     method, position: the mean difference of the last token's activation, the padding of a batch excluded.
-    progress: show a progress bar (default: on a terminal).
+    progress: show a progress bar on a terminal.
 
     The sums are float64 and do not depend on the batch size. Raises InputError when the two sets cannot be told apart, and
     SiteError when ``site`` matches nothing.
@@ -43,13 +43,13 @@ def extract_vector(
     if method != "mean_difference" or position != "last":
         raise InputError(f"there is no extraction {method} at {position}", "use mean_difference at the last token")
     sites = graph.sites(site)
-    requests = [Request(s.name, "mean", per="channel", tokens=Tokens.LAST) for s in sites]
+    requests = [Request(s.name, "mean", axis=-1, tokens=Tokens.LAST) for s in sites]
     means = [
         collect(graph, requests, Corpus.of(source), batch_size=batch_size, progress=progress) for source in (positive, negative)
     ]
     directions = {}
     for s, request in zip(sites, requests, strict=True):
-        difference = means[0].read(request) - means[1].read(request)
+        difference = means[0].array(request) - means[1].array(request)
         if not np.any(difference):
             raise InputError(f"positive and negative texts give the same mean at {s.name}", "use sets that differ")
         directions[s.name] = difference.astype(np.float32)

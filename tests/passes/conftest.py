@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ def token_inputs(batch: int = 2, length: int = 12, seed: int = 3) -> dict[str, A
         "attention_mask": np.ones_like(ids),
         "position_ids": np.broadcast_to(np.arange(length, dtype=np.int64), ids.shape).copy(),
     }
+
+
+def corpus_batches(graph: Graph, batch_size: int = 8) -> Iterator[dict[str, Array]]:
+    """Padded batches of the packaged sample text."""
+    from actgraph.calibrate.batches import batches
+    from actgraph.calibrate.corpora import Corpus
+    from actgraph.calibrate.encode import Signature, samples
+
+    for batch in batches(Signature.of(graph), samples(graph, Corpus.of()), batch_size=batch_size):
+        yield dict(batch.inputs)
 
 
 def run(graph: Graph, inputs: dict[str, Array] | None = None) -> Array:

@@ -8,7 +8,7 @@ import torch
 
 from actgraph.errors import OptionError, PassError
 from actgraph.graph import Graph
-from tests.passes.conftest import apply, hf_stories, relative, run, token_inputs
+from tests.passes.conftest import apply, corpus_batches, hf_stories, relative, run, token_inputs
 
 
 def test_threshold_zero_is_the_identity(stories: Graph) -> None:
@@ -45,11 +45,10 @@ def test_teal_equals_masked_inputs_in_torch(stories: Graph) -> None:
 @pytest.mark.parametrize("method", ["teal", "cats"])
 def test_measured_sparsity_is_the_wanted_one(stories: Graph, method: str) -> None:
     """On the calibration text itself the share of zeros at a gated site is the wanted one within two points."""
-    gated = apply(stories, f"sparsify{{method={method} sparsity=0.5}}, tap{{site='blocks.*.mlp.{'hidden' if method == 'teal' else 'act'}'}}")
-    from actgraph.calibrate import default_corpus, token_batches
-
+    place = "hidden" if method == "teal" else "act"
+    gated = apply(stories, f"sparsify{{method={method} sparsity=0.5}}, tap{{site='blocks.*.mlp.{place}'}}")
     zeros = total = 0
-    for batch in list(token_batches(gated, default_corpus()))[:4]:
+    for batch in corpus_batches(gated):
         out = gated.run(batch)
         valid = batch["attention_mask"].astype(bool)
         for name, value in out.items():

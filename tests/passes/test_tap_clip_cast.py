@@ -9,7 +9,7 @@ import torch
 import actgraph as ag
 from actgraph.errors import OptionError, PassError
 from actgraph.graph import Graph, Role
-from tests.passes.conftest import apply, hf_stories, relative, run, token_inputs
+from tests.passes.conftest import apply, corpus_batches, hf_stories, relative, run, token_inputs
 
 
 def test_tap_returns_what_transformers_returns(stories: Graph) -> None:
@@ -56,16 +56,15 @@ def test_clip_bounds_and_nan() -> None:
 
 @pytest.mark.parametrize("per", ["tensor", "channel"])
 def test_clip_at_percentiles_of_the_calibration(stories: Graph, per: str) -> None:
-    from actgraph.calibrate import default_corpus, token_batches
-
-    clipped = apply(stories, f"clip{{site=blocks.2.mlp.hidden percentile=90 per={per}}}")
-    batches = list(token_batches(stories, default_corpus()))
+    clipped = apply(stories, f"clip{{site=blocks.2.mlp.hidden percentile=90 per={per}}}, tap{{site=blocks.2.mlp.hidden}}")
     tapped = apply(stories, "tap{site=blocks.2.mlp.hidden}")
-    rows = np.concatenate([tapped.run(b)["blocks.2.mlp.hidden"][b["attention_mask"].astype(bool)] for b in batches])
-    low, high = np.quantile(rows, [0.1, 0.9], axis=0 if per == "channel" else None)
-    seen = apply(clipped, "tap{site=blocks.2.mlp.hidden}").run(batches[0])["blocks.2.mlp.hidden"][batches[0]["attention_mask"].astype(bool)]
-    expected = np.clip(tapped.run(batches[0])["blocks.2.mlp.hidden"][batches[0]["attention_mask"].astype(bool)], low, high)
-    assert np.abs(seen - expected).max() < 0.02 * np.abs(rows).max()
+    batches = list(corpus_batches(stories))
+    plain, seen = (
+        np.concatenate([g.run(b)["blocks.2.mlp.hidden"][b["attention_mask"].astype(bool)] for b in batches]) for g in (tapped, clipped)
+    )
+    low, high = np.quantile(plain, [0.1, 0.9], axis=0 if per == "channel" else None)
+    expected = np.clip(plain, low, high)
+    assert np.abs(seen - expected).max() < 0.02 * np.abs(plain).max()
     assert (seen == expected).mean() > 0.5 and relative(run(stories), run(clipped)) > 1e-4
 
 
