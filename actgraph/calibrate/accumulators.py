@@ -85,7 +85,7 @@ def widen(array: Array, shape: tuple[int, ...], neutral: float | int) -> Array:
     if array.size == 0:
         return np.full(shape, neutral, array.dtype)
     if array.shape[1:] != shape[1:]:
-        raise InputError(f"the number of channels changed from {array.shape[1:]} to {shape[1:]} between batches", "fix the corpus")
+        raise InputError(f"the number of channels changed from {array.shape[1:]} to {shape[1:]} between batches")
     result = np.full(shape, neutral, array.dtype)
     result[: len(array)] = array
     return result

@@ -1,7 +1,7 @@
 """A quantile sketch made of integer counts in fixed bins.
 
-The bins are equal steps of the float's own exponent and leading mantissa bits (``2**resolution`` bins per octave), so the bin of
-a number never depends on the data, the order or the batch split: sketches of parts add up to exactly the sketch of the whole.
+The bins are equal steps of the float's own exponent and leading mantissa bits (``2**resolution`` per octave), so the bin of a
+number never depends on the data, the order or the batch split: sketches of parts add up to exactly the sketch of the whole.
 This is the bin layout of DDSketch (2019) with piecewise-linear instead of logarithmic interpolation of octaves; quantiles are
 within ``2**-resolution`` of the true order statistic, relative. Magnitudes below 2**-40 count as zero.
 """
@@ -71,7 +71,7 @@ class QuantileSketch(Accumulator):
 
     def _bin(self, x: Array) -> Array:
         """The signed bin of each element: 0 for zero, growing with the value."""
-        if x.dtype == np.float64 or x.dtype.kind != "f" and x.dtype.itemsize > 2:
+        if x.dtype == np.float64 or (x.dtype.kind != "f" and x.dtype.itemsize > 2):
             bits = np.abs(x.astype(np.float64)).view(np.int64)
             magnitude = (bits >> (52 - self.resolution)) - ((1023 + _LOWEST) << self.resolution) + 1
         else:
@@ -137,7 +137,7 @@ class QuantileSketch(Accumulator):
         return result.reshape(self.shape)
 
     def histogram(self, edges: Array) -> Array:
-        """Expected counts between successive ``edges``, ``[*shape, len(edges) - 1]`` float64 (bins that an edge cuts are shared)."""
+        """Expected counts between ``edges``, ``[*shape, len(edges) - 1]`` float64 (a bin that an edge cuts is shared)."""
         total = self.count
         shares = np.stack([self.cdf(edge) for edge in np.asarray(edges, np.float64)], axis=-1)
         return np.asarray(np.diff(shares, axis=-1) * total[..., None])

@@ -59,8 +59,8 @@ class Request:
     """One statistic at one site.
 
     site: a site's name (any spelling that names one site). kind: see ``Statistic``.
-    axis: keep one result per channel of this axis of the site's value; ``None`` keeps one for the whole tensor. For ``gram`` and
-    ``norm`` it is the axis of the vectors (``None``: the last).
+    axis: keep one result per channel of this axis of the site's value; ``None`` keeps one for the whole tensor. For ``gram``
+    and ``norm`` it is the axis of the vectors (``None``: the last).
     positions: keep one result per position in the row as well (counted over valid tokens, so padding on the left is right too).
     tokens: which tokens count. low, high, bins: the range and number of bins of a histogram.
     resolution: a sketch has ``2**resolution`` bins per octave; its quantiles are within ``2**-resolution`` of the true ones,
@@ -82,7 +82,8 @@ class Request:
             try:
                 object.__setattr__(self, name, kind(getattr(self, name)))
             except ValueError as error:
-                raise OptionError(f"a statistic's {name} cannot be {getattr(self, name)!r}", f"one of {', '.join(kind)}") from error
+                message = f"a statistic's {name} cannot be {getattr(self, name)!r}"
+                raise OptionError(message, f"one of {', '.join(kind)}") from error
         if self.kind is Statistic.HISTOGRAM and not (self.bins > 0 and self.low < self.high):
             raise OptionError("a histogram needs low < high and bins > 0", "use kind='quantile' when the range is not known")
         if self.kind in _OF_VECTORS and self.positions:

@@ -31,7 +31,11 @@ class Declined:
 
 @dataclass
 class PassResult:
-    """What one pass did. ``counts`` are per rule (``{"inserted": 4, "folded": 1}``); a pass whose counts are all zero raises instead."""
+    """What one pass did.
+
+    ``counts`` are per rule (``{"inserted": 4, "folded": 1}``). All zero means that nothing matched, which is an error unless
+    the pass may do nothing.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     declined: list[Declined] = field(default_factory=list)

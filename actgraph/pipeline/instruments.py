@@ -6,6 +6,7 @@ the pass (timing is last, so it measures the pass alone).
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -83,10 +84,8 @@ class Memory(Instrument):
     """The process's memory high-water mark during each pass (since the process began, where the mark cannot be reset)."""
 
     def before(self, run: Run, step: Pass) -> None:
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark so far
-        except OSError:
-            pass
 
     def after(self, run: Run, step: Pass, result: PassResult) -> None:
         run.row.peak_bytes = peak_memory()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from actgraph.calibrate.statistics import Request, Statistics
 from actgraph.errors import ActgraphError, InputError, OptionError, ParityError, PassError, VerifyError
 from actgraph.graph.provenance import PassRecord
+from actgraph.pipeline import reproducer as reproducers
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 from actgraph.pipeline.calibration import Calibrator
-from actgraph.pipeline.instruments import Instrument, Memory, Provenance, Run, Sizes, Timing, Verification
+from actgraph.pipeline.instruments import Instrument, Memory, Progress, Provenance, Run, Sizes, Timing, Verification
+from actgraph.pipeline.parity import MODES, Parity
 from actgraph.pipeline.pipeline import Pipeline, PipelineLike
 from actgraph.pipeline.report import PassRow, Report, versions
 
@@ -40,8 +43,11 @@ class PassManager:
 
     corpus: what passes calibrate on (see ``actgraph.calibrate.corpora``); default: the packaged sample text.
     verify: ``"none"``, ``"boundary"`` (input and result) or ``"each"``.
-    seed: for everything random. calibration: options of ``actgraph.calibrate.collect`` (``batch_size``, ``max_tokens`` ...).
-    instruments: more instruments, called outside of the built-in ones.
+    parity: ``"none"``, ``"boundary"``, ``"each"``, or ``"auto"`` (each, unless the model is large); inputs: what it runs on.
+    seed: of everything random. calibration: options of ``calibrate.engine.collect`` (``batch_size``, ``max_tokens`` ...).
+    progress: one line a pass on standard error, when that is a terminal. instruments: more of them, around the built-in ones.
+    reproducer: where a pass that breaks leaves a folder (``True``: the default place, ``False``: nowhere). Mistakes in what was
+    asked for (options, sites, files) leave none unless a folder is named.
     """
 
     def __init__(
@@ -50,44 +56,61 @@ class PassManager:
         corpus: Any = None,
         *,
         verify: str = "boundary",
+        parity: str = "auto",
         seed: int = 0,
+        progress: bool = False,
         instruments: Sequence[Instrument] = (),
         calibration: dict[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        reproducer: bool | str | Path = True,
     ) -> None:
-        if verify not in ("none", "boundary", "each"):
-            raise OptionError(f"verify is {verify!r}", "choose none, boundary or each")
+        for name, mode, modes in (("verify", verify, ("none", "boundary", "each")), ("parity", parity, MODES)):
+            if mode not in modes:
+                raise OptionError(f"{name} is {mode!r}", f"choose {', '.join(modes)}")
         self.pipeline = Pipeline.of(pipeline)
         self.corpus = corpus
         self.verify = verify
+        self.parity = parity
         self.seed = seed
+        self.progress = progress
         self.calibration = dict(calibration or {})
+        self.inputs = inputs
         self.instruments = list(instruments)
+        self.reproducer = reproducer
 
-    def run(self, graph: Graph) -> RunResult:
-        """Run every pass on a copy of ``graph`` (tensors are shared until a pass replaces them).
+    def run(self, graph: Graph, *, start: int = 0, stop: int | None = None) -> RunResult:
+        """Run the passes on a copy of ``graph``, which is not changed (tensors are shared until a pass replaces them).
 
-        Raises what the passes raise, prefixed with the pass; PassError when a pass matched nothing or was applied before.
+        start, stop: run a part of the pipeline only, on a graph that the passes before ``start`` have made.
+        Raises what the passes raise, prefixed with the pass; PassError when a pass matched nothing, was applied before or takes
+        another dialect; VerifyError or ParityError when a pass did not keep what it promises.
         """
         begun = time.perf_counter()
-        self._check(graph)
+        stop = len(self.pipeline) if stop is None else stop
+        self._check(graph, start, stop)
         report = Report(graph.name, graph.dialect, str(self.pipeline), seed=self.seed, versions=versions())
         run = Run(graph, graph.clone(), self.pipeline, report, self.seed)
         instruments = self._instruments()
         calibrator = Calibrator(lambda g, requests: self._collect(g, requests, report))
         for instrument in instruments:
             instrument.start(run)
-        for index, step in enumerate(self.pipeline):
+        for index in range(start, stop):
+            step = self.pipeline.passes[index]
             run.index, run.row = index, PassRow(step.name, step.text)
             report.rows.append(run.row)
             self._step(run, step, calibrator, instruments)
         for instrument in reversed(instruments):
             instrument.finish(run)
+        report.forwards = calibrator.forwards
         report.seconds = time.perf_counter() - begun
         report.notes = list(run.graph.notes)
         return RunResult(run.graph, report)
 
     def _instruments(self) -> list[Instrument]:
         chosen: list[Instrument] = [*self.instruments]
+        if self.progress and sys.stderr.isatty():
+            chosen.append(Progress())
+        chosen.append(Parity(self.parity, self.inputs))
         if self.verify != "none":
             chosen.append(Verification(self.verify))
         return [*chosen, Provenance(), Sizes(), Memory(), Timing()]
@@ -101,7 +124,7 @@ class PassManager:
             row.statistics = len(statistics) if statistics is not None else 0
             for instrument in instruments:
                 instrument.before(run, step)
-            context = PassContext(seed=self.seed, statistics=statistics, text=step.text, name=step.name)
+            context = PassContext(seed=self.seed, statistics=statistics, text=row.text, name=step.name)
             result = step.run(run.graph, context)
             self._take(row, step, result)
             for instrument in reversed(instruments):
@@ -111,7 +134,7 @@ class PassManager:
                 instrument.failed(run, step, error)
             raise self._explained(run, step, error) from error
         calibrator.ran(step)
-        run.graph.history.append(PassRecord(step.name, step.text, dict(row.counts), run.report.versions.get("actgraph", "")))
+        run.graph.history.append(PassRecord(step.name, row.text, dict(row.counts), run.report.versions.get("actgraph", "")))
 
     @staticmethod
     def _take(row: PassRow, step: Pass, result: PassResult) -> None:
@@ -123,28 +146,47 @@ class PassManager:
             raise PassError(f"nothing matched, so nothing was changed{why}", "widen `site`, or take the pass out of the pipeline")
 
     def _explained(self, run: Run, step: Pass, error: Exception) -> ActgraphError:
-        """The error with the pass named."""
+        """The error with the pass named, and the reproducer's folder where there is one."""
         where = f"pass {run.index + 1} ({step.name})"
+        expected = isinstance(error, ActgraphError) and not isinstance(error, (VerifyError, ParityError))
+        named = not isinstance(self.reproducer, bool)
+        hint = error.hint if isinstance(error, ActgraphError) else ""
+        if named or (self.reproducer and not expected):
+            left = self._reproduce(run, error)
+            hint = f"{hint}; {left}" if hint else left
         if isinstance(error, ActgraphError):
             kind = type(error) if type(error).__init__ is ActgraphError.__init__ else PassError
-            return kind(f"{where}: {error.message.removeprefix(f'{step.name}: ')}", error.hint)
-        return PassError(f"{where} failed: {type(error).__name__}: {_one_line(error)}")
+            return kind(f"{where}: {error.message.removeprefix(f'{step.name}: ')}", hint)
+        return PassError(f"{where} failed: {type(error).__name__}: {_one_line(error)}", hint)
 
-    def _check(self, graph: Graph) -> None:
+    def _reproduce(self, run: Run, error: Exception) -> str:
+        base = None if isinstance(self.reproducer, bool) else self.reproducer
+        prefix = self.pipeline[: run.index + 1]
+        folder = reproducers.folder_for(base, run.source, prefix)
+        settings = {"verify": self.verify, "parity": self.parity, "calibration": self.calibration}
+        record = reproducers.Setting(self.seed, self.corpus, settings, self.inputs)
+        try:
+            problems = reproducers.write(folder, run.source, prefix, error, record)
+        except InputError as failure:
+            return failure.message
+        return f"reproducer in {folder}" + (f", without all: {problems[0]}" if problems else "")
+
+    def _check(self, graph: Graph, start: int, stop: int) -> None:
         """What can be refused before anything runs."""
-        done = {record.text for record in graph.history}
+        history = graph.history[: max(0, len(graph.history) - start)] if start else graph.history
+        done = {record.text for record in history}
         seen: set[str] = set()
-        for number, step in enumerate(self.pipeline, 1):
+        for number, step in enumerate(self.pipeline.passes[:stop], 1):
             where = f"pass {number} ({step.name})"
             if graph.dialect not in step.dialects:
                 raise PassError(
                     f"{where} takes {' and '.join(sorted(step.dialects))} graphs, and {graph.name} is {graph.dialect}",
-                    "apply it to the model in the other form" if step.dialects else "",
+                    "apply it to the model in its other form",
                 )
             text = step.text
             if not step.may_do_nothing:
-                if text in done:
-                    raise PassError(f"{where}: {text} was applied to {graph.name} already", "start from the original model")
+                if text in done and number > start:
+                    raise PassError(f"{where}: {text} was applied to {graph.name} before", "start from the original model")
                 if text in seen and not step.repeatable:
                     raise PassError(f"{where}: {text} is in the pipeline twice", "remove one of the two")
             seen.add(text)
@@ -161,4 +203,4 @@ class PassManager:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines else "no message"

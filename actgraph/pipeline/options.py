@@ -98,7 +98,9 @@ def _shown(value: Any) -> str:
         return repr(value)
 
 
-_NAMES: dict[Any, str] = {str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "null", Path: "a path"}
+_NAMES: dict[Any, str] = {
+    str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "null", Path: "a path",
+}  # fmt: skip
 
 
 def describe(field: FieldInfo) -> str:

@@ -48,7 +48,7 @@ _FLOAT = re.compile(
 )
 for _kind in (_Loader, _Dumper):
     _kind.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in ("float", "timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
@@ -83,9 +83,11 @@ def read_text(text: str, base: Path | None = None) -> list[Pass]:
         raise OptionError("recipe: it is not a mapping", _EXAMPLE)
     unknown = [key for key in document if key not in ("actgraph", "passes")]
     if unknown:
-        raise OptionError(f"recipe: there is no key {str(unknown[0])!r}", nearest(str(unknown[0]), ["actgraph", "passes"]))
+        key = str(unknown[0])
+        raise OptionError(f"recipe: there is no key {key!r}", nearest(key, ["actgraph", "passes"]))
     if document.get("actgraph") != VERSION or isinstance(document.get("actgraph"), bool):
-        raise OptionError(f"recipe: the format version is {document.get('actgraph')!r}, not {VERSION}", "begin with `actgraph: 1`")
+        version = document.get("actgraph")
+        raise OptionError(f"recipe: the format version is {version!r}, not {VERSION}", "begin with `actgraph: 1`")
     steps = document.get("passes")
     if steps is None:
         return []

@@ -99,4 +99,4 @@ def _check(cls: object, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise PassError(f"{name!r} cannot be the name of a pass", "use letters, digits, '-' and '_', beginning with a letter")
     if cls.name != name:
-        raise PassError(f"pass {name!r} calls itself {cls.name!r}", "make its `name` equal to the name that it is registered under")
+        raise PassError(f"pass {name!r} calls itself {cls.name!r}", "its `name` must be the one that it is registered under")

@@ -66,8 +66,10 @@ class Report:
     corpus: str = ""
     documents: int = 0
     tokens: int = 0
+    forwards: int = 0  # how often the corpus was run
     seconds: float = 0.0  # everything: passes, calibration, checks
     parity: str = ""  # how parity was checked, or why it was not
+    change: Change | None = None  # of the result against the input
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -131,9 +133,12 @@ class Report:
         lines = [f"{self.graph} ({self.dialect}): {len(self.rows)} passes in {self.seconds:.2f} s"]
         if self.documents:
             tokens = f", {self.tokens:,} tokens" if self.tokens else ""
-            lines.append(f"calibrated on {self.corpus}: {self.documents:,} documents{tokens}")
+            times = f" (run {self.forwards} times)" if self.forwards > 1 else ""
+            lines.append(f"calibrated on {self.corpus}: {self.documents:,} documents{tokens}{times}")
         if self.parity:
             lines.append(f"parity: {self.parity}")
+        if self.change is not None and len(self.rows) > 1:
+            lines.append(f"all passes together moved {self.change.output} by {self.change.relative:.2g} (relative)")
         return lines
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:

@@ -177,7 +177,8 @@ class _Parser:
         self.space()
         if self.peek() != "=":
             self.fail(
-                f"expected '=' after {match.group()!r}, found {self.found()}", f"write {match.group()}=value, or {match.group()}=true"
+                f"expected '=' after {match.group()!r}, found {self.found()}",
+                f"write {match.group()}=value, or {match.group()}=true",
             )
         self.at += 1
         self.space()

@@ -1,0 +1,116 @@
+"""Perplexity and log-likelihoods of texts under a causal language model, in either dialect.
+
+Each document is encoded alone with its special tokens and cut at the model's length; every token but the first is predicted
+from those before it; perplexity is ``exp`` of the mean negative log-likelihood over all predicted tokens of all documents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actgraph.calibrate.batches import batches
+from actgraph.calibrate.corpora import Corpus
+from actgraph.calibrate.encode import Signature, samples
+from actgraph.calibrate.engine import _bar, limited
+from actgraph.errors import InputError
+from actgraph.graph.executor import executor_for
+
+if TYPE_CHECKING:
+    from actgraph.graph import Graph
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Log-likelihoods in nats, one of each document: ``totals [documents]`` over ``counts [documents]`` predicted tokens."""
+
+    totals: Array
+    counts: Array
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were predicted."""
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> Array:
+        """Mean log-likelihood of a token of each document; NaN for documents of one token."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.totals / self.counts)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-likelihood of all predicted tokens."""
+        if not self.tokens:
+            raise InputError("no token is predicted: every document has a single token", "use longer documents")
+        mean = -math.fsum(self.totals.tolist()) / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+def log_likelihoods(
+    graph: Graph,
+    corpus: Any = None,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> Likelihoods:
+    """The log-likelihood of each document of ``corpus``, in its order.
+
+    Logits are turned into log-probabilities in float64. A graph of fixed length gets documents padded on the right, which a
+    causal model does not see. Raises InputError when the graph is no causal language model.
+    """
+    opened = Corpus.of(corpus)
+    signature = Signature.of(graph)
+    output = logits_output(graph)
+    length = signature.fixed_length()
+    source = samples(graph, opened, limit=max_length if length is None else min(length, max_length or length), pack=False)
+    runner = executor_for(graph).open(graph)
+    totals: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    with _bar("perplexity", len(opened), progress) as advance:
+        for batch in batches(signature, limited(source, max_tokens, 0, None), batch_size=batch_size):
+            logits = runner(batch.inputs)[output]
+            ids = batch.inputs["input_ids"]
+            if logits.ndim != 3 or logits.shape[:2] != ids.shape:
+                raise InputError(f"{output} is {list(logits.shape)} for input_ids {list(ids.shape)}: no logits per token")
+            mask = next(iter(batch.masks.values()), np.ones(ids.shape, bool))
+            for row, index in enumerate(batch.indices):
+                valid = int(mask[row].sum())
+                totals[index] = _total(logits[row, : valid - 1], ids[row, 1:valid])
+                counts[index] = max(0, valid - 1)
+            advance(batch.rows)
+    order = sorted(totals)
+    return Likelihoods(np.asarray([totals[i] for i in order]), np.asarray([counts[i] for i in order], np.int64))
+
+
+def perplexity(graph: Graph, corpus: Any = None, **options: Any) -> float:
+    """The perplexity of ``corpus`` (default: the packaged sample text); options as in ``log_likelihoods``."""
+    return log_likelihoods(graph, corpus, **options).perplexity
+
+
+def logits_output(graph: Graph) -> str:
+    """The output that holds logits ``[batch, seq, vocabulary]``. Raises InputError when there is none."""
+    outputs = graph.outputs()
+    if "input_ids" not in {value.name for value in graph.inputs()}:
+        raise InputError(f"{graph.name} takes no input_ids: it is no language model")
+    for name, value in outputs:
+        if name == "logits" or (len(outputs) == 1 and value.shape is not None and len(value.shape) == 3):
+            return name
+    raise InputError(f"{graph.name} has no output called logits", f"its outputs are {', '.join(name for name, _ in outputs)}")
+
+
+def _total(logits: Array, labels: Array) -> float:
+    """Sum of the log-probabilities of ``labels [n]`` under ``logits [n, vocabulary]``."""
+    if not len(labels):
+        return 0.0
+    scores = logits.astype(np.float64)
+    top = scores.max(1, keepdims=True)
+    normaliser = top[:, 0] + np.log(np.exp(scores - top).sum(1))
+    return float((scores[np.arange(len(labels)), labels] - normaliser).sum())
