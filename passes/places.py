@@ -13,7 +13,9 @@ Selector = str | tuple[str, ...]
 class SitePass(Pass):
     """A pass that acts at sites."""
 
-    site: Selector = Field(description="Where: a site name, glob (blocks.*.mlp.hidden), range (blocks.{2..4}.resid_post), re:pattern, or a list.")
+    site: Selector = Field(
+        description="Where: a site name, glob (blocks.*.mlp.hidden), range (blocks.{2..4}.resid_post), re:pattern, or a list."
+    )
     ignore: Selector = Field(default=(), description="Sites to leave out, in the same spellings as site.")
 
     def select(self, graph: Graph) -> list[Site]:

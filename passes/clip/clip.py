@@ -19,7 +19,6 @@ from actgraph.graph.graph import Array
 from actgraph.passes.places import SitePass
 from actgraph.pipeline.base import PassContext, PassResult
 
-
 Bound = float | Array | None
 
 

@@ -60,5 +60,3 @@ def _pointwise(node: Node) -> bool:
         return Trait.ELEMENTWISE in get_op(node.op).traits or node.op == f"{DOMAIN}.fake_quant"
     prim = node.prim
     return prim is not None and prim.op in _POINTWISE
-
-

@@ -36,7 +36,9 @@ class Quantize(Pass):
         default="none", description="Inputs of the linears: dynamic is per token, static is per tensor from calibration."
     )
     embeddings: bool = Field(default=False, description="Store embedding tables as int8 rows too.")
-    site: Selector = Field(default=(), description="Which linears and convolutions (their output or input sites); default: all.")
+    site: Selector = Field(
+        default=(), description="Which linears and convolutions (their output or input sites); default: all."
+    )
     ignore: Selector = Field(default=(), description="Linears and convolutions to leave in float.")
 
     def requests(self, graph: Graph) -> Sequence[Request]:
@@ -61,7 +63,11 @@ class Quantize(Pass):
         result.details.append({"site": "parameters", "bytes before": before, "bytes after": after})
         result.messages += editor.messages
         if not any(result.counts.values()):
-            reason = f"{result.declined[0].site}: {result.declined[0].reason}" if result.declined else "everything is quantized already"
+            reason = (
+                f"{result.declined[0].site}: {result.declined[0].reason}"
+                if result.declined
+                else "everything is quantized already"
+            )
             raise PassError(f"quantize changed nothing: {reason}")
         return result
 
@@ -129,7 +135,9 @@ class Quantize(Pass):
                 continue
             if self.activations == "dynamic":
                 if isinstance(place, Convolution):
-                    result.declined.append(Declined(place.output.name, "dynamic per-token scales need a token axis; use static"))
+                    result.declined.append(
+                        Declined(place.output.name, "dynamic per-token scales need a token axis; use static")
+                    )
                     continue
                 key: tuple[Value, object] = (value, "dynamic")
                 operands: list[Value | Array | None] = [value, None, None]
@@ -146,4 +154,3 @@ class Quantize(Pass):
                 nodes[key] = made.output
                 result.counts["activation quantizers"] += 1
             editor.redirect(value, nodes[key], [Use(node, index)])
-

@@ -42,7 +42,13 @@ def embeddings(graph: Graph) -> list[Prim]:
         if prim is None or prim.op != "gather" or prim.attributes.get("axis", 0) != 0:
             continue
         table = prim.operands[0]
-        if isinstance(table, Value) and table.is_parameter and len(table.shape or ()) == 2 and table.dtype is not None and table.dtype.is_float:
+        if (
+            isinstance(table, Value)
+            and table.is_parameter
+            and len(table.shape or ()) == 2
+            and table.dtype is not None
+            and table.dtype.is_float
+        ):
             found.append(prim)
     return found
 

@@ -36,7 +36,9 @@ class Sparsify(Pass):
     method: Literal["teal", "cats"] = Field(default="teal", description="Which activations are gated; see the class.")
     sparsity: float | None = Field(default=None, ge=0.0, lt=1.0, description="Share of each gated activation to drop (0 to 1).")
     threshold: float | None = Field(default=None, ge=0.0, description="A threshold given outright, in place of sparsity.")
-    site: Selector = Field(default=(), description="teal: inputs of linears; cats: blocks.{i}.mlp.act. Default: all in the blocks.")
+    site: Selector = Field(
+        default=(), description="teal: inputs of linears; cats: blocks.{i}.mlp.act. Default: all in the blocks."
+    )
     ignore: Selector = Field(default=(), description="Places to leave dense.")
 
     @model_validator(mode="after")

@@ -44,7 +44,11 @@ class Steer(SitePass):
     axis: int = Field(default=-1, description="The axis of the site that the vector lies along (1 for NCHW images).")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        vector = load_vector(self.vector) if isinstance(self.vector, str) else SteeringVector({"": np.asarray(self.vector, np.float32)})
+        vector = (
+            load_vector(self.vector)
+            if isinstance(self.vector, str)
+            else SteeringVector({"": np.asarray(self.vector, np.float32)})
+        )
         selector = self.site or tuple(name for name in vector.directions if name)
         if not selector:
             raise PassError("steer: the vector names no site", "say where with site=blocks.2.resid_post")

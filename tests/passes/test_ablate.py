@@ -28,7 +28,9 @@ def test_equals_a_forward_hook(stories: Graph) -> None:
 
 
 def test_the_component_is_gone_and_the_rest_is_kept(stories: Graph) -> None:
-    out = apply(stories, f"ablate{{direction={TEXT} site=blocks.1.resid_post}}, tap{{site=blocks.1.resid_post}}").run(token_inputs())
+    out = apply(stories, f"ablate{{direction={TEXT} site=blocks.1.resid_post}}, tap{{site=blocks.1.resid_post}}").run(
+        token_inputs()
+    )
     before = apply(stories, "tap{site=blocks.1.resid_post}").run(token_inputs())["blocks.1.resid_post"]
     after = out["blocks.1.resid_post"]
     assert np.abs(after @ UNIT).max() < 1e-5

@@ -97,5 +97,3 @@ def test_golden(dialect: str, golden) -> None:  # type: ignore[no-untyped-def]
     cleaned = apply(graph, "identity, cse, fold, dce")
     golden(f"cleanup.{dialect}", cleaned.text())
     assert relative(run(graph, X), run(cleaned, X)) < 1e-6
-
-

@@ -24,7 +24,9 @@ def test_codes_are_symmetric_per_channel(axis: int) -> None:
     for channel, (row, code) in enumerate(zip(wide, codes, strict=True)):
         expected = max(abs(float(v)) for v in row) / 127 or 1.0
         assert scale[channel] == pytest.approx(expected, rel=1e-6)
-        assert all(abs(float(v) - int(c) * scale[channel]) <= scale[channel] / 2 * (1 + 1e-5) for v, c in zip(row, code, strict=True))
+        assert all(
+            abs(float(v) - int(c) * scale[channel]) <= scale[channel] / 2 * (1 + 1e-5) for v, c in zip(row, code, strict=True)
+        )
     assert codes.min() >= -127 and scale[2] == 1 and not codes[2].any()
 
 
@@ -64,7 +66,9 @@ def test_model_shrinks_and_floats_go(stories: Graph) -> None:
     quantized = apply(stories, "quantize{weights=int8 embeddings=true}")
     sizes = [sum(parameter_bytes(p) for p in g.parameters()) for g in (stories, quantized)]
     assert sizes[1] < 0.35 * sizes[0]
-    assert not any(p.dtype == "f32" and len(p.shape or ()) == 2 and p.shape[0] * p.shape[1] > 1024 for p in quantized.parameters())
+    assert not any(
+        p.dtype == "f32" and len(p.shape or ()) == 2 and p.shape[0] * p.shape[1] > 1024 for p in quantized.parameters()
+    )
 
 
 def test_tied_embedding_keeps_its_float_form_unless_asked(stories: Graph) -> None:
@@ -89,7 +93,11 @@ def test_activations(stories: Graph, activations: str) -> None:
 
 def test_dynamic_activations_against_torch(tiny: Graph) -> None:
     """Per-token absmax / 127, rounded half to even, on the input of one linear."""
-    tapped = apply(tiny, "tap{site=blocks.0.mlp.norm}, quantize{weights=none activations=dynamic site='linear.0'}, tap{site='linear.0:in' prefix=q.}")
+    tapped = apply(
+        tiny,
+        "tap{site=blocks.0.mlp.norm}, "
+        "quantize{weights=none activations=dynamic site=linear.0}, tap{site='linear.0:in' prefix=q.}",
+    )
     out = tapped.run({"ids": np.array([[1, 2, 3]], np.int64)})
     x = torch.from_numpy(out["blocks.0.mlp.norm"])
     scale = x.abs().amax(-1, keepdim=True) / 127

@@ -60,7 +60,8 @@ def test_clip_at_percentiles_of_the_calibration(stories: Graph, per: str) -> Non
     tapped = apply(stories, "tap{site=blocks.2.mlp.hidden}")
     batches = list(corpus_batches(stories))
     plain, seen = (
-        np.concatenate([g.run(b)["blocks.2.mlp.hidden"][b["attention_mask"].astype(bool)] for b in batches]) for g in (tapped, clipped)
+        np.concatenate([g.run(b)["blocks.2.mlp.hidden"][b["attention_mask"].astype(bool)] for b in batches])
+        for g in (tapped, clipped)
     )
     low, high = np.quantile(plain, [0.1, 0.9], axis=0 if per == "channel" else None)
     expected = np.clip(plain, low, high)
@@ -96,7 +97,9 @@ def test_cast_refuses_overflow() -> None:
         apply(graph, "cast{dtype=f16}")
 
 
-@pytest.mark.parametrize("step", ["tap{site=blocks.0.mlp.hidden}", "clip{site=blocks.0.mlp.hidden min=-1 max=1}", "cast{dtype=f16}"])
+@pytest.mark.parametrize(
+    "step", ["tap{site=blocks.0.mlp.hidden}", "clip{site=blocks.0.mlp.hidden min=-1 max=1}", "cast{dtype=f16}"]
+)
 def test_golden(tiny: Graph, dialect: str, step: str, golden) -> None:  # type: ignore[no-untyped-def]
     edited = apply(tiny, step)
     golden(f"{step.partition('{')[0]}.{dialect}", edited.text())
