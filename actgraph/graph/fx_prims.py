@@ -291,7 +291,8 @@ def _rms_norm(c: _Call) -> Reading:
     if eps is None:
         dtype = c.graph.value_type(c.graph._value(c["input"])).dtype
         eps = torch.finfo((dtype or DType.F32).torch).eps
-    return "rms_norm", [c["input"], c["weight"]], {"eps": float(eps), "axes": _trailing_axes(c, c["input"], c["normalized_shape"])}
+    axes = _trailing_axes(c, c["input"], c["normalized_shape"])
+    return "rms_norm", [c["input"], c["weight"]], {"eps": float(eps), "axes": axes}
 
 
 def _batch_norm(c: _Call) -> Reading | None:
@@ -347,7 +348,7 @@ def _size(c: _Call) -> Reading:
 
 
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "positive", "view_as_real"), _same("identity")),
+    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "positive"), _same("identity")),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _dropout),
     **dict.fromkeys(("_to_copy", "to", "type_as", "to_dtype", "float", "half"), _cast),
     "add": _scaled("add"), "sub": _scaled("sub"), "subtract": _scaled("sub"), "rsub": _reversed("sub"),
@@ -375,13 +376,15 @@ _RULES: dict[str, Rule] = {
     "argmax": _reduce("argmax"),
     "cumsum": _along("cumsum"), "topk": _along("topk", "k"),
     **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "_reshape_alias", "view_copy",
-         "squeeze_copy", "unsqueeze_copy"), _reshape),
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "_reshape_alias",
+         "view_copy", "squeeze_copy", "unsqueeze_copy"), _reshape),
     "transpose": _swap, "swapaxes": _swap, "permute": lambda c: _permute(c, c["dims"]), "t": _last_two, "mT": _last_two,
     "adjoint": _last_two,
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "expand_copy"), _identity_or("expand")),
     "slice": _slice, "narrow": _narrow, "select": _select,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "split_copy", "split_with_sizes_copy", "unsafe_split", "unsafe_chunk"), _along("split")),
+    **dict.fromkeys(
+        ("split", "split_with_sizes", "chunk", "split_copy", "split_with_sizes_copy", "unsafe_split", "unsafe_chunk"),
+        _along("split")),
     "unbind": _along("unbind"),
     "cat": _concat("concat"), "stack": _concat("stack"),
     "constant_pad_nd": _same("pad"), "pad": _same("pad"), "roll": _same("roll"), "flip": _same("flip"),
@@ -396,20 +399,22 @@ _RULES: dict[str, Rule] = {
     "one_hot": _same("one_hot"),
     "matmul": _same("matmul", 2), "mm": _same("matmul", 2), "bmm": _same("matmul", 2), "mv": _same("matmul", 2),
     "linear": _linear, "addmm": _addmm,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+                    _convolution),
     "scaled_dot_product_attention": _sdpa,
     "_grouped_mm": _grouped, "grouped_mm": _grouped, "grouped_mm_fallback": _grouped, "grouped_linear": _grouped,
     "layer_norm": _layer_norm, "native_layer_norm": _layer_norm, "rms_norm": _rms_norm, "_fused_rms_norm": _rms_norm,
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), _batch_norm),
     "group_norm": _group_norm, "native_group_norm": _group_norm,
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_max_pool2d"), _same("max_pool")),
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
-                    _same("avg_pool")),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_max_pool2d"),
+                    _same("max_pool")),
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+                     "_adaptive_avg_pool2d"), _same("avg_pool")),
     **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"), _same("resize")),
     "sym_size": _size, "sym_numel": _size,
     "arange": _source("arange"),
-    **dict.fromkeys(("full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones",
-                     "new_full", "new_empty", "scalar_tensor"), _source("full")),
+    **dict.fromkeys(("full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "empty_like", "new_zeros",
+                     "new_ones", "new_full", "new_empty", "scalar_tensor"), _source("full")),
     **dict.fromkeys(("rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "normal"), _source("random")),
     "dequantize": _same("dequantize", 3),
 }  # fmt: skip

@@ -132,8 +132,13 @@ class _Call:
         return before == after and after.shape is not None and None not in after.shape
 
 
+_CONSTANT_KINDS = {
+    "value": None, "value_float": np.float32, "value_int": np.int64, "value_floats": np.float32, "value_ints": np.int64,
+}  # fmt: skip
+
+
 def _constant_data(attributes: Mapping[str, Any]) -> Array | None:
-    for name, dtype in (("value", None), ("value_float", np.float32), ("value_int", np.int64), ("value_floats", np.float32), ("value_ints", np.int64)):
+    for name, dtype in _CONSTANT_KINDS.items():
         if name in attributes:
             return np.asarray(attributes[name], dtype) if dtype is not None else np.asarray(attributes[name])
     return None
@@ -207,12 +212,13 @@ def _slice(c: _Call) -> Reading:
     axes = axes if axes is not None else tuple(range(count))
     if computed or count != 1:
         return "slice", [c[0]], {"axis": None, "start": None, "end": None, "step": None}
-    return "slice", [c[0]], {
+    attributes = {
         "axis": c.axis(axes[0]),
         "start": starts[0] if starts is not None else None,
         "end": ends[0] if ends is not None else None,
         "step": steps[0] if steps is not None else 1,
     }
+    return "slice", [c[0]], attributes
 
 
 def _split(c: _Call) -> Reading:
@@ -275,8 +281,8 @@ def _gemm(c: _Call) -> Reading | None:
 
 
 def _fused_matmul(c: _Call) -> Reading | None:
-    plain = c.get("alpha", 1.0) == 1.0 and not any(c.get(name, 0) for name in ("transA", "transB", "transBatchA", "transBatchB"))
-    return ("matmul", [c[0], c[1]], {}) if plain else None
+    transposes = any(c.get(name, 0) for name in ("transA", "transB", "transBatchA", "transBatchB"))
+    return ("matmul", [c[0], c[1]], {}) if c.get("alpha", 1.0) == 1.0 and not transposes else None
 
 
 def _conv(name: str) -> Rule:
@@ -388,8 +394,6 @@ def _scatter(c: _Call) -> Reading:
     return "scatter", list(c.operands), {}
 
 
-
-
 def _repeat(c: _Call) -> Reading:
     return "repeat", [c[0]], {}
 
@@ -405,7 +409,8 @@ _RULES: dict[str, Rule] = {
     "GreaterOrEqual": _same("ge", 2), "Not": _same("not"), "IsNaN": _same("isnan"), "Where": _same("where", 3),
     "Sum": _pairwise("add"), "Min": _pairwise("min"), "Max": _pairwise("max"), "Clip": _clip,
     **{name: _same(name.lower()) for name in (
-        "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf", "Cos", "Sin", "Floor", "Relu", "Sigmoid", "Tanh", "Softplus", "Mish",
+        "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Erf", "Cos", "Sin", "Floor", "Relu", "Sigmoid", "Tanh", "Softplus",
+        "Mish",
     )},
     "Gelu": _gelu, "LeakyRelu": _leaky, "Elu": _elu, "HardSwish": _same("hardswish"), "HardSigmoid": _hard_sigmoid,
     "PRelu": _same("prelu", 2), "Softmax": _softmax("softmax"), "LogSoftmax": _softmax("log_softmax"),
@@ -413,8 +418,9 @@ _RULES: dict[str, Rule] = {
     "ReduceMean": _reduce("mean"), "ReduceSum": _reduce("sum"), "ReduceMax": _reduce("amax"), "ReduceMin": _reduce("amin"),
     "ArgMax": _argmax, "CumSum": _cumsum, "TopK": _topk,
     "Reshape": _reshape, "Flatten": _reshape, "Squeeze": _reshape, "Unsqueeze": _reshape, "Transpose": _transpose,
-    "Expand": _expand, "Slice": _slice, "Split": _split, "Concat": _concat, "Pad": _same("pad"), "Tile": _repeat, "Trilu": _same("trilu"),
-    "Gather": _gather, "GatherND": _index, "GatherElements": lambda c: ("gather_elements", [c[0], c[1]], {"axis": c.axis(c.get("axis", 0))}),
+    "Expand": _expand, "Slice": _slice, "Split": _split, "Concat": _concat, "Pad": _same("pad"), "Tile": _repeat,
+    "Trilu": _same("trilu"), "Gather": _gather, "GatherND": _index,
+    "GatherElements": lambda c: ("gather_elements", [c[0], c[1]], {"axis": c.axis(c.get("axis", 0))}),
     "Scatter": _scatter, "ScatterElements": _scatter, "ScatterND": _scatter, "OneHot": _same("one_hot"),
     "MatMul": _same("matmul", 2), "Gemm": _gemm, "Conv": _conv("conv"), "ConvTranspose": _conv("conv_transpose"),
     "Attention": _attention, "grouped_linear": _grouped,
@@ -426,7 +432,8 @@ _RULES: dict[str, Rule] = {
     "DynamicQuantizeLinear": _same("dynamic_quantize"), "MatMulInteger": _same("matmul_integer", 4),
     "Shape": _same("shape_of"), "Size": _same("shape_of"), "Range": lambda c: ("arange", [], {}),
     "ConstantOfShape": lambda c: ("full", [], {}),
-    **dict.fromkeys(("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"), lambda c: ("random", [], {})),
+    **dict.fromkeys(("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"),
+                    lambda c: ("random", [], {})),
 }  # fmt: skip
 
 _CONTRIB: dict[str, Rule] = {

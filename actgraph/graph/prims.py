@@ -27,28 +27,36 @@ VOCABULARY: dict[str, str] = {
     # elementwise
     "add": "(a, b) *", "sub": "(a, b) *", "mul": "(a, b) *", "div": "(a, b) *", "pow": "(a, b)", "neg": "(x)",
     "abs": "(x)", "sqrt": "(x)", "rsqrt": "(x)", "reciprocal": "(x)", "exp": "(x)", "log": "(x)", "erf": "(x)", "cos": "(x)",
-    "sin": "(x)", "floor": "(x)", "where": "(condition, a, b) *", "min": "(a, b)", "max": "(a, b)", "clip": "(x, lo|None, hi|None) *",
-    "isnan": "(x)", "not": "(x)", "and": "(a, b)", "or": "(a, b)", "eq": "(a, b)", "ne": "(a, b)", "lt": "(a, b)", "le": "(a, b)", "gt": "(a, b)", "ge": "(a, b)",
+    "sin": "(x)", "floor": "(x)", "where": "(condition, a, b) *", "min": "(a, b)", "max": "(a, b)",
+    "clip": "(x, lo|None, hi|None) *",
+    "isnan": "(x)", "not": "(x)", "and": "(a, b)", "or": "(a, b)", "eq": "(a, b)", "ne": "(a, b)", "lt": "(a, b)",
+    "le": "(a, b)", "gt": "(a, b)", "ge": "(a, b)",
     # activations
     "relu": "(x)", "gelu": "(x) {approximate: 'none'|'tanh'}", "silu": "(x)", "sigmoid": "(x)", "tanh": "(x)",
-    "softplus": "(x)", "leaky_relu": "(x) {alpha}", "elu": "(x) {alpha}", "hardswish": "(x)", "hardsigmoid": "(x)", "mish": "(x)",
+    "softplus": "(x)", "leaky_relu": "(x) {alpha}", "elu": "(x) {alpha}", "hardswish": "(x)", "hardsigmoid": "(x)",
+    "mish": "(x)",
     "prelu": "(x, slope)", "softmax": "(x) {axis}", "log_softmax": "(x) {axis}",
     # reductions
-    "mean": "(x) {axes, keepdims}", "sum": "(x) {axes, keepdims}", "amax": "(x) {axes, keepdims}", "amin": "(x) {axes, keepdims}",
-    "var": "(x) {axes, keepdims, correction}", "cumsum": "(x) {axis}", "topk": "(x) {k, axis} -> values, indices", "argmax": "(x) {axis}",
+    "mean": "(x) {axes, keepdims}", "sum": "(x) {axes, keepdims}", "amax": "(x) {axes, keepdims}",
+    "amin": "(x) {axes, keepdims}",
+    "var": "(x) {axes, keepdims, correction}", "cumsum": "(x) {axis}", "topk": "(x) {k, axis} -> values, indices",
+    "argmax": "(x) {axis}",
     # shape
     "reshape": "(x) {shape: output shape}: view, flatten, squeeze, unsqueeze *", "transpose": "(x) {perm} *",
-    "expand": "(x)", "slice": "(x) {axis, start, end, step}", "split": "(x) {axis} -> pieces", "unbind": "(x) {axis} -> pieces without the axis", "concat": "(x, ...) {axis}",
+    "expand": "(x)", "slice": "(x) {axis, start, end, step}", "split": "(x) {axis} -> pieces",
+    "unbind": "(x) {axis} -> pieces without the axis", "concat": "(x, ...) {axis}",
     "pad": "(x)", "roll": "(x)", "flip": "(x)", "repeat": "(x)", "trilu": "(x)", "stack": "(x, ...) {axis}",
     # indexing
-    "gather": "(table, indices) {axis}: embedding, index_select, Gather", "index": "(x, indices...)", "gather_elements": "(x, indices) {axis}",
+    "gather": "(table, indices) {axis}: embedding, index_select, Gather", "index": "(x, indices...)",
+    "gather_elements": "(x, indices) {axis}",
     "scatter": "(x, indices, updates)", "one_hot": "(indices)",
     # contractions
     "matmul": "(a, b) *", "linear": "(x, weight, bias|None) {out_axis: axis of weight that is the output}",
     "conv": "(x, weight, bias|None) {stride, padding, dilation, groups}", "conv_transpose": "(x, weight, bias|None)",
     "sdpa": "(q, k, v, mask|None) {scale, is_causal, enable_gqa}", "grouped_matmul": "(x, weights, offsets)",
     # quantized weights and products (files of other tools)
-    "quantize": "(x, scale, zero_point|None)", "dequantize": "(x, scale, zero_point|None)", "dynamic_quantize": "(x) -> q, scale, zero_point",
+    "quantize": "(x, scale, zero_point|None)", "dequantize": "(x, scale, zero_point|None)",
+    "dynamic_quantize": "(x) -> q, scale, zero_point",
     "matmul_integer": "(a, b, a_zero_point|None, b_zero_point|None)",
     # normalisation
     "layer_norm": "(x, weight|None, bias|None) {eps, axes}", "rms_norm": "(x, weight|None) {eps, axes}",

@@ -62,9 +62,7 @@ class Linear:
         from actgraph.errors import PassError
 
         if self.matrix is None:
-            raise PassError(
-                f"the weight {self.weight.name} is read as integers and cannot be replaced by numbers", "edit it before quantizing"
-            )
+            raise PassError(f"the weight {self.weight.name} is read as integers, not numbers", "edit it before quantizing")
         stored = self.weight
         uses = self._own_uses(stored) if stored.is_parameter else []
         if uses and stored.dtype is not None:
@@ -96,7 +94,7 @@ class Linear:
         if old is not None:
             uses = [use for use in old.uses if use.node in self.nodes and use != self.matrix]
             if old.is_parameter:
-                editor.set_parameter(old, data.reshape(old.shape or (-1,)), uses=uses)  # type: ignore[arg-type]
+                editor.set_parameter(old, data.reshape(editor.graph.read(old).shape), uses=uses)
                 return
             stored = editor.add_parameter(f"{self.weight.name}_bias", data)
             for use in uses:
@@ -251,13 +249,19 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True)
 class Unit:
-    """One residual add: ``output = skip + branch``."""
+    """One residual add: ``output = skip + branch``.
+
+    source: the stream value that the branch reads; ``skip`` is it, up to plumbing and a scale. branches: what is added, which
+    is two values in a parallel block that adds twice (``branch`` is the last).
+    """
 
     kind: str  # "attn", "cross_attn", "mlp", "moe", "mixer", "conv", "parallel"
     skip: Value
     branch: Value
     output: Value
     node: Node
+    source: Value | None = None
+    branches: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)

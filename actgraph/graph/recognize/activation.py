@@ -71,8 +71,8 @@ _ANCHORS = frozenset({*_WHOLE, "gelu", "erf", "exp", "clip", "max", "gt", "ge", 
 
 _UNARY: dict[str, Callable[..., Any]] = {
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "reciprocal": np.reciprocal, "exp": np.exp, "log": np.log, "erf": _erf,
-    "relu": _FUNCTIONS["relu"], "tanh": np.tanh, "sigmoid": _sigmoid, "softplus": _softplus, "hardsigmoid": _FUNCTIONS["hardsigmoid"],
-    "silu": _FUNCTIONS["silu"], "identity": np.positive, "cast": np.positive, "not": np.logical_not,
+    "relu": _FUNCTIONS["relu"], "tanh": np.tanh, "sigmoid": _sigmoid, "softplus": _softplus,
+    "hardsigmoid": _FUNCTIONS["hardsigmoid"], "silu": _FUNCTIONS["silu"], "identity": np.positive, "cast": np.positive,
 }  # fmt: skip
 _BINARY: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "pow": np.power, "min": np.minimum,
@@ -110,8 +110,10 @@ def _activation(s: Semantics, prim: Prim) -> Activation | None:
     if prim.op in _WHOLE and prim.op not in _PARTS:
         return Activation((prim.node,), _WHOLE[prim.op], s.root(x), prim.output)
     larger = _expression(s, prim)
-    if larger is not None or prim.op not in _WHOLE or _is_softcap(s, prim):
+    if larger is not None and larger.output != prim.output:
         return larger
+    if prim.op not in _WHOLE or _is_softcap(s, prim):
+        return None
     return Activation((prim.node,), _WHOLE[prim.op], s.root(x), prim.output)
 
 
@@ -224,6 +226,6 @@ class _Cone:
             if prim.op in _BINARY:
                 return np.asarray(_BINARY[prim.op](operands[0], operands[1]))
             if prim.op == "where":
-                return np.where(operands[0], operands[1], operands[2])
+                return np.asarray(np.where(operands[0], operands[1], operands[2]))
             low = -np.inf if operands[1] is None else operands[1]
-            return np.clip(operands[0], low, np.inf if operands[2] is None else operands[2])
+            return np.asarray(np.clip(operands[0], low, np.inf if operands[2] is None else operands[2]))

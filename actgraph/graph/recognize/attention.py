@@ -233,7 +233,7 @@ def _scores(s: Semantics, x: Value) -> _Core | None:
             current = scored[0]
             masks.append((sides[1] if scored[0] is sides[0] else sides[0], False))
         elif prim.op == "where" and isinstance(prim.operands[0], Value):
-            condition, a, b = prim.operands
+            _, a, b = prim.operands
             if isinstance(b, (int, float)) and b <= _FORBIDDEN:
                 current = a
                 masks.append((prim.operands[0], False))
@@ -334,7 +334,7 @@ def _set_mask(s: Semantics, core: _Core, mask: Value) -> None:
     mask = _unexpanded(s, mask)
     prim = s.prim(mask)
     if prim is not None and prim.op == "where" and isinstance(prim.operands[0], Value):
-        condition, a, b = prim.operands
+        _, a, b = prim.operands
         if a == 0 and isinstance(b, (int, float)) and b <= _FORBIDDEN:
             mask = _unexpanded(s, prim.operands[0])
         elif b == 0 and isinstance(a, (int, float)) and a <= _FORBIDDEN:
@@ -405,7 +405,8 @@ def _heads(query: Value, known: int | None) -> tuple[int | None, int | None]:
     if known is not None:
         return known, shape[-1] // known
     if len(shape) == 4:
-        return (shape[1], shape[-1]) if isinstance(shape[1], int) else (None, None)
+        heads = shape[1]
+        return (heads, shape[-1]) if isinstance(heads, int) else (None, None)
     return (1, shape[-1]) if len(shape) == 3 else (None, None)
 
 
@@ -425,7 +426,8 @@ def _kv_heads(s: Semantics, core: _Core) -> int | None:
     shape = core.key.shape
     if shape is None or len(shape) != 4:
         return None
-    return shape[axis] if isinstance(shape[axis], int) else None
+    heads = shape[axis]
+    return heads if isinstance(heads, int) else None
 
 
 def _projections(s: Semantics, ends: tuple[Value, ...], outputs: dict[Value, Linear]) -> list[Value | None]:
@@ -454,7 +456,8 @@ def _slice_to_linears(s: Semantics, end: Value, outputs: dict[Value, Linear]) ->
         if position < 0 or depth == 0 or len(visited) > 4 * _REACH or not s.is_data(value):
             return False
         operands = [o for o in s.nodes[position].operands if o is not None]
-        visited[value] = any([carries(operand, depth - 1) for operand in operands])
+        reached = [carries(operand, depth - 1) for operand in operands]  # all of them: each is part of the slice
+        visited[value] = any(reached)
         return visited[value]
 
     carries(end, _REACH)

@@ -66,9 +66,9 @@ def _feed_forward(
     return None
 
 
-def _towards_down(s: Semantics, act: Value) -> list[tuple[Value, Operand]]:
+def _towards_down(s: Semantics, act: Value) -> list[tuple[Value, Value | None]]:
     """Values that may be ``hidden``: the activation itself, and its product with another value, edits looked through."""
-    found: list[tuple[Value, Operand]] = []
+    found: list[tuple[Value, Value | None]] = []
     stack: list[tuple[Value, Value | None]] = [(act, None)]
     for _ in range(16):
         if not stack:

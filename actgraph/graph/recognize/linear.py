@@ -186,7 +186,8 @@ def _integer_linear(s: Semantics, prim: Prim) -> list[Linear]:
             nodes.append(added.node)
             output = added.node.output
     edge = Use(maker.node, s.operand_index(maker.node, x))
-    return [Linear(tuple(nodes), edge, output, weight, 1, bias, width, out, integer=(_weight_scale(s, scaled), _zero_point(prim)))]
+    integer = (_weight_scale(s, scaled), _zero_point(prim))
+    return [Linear(tuple(nodes), edge, output, weight, 1, bias, width, out, integer=integer)]
 
 
 def _weight_scale(s: Semantics, scaled: Read) -> Value | None:

@@ -74,7 +74,9 @@ def _gathered(s: Semantics, operand: Operand) -> tuple[Value, int] | None:
             return None
         index = prim.operands[1] if len(prim.operands) == 2 else None
         shape = source.shape
-        if not s.is_constant(source) or not isinstance(index, Value) or s.is_constant(index) or shape is None or len(shape) != 3:
+        if not s.is_constant(source) or not isinstance(index, Value) or s.is_constant(index):
+            return None
+        if shape is None or len(shape) != 3:
             return None
         return (_flat(s, index), shape[0]) if isinstance(shape[0], int) else None
     return None
@@ -85,10 +87,10 @@ def _flat(s: Semantics, value: Value) -> Value:
     value = s.root(value)
     prim = s.prim(value)
     source = prim.operands[0] if prim is not None and prim.op == "reshape" else None
-    if isinstance(source, Value) and source.shape is not None and value.shape is not None:
-        if tuple(d for d in value.shape if d != 1) == source.shape and len(source.shape) < len(value.shape):
-            return s.root(source)
-    return value
+    if not isinstance(source, Value) or source.shape is None or value.shape is None:
+        return value
+    dropped = tuple(d for d in value.shape if d != 1) == source.shape and len(source.shape) < len(value.shape)
+    return s.root(source) if dropped else value
 
 
 def _squeezed(s: Semantics, output: Value) -> Value:
@@ -102,7 +104,8 @@ def _squeezed(s: Semantics, output: Value) -> Value:
 
 def _feeds(s: Semantics, product: _Product, by_value: dict[Value, _Product]) -> bool:
     """Whether the rows of a product come from another expert product through an activation: it is a down projection."""
-    stack, seen = [product.rows], set()
+    stack = [product.rows]
+    seen: set[Value] = set()
     while stack and len(seen) < _REACH:
         value = s.root(s.edited(stack.pop()), casts=True)
         if value in seen:
@@ -165,7 +168,8 @@ def _gates(s: Semantics, value: Value) -> Value:
 
 def _router(s: Semantics, value: Value, outputs: dict[Value, Linear]) -> Linear | None:
     """The linear whose scores choose and weigh the experts."""
-    stack, seen = [value], set()
+    stack = [value]
+    seen: set[Value] = set()
     while stack and len(seen) < 4 * _REACH:
         value = s.root(stack.pop(0), casts=True)
         if value in seen:
@@ -182,7 +186,8 @@ def _router(s: Semantics, value: Value, outputs: dict[Value, Linear]) -> Linear 
 def _expert_index(s: Semantics, down: _Product) -> Value | None:
     """The expert of each row: the gather's index, or what the group ends were counted from."""
     rows = down.rows.shape[0] if down.rows.shape else None
-    stack, seen = [down.index], set()
+    stack = [down.index]
+    seen: set[Value] = set()
     while stack and len(seen) < _REACH:
         value = s.root(stack.pop(0), casts=True)
         if value in seen:
