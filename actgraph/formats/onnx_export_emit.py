@@ -206,6 +206,8 @@ class Emitter:
             value = node.inputs[0]
             if value is not None and value.dtype is not None and int(value.dtype) == node.attributes["to"].as_int():
                 return self._replace(node, [value])
+        if _passes_through(node):
+            return self._replace(node, [value for value in node.inputs[:1] if value is not None])
         folded = self._fold(node)
         if folded is not None:
             return self._replace(node, folded)
@@ -341,6 +343,18 @@ def _key(node: ir.Node) -> Any:
         return None
     attributes = tuple(sorted((key, repr(_plain(attribute))) for key, attribute in node.attributes.items()))
     return (node.domain, node.op_type, node.overload, len(node.outputs), tuple(map(id, node.inputs)), attributes)
+
+
+def _passes_through(node: ir.Node) -> bool:
+    """Whether the result is the operand: an extremum or concatenation of one tensor, a transposition that keeps the order."""
+    if node.domain != "":
+        return False
+    if node.op_type in ("Max", "Min", "Sum", "Mean", "Concat"):
+        return len(node.inputs) == 1
+    if node.op_type == "Transpose" and "perm" in node.attributes:
+        perm = list(node.attributes["perm"].as_ints())
+        return perm == list(range(len(perm)))
+    return False
 
 
 def _has_graph(node: ir.Node) -> bool:

@@ -20,6 +20,7 @@ from torch import fx
 from actgraph.errors import UnsupportedError
 from actgraph.formats.onnx_export_emit import dims_of
 from actgraph.ops.dtypes import DType
+from actgraph.ops.registry import DOMAIN
 
 if TYPE_CHECKING:
     from actgraph.formats.onnx_export_translate import Translator
@@ -138,6 +139,18 @@ def select(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return t.emit.op("Gather", a["self"], position, axis=a["dim"])
 
 
+@rule(aten.index.Tensor, aten.index_select.default)
+def index(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
+    """One tensor of positions along one axis is a ``Gather``; masks and several tensors are left to torch's translation."""
+    if "indices" not in a:
+        return t.emit.op("Gather", a["self"], a["index"], axis=a["dim"])
+    given = [(axis, indices) for axis, indices in enumerate(a["indices"]) if indices is not None]
+    if len(given) != 1 or given[0][1].dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return None
+    (axis, indices) = given[0]
+    return t.emit.op("Gather", a["self"], indices, axis=axis)
+
+
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
 def split(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     axis = a.get("dim", 0)
@@ -238,6 +251,21 @@ def _repeat_heads(t: Translator, value: ir.Value, heads: int, kv_heads: int, wid
     wide = t.emit.op("Unsqueeze", value, t.emit.ints([2]))
     wide = t.emit.op("Expand", wide, t.emit.ints([1, 1, groups, 1, 1]))
     return t.emit.op("Reshape", wide, t.vector([0, heads, -1, width]))
+
+
+@rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+def grouped_matmul(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Rows of many experts, each times the weight of its expert: our ``grouped_linear``, which has the weights as stored."""
+    x, weight, offsets, bias = a.get("input", a.get("self")), node.args[1], a.get("offs"), a.get("bias")
+    assert isinstance(weight, fx.Node) and isinstance(x, ir.Value)
+    if offsets is None or len(x.shape or ()) != 2 or weight.meta["val"].dim() != 3 or a.get("out_dtype") is not None:
+        return None
+    swapped = weight.target is aten.transpose.int and {int(str(axis)) % 3 for axis in weight.args[1:3]} == {1, 2}
+    if swapped:
+        weights = t.values[weight.args[0]]  # type: ignore[index]
+    else:
+        weights = t.emit.op("Transpose", t.values[weight], perm=[0, 2, 1])
+    return t.emit.op("GroupedLinear", x, weights, offsets, bias, domain=DOMAIN)
 
 
 # --- sizes as numbers ---------------------------------------------------------------------------------------------------

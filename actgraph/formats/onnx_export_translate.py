@@ -166,7 +166,7 @@ class Translator:
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target.namespace == DOMAIN:
             return self._registry_op(node)
-        rule = RULES.get(target)
+        rule = RULES.get(target) or RULES.get(target.name() if isinstance(target, torch._ops.OpOverload) else None)
         if rule is not None:
             result = rule(self, node, {key: self._resolve(value) for key, value in bind(node).items()})
             if result is not None:

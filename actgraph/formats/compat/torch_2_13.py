@@ -33,11 +33,17 @@ Translation = Callable[..., Any]
 
 @functools.cache
 def _registry(opset: int) -> _registration.ONNXRegistry:
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of torchvision on every machine that has none
-    try:
+    with _quiet("torch.onnx._internal.exporter._registration"):  # it warns of torchvision on every machine that has none
         return _registration.ONNXRegistry.from_torchlib(opset)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         log.setLevel(level)
 
@@ -90,7 +96,7 @@ class Recording:
 def recording(opset: int, constants: dict[Any, ir.Value]) -> Iterator[Recording]:
     """Record the ONNX nodes that translations make inside the block. ``constants`` is shared by all blocks of a graph."""
     recorder = _building.OpRecorder(values.Opset("", opset), constants)
-    with evaluator.default_as(recorder):
+    with evaluator.default_as(recorder), _quiet("onnx_ir"):  # it warns of empty lists of integers
         _core.current_tracer = recorder  # read by the translations of higher-order ops
         try:
             yield Recording(recorder)
