@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from actgraph.graph.evaluate import evaluate
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Graph, Value
 from actgraph.graph.views import Attention, Linear, Norm
@@ -25,7 +26,8 @@ def view_table(graph: Graph) -> list[str]:
         return "none" if linear is None else f"linear.{index[linear.output]}"
 
     lines = [
-        f"linear.{i} {kind(input_value(v))} -> {kind(v.output)} {v.in_features}->{v.out_features} bias={v.bias is not None}"
+        f"linear.{i} {kind(input_value(v))} -> {kind(v.output)} {v.in_features}->{v.out_features} "
+        f"weight~{fingerprint(v.read_weight())} bias~{fingerprint(v.read_bias())}"
         for i, v in enumerate(linears)
     ]
     lines += [
@@ -33,8 +35,8 @@ def view_table(graph: Graph) -> list[str]:
         for i, v in enumerate(views.convs())
     ]
     lines += [
-        f"norm.{i} {v.kind} {kind(v.input)} -> {kind(v.output)} eps={v.eps:g} weight={v.weight is not None} "
-        f"bias={v.bias is not None} offset={v.weight_offset:g}"
+        f"norm.{i} {v.kind} {kind(v.input)} -> {kind(v.output)} eps={v.eps:g} "
+        f"scale~{fingerprint(stored(v.weight), v.weight_offset)} bias~{fingerprint(stored(v.bias))}"
         for i, v in enumerate(views.norms())
     ]
     lines += [f"activation.{i} {v.function} {kind(v.input)} -> {kind(v.output)}" for i, v in enumerate(views.activations())]
@@ -58,6 +60,19 @@ def view_table(graph: Graph) -> list[str]:
     ]
     lines.append("order " + " ".join(name for _, name in sorted(_positions(graph))))
     return lines
+
+
+def stored(value: Value | None) -> Array | None:
+    return None if value is None else evaluate(value.graph, value)
+
+
+def fingerprint(array: Array | None, offset: float = 0.0) -> str:
+    """What a weight amounts to: its mean size to three digits, an absent one and one of zeros alike.
+
+    Stock export drops biases of zeros and stores ``1 + weight`` for norms that scale so: presence alone would not compare.
+    """
+    size = 0.0 if array is None else float(np.abs(array.astype(np.float64) + offset).mean())
+    return f"{size:.3g}"
 
 
 def _positions(graph: Graph) -> list[tuple[int, str]]:

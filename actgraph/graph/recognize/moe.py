@@ -15,6 +15,12 @@ from actgraph.graph.recognize.semantic import Operand, Semantics
 from actgraph.graph.views import Linear, MixtureOfExperts
 
 _REACH = 24
+#: What stands between the products of an expert: an activation, however it is spelled, a gate, and the halves of a fused one.
+_BETWEEN = frozenset({
+    "reshape", "split", "slice", "clip", "add", "sub", "mul", "div", "pow", "neg", "erf", "tanh", "exp", "relu", "gelu",
+    "silu", "sigmoid",
+    "softplus", "hardswish", "mish", "where", "min", "max",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,8 @@ def _feeds(s: Semantics, product: _Product, by_value: dict[Value, _Product]) -> 
         if value in by_value and by_value[value] is not product:
             return True
         prim = s.prim(value)
-        if prim is None or prim.op in ("matmul", "linear", "grouped_matmul", "index", "gather"):
-            continue
-        stack += [operand for operand in prim.operands if isinstance(operand, Value) and s.is_data(operand)]
+        if prim is not None and prim.op in _BETWEEN:
+            stack += [operand for operand in prim.operands if isinstance(operand, Value) and s.is_data(operand)]
     return False
 
 
