@@ -6,8 +6,9 @@ calibration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -32,6 +33,7 @@ class Clip(SitePass):
     name: ClassVar[str] = "clip"
     family: ClassVar[str] = "clip"
     repeatable: ClassVar[bool] = True
+    off: ClassVar[Mapping[str, Any]] = {"min": -math.inf, "max": math.inf, "percentile": None, "per": "tensor"}
 
     min: float | None = Field(default=None, description="Lower bound.")
     max: float | None = Field(default=None, description="Upper bound.")

@@ -6,8 +6,8 @@ contribution norm is the default, because the score that CFSP's code ships reduc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +33,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     family: ClassVar[str] = "prune"
+    oracle: ClassVar[Mapping[str, Any]] = {"mode": "mask"}
 
     ratio: float = Field(gt=0.0, lt=1.0, description="Share of the neurons to remove in each feed-forward.")
     importance: Importance = Field(default="activation", description="; ".join(f"{k}: {v}" for k, v in DOCS.items()))

@@ -7,8 +7,8 @@ calibration text at the wanted sparsity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
     family: ClassVar[str] = "sparsify"
+    off: ClassVar[Mapping[str, Any]] = {"sparsity": None, "threshold": 0.0}
 
     method: Literal["teal", "cats"] = Field(default="teal", description="Which activations are gated; see the class.")
     sparsity: float | None = Field(default=None, ge=0.0, lt=1.0, description="Share of each gated activation to drop (0 to 1).")

@@ -5,7 +5,8 @@ Source: Refusal in Language Models Is Mediated by a Single Direction (2024). ``h
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -30,6 +31,7 @@ class Ablate(SitePass):
     name: ClassVar[str] = "ablate"
     family: ClassVar[str] = "steer"
     repeatable: ClassVar[bool] = True
+    oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     site: Selector = Field(default=(), description="Where to ablate; default: the sites named in the direction's file.")
     direction: str | tuple[float, ...] = Field(

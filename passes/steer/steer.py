@@ -6,7 +6,8 @@ Addition (CAA, 2023). ``h' = h + scale * v`` at every token.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +34,8 @@ class Steer(SitePass):
     name: ClassVar[str] = "steer"
     family: ClassVar[str] = "steer"
     repeatable: ClassVar[bool] = True
+    off: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
+    oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     site: Selector = Field(default=(), description="Where to add the vector; default: the site named in the vector's file.")
     vector: str | tuple[float, ...] = Field(

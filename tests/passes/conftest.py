@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 import actgraph as ag
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
+from tests import zoo
 
 
 class TinyBlock(torch.nn.Module):
@@ -47,7 +47,7 @@ def _tiny(dialect: str) -> Graph:
 
 @functools.cache
 def _stories(dialect: str) -> Graph:
-    graph = ag.load("stories260k")
+    graph = zoo.captured("stories260k")
     return graph if dialect == "fx" else _as_onnx(graph)
 
 
@@ -75,20 +75,6 @@ def stories(dialect: str) -> Graph:
 @pytest.fixture
 def both_stories() -> dict[str, Graph]:
     return {name: _stories(name).clone() for name in ("fx", "onnx")}
-
-
-@pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """Compare text with ``tests/golden/passes/<name>.txt``; ``--update-golden`` rewrites it."""
-
-    def check(name: str, text: str) -> None:
-        path = Path(__file__).parent.parent / "golden" / "passes" / f"{name}.txt"
-        if request.config.getoption("--update-golden"):
-            path.write_text(text + "\n", encoding="utf-8")
-        assert path.exists(), f"no golden text {path.name}: run pytest --update-golden and read it"
-        assert text + "\n" == path.read_text(encoding="utf-8")
-
-    return check
 
 
 TINY_IDS = np.array([[1, 2, 3, 4], [9, 8, 15, 0]], np.int64)
@@ -136,14 +122,9 @@ def apply(graph: Graph, pipeline: str, **options: Any) -> Graph:
     return ag.run(graph, pipeline, **options).graph
 
 
-@functools.cache
 def hf_stories() -> Any:
     """The real model in transformers, as reference."""
-    from transformers import AutoModelForCausalLM
-
-    from actgraph.formats.huggingface import packaged_model
-
-    return AutoModelForCausalLM.from_pretrained(packaged_model("stories260k"), dtype=torch.float32).eval()
+    return zoo.model("stories260k")
 
 
 def hooked_logits(module: str, edit: Callable[[torch.Tensor], torch.Tensor], inputs: dict[str, Array] | None = None) -> Array:

@@ -61,7 +61,7 @@ def test_at_every_writer_equals_ablation_of_the_stream(stories: Graph) -> None:
 @pytest.mark.parametrize("site", ["blocks.0.mlp.out", "blocks.0.resid_post"])
 def test_golden(tiny: Graph, dialect: str, site: str, golden) -> None:  # type: ignore[no-untyped-def]
     ablated = apply(tiny, f"ablate{{direction={TINY} site={site}}}")
-    golden(f"ablate_{site.rsplit('.', 1)[-1]}.{dialect}", ablated.text())
+    golden(f"passes/ablate_{site.rsplit('.', 1)[-1]}.{dialect}", ablated.text())
     unfolded = apply(tiny, f"ablate{{direction={TINY} site={site} fold=false}}")
     assert relative(run(unfolded), run(ablated)) < 1e-6
     assert relative(run(tiny), run(ablated)) > 1e-3

@@ -95,5 +95,5 @@ def test_fold_keeps_packed_weights(stories: Graph) -> None:
 def test_golden(dialect: str, golden) -> None:  # type: ignore[no-untyped-def]
     graph = wasteful(dialect)
     cleaned = apply(graph, "identity, cse, fold, dce")
-    golden(f"cleanup.{dialect}", cleaned.text())
+    golden(f"passes/cleanup.{dialect}", cleaned.text())
     assert relative(run(graph, X), run(cleaned, X)) < 1e-6

@@ -105,6 +105,6 @@ def test_declines_with_the_reason(stories: Graph) -> None:
 
 def test_golden(tiny: Graph, dialect: str, golden) -> None:  # type: ignore[no-untyped-def]
     pruned = apply(tiny, "prune{ratio=0.5 importance=magnitude}")
-    golden(f"prune.{dialect}", pruned.text())
+    golden(f"passes/prune.{dialect}", pruned.text())
     assert relative(run(apply(tiny, "prune{ratio=0.5 importance=magnitude mode=mask}")), run(pruned)) < 1e-6
     assert relative(run(tiny), run(pruned)) > 1e-3

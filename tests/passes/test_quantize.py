@@ -127,7 +127,7 @@ def test_ignore(stories: Graph) -> None:
 @pytest.mark.parametrize("options", ["weights=int8", "weights=int8 embeddings=true", "weights=none activations=dynamic"])
 def test_golden(tiny: Graph, dialect: str, options: str, golden) -> None:  # type: ignore[no-untyped-def]
     quantized = apply(tiny, f"quantize{{{options}}}")
-    golden(f"quantize_{'_'.join(o.split('=')[1] for o in options.split())}.{dialect}", quantized.text())
+    golden(f"passes/quantize_{'_'.join(o.split('=')[1] for o in options.split())}.{dialect}", quantized.text())
     assert 1e-5 < relative(run(tiny), run(quantized)) < 0.1
 
 

@@ -91,5 +91,5 @@ def test_cats_needs_a_gated_feed_forward() -> None:
 @pytest.mark.parametrize("method", ["teal", "cats"])
 def test_golden(tiny: Graph, dialect: str, method: str, golden) -> None:  # type: ignore[no-untyped-def]
     gated = apply(tiny, f"sparsify{{method={method} threshold=0.25}}")
-    golden(f"sparsify_{method}.{dialect}", gated.text())
+    golden(f"passes/sparsify_{method}.{dialect}", gated.text())
     assert relative(run(tiny), run(gated)) > 1e-3

@@ -87,7 +87,7 @@ def test_no_site_is_one_clear_line(stories: Graph) -> None:
 @pytest.mark.parametrize("fold", ["true", "false"])
 def test_golden(tiny: Graph, dialect: str, fold: str, golden) -> None:  # type: ignore[no-untyped-def]
     steered = apply(tiny, f"steer{{vector={TINY} site=blocks.0.resid_post scale=2 fold={fold}}}")
-    golden(f"steer_fold_{fold}.{dialect}", steered.text())
+    golden(f"passes/steer_fold_{fold}.{dialect}", steered.text())
     other = apply(tiny, f"steer{{vector={TINY} site=blocks.0.resid_post scale=2 fold={'false' if fold == 'true' else 'true'}}}")
     assert relative(run(other), run(steered)) < 1e-6
     assert relative(run(tiny), run(steered)) > 1e-2

@@ -102,6 +102,6 @@ def test_cast_refuses_overflow() -> None:
 )
 def test_golden(tiny: Graph, dialect: str, step: str, golden) -> None:  # type: ignore[no-untyped-def]
     edited = apply(tiny, step)
-    golden(f"{step.partition('{')[0]}.{dialect}", edited.text())
+    golden(f"passes/{step.partition('{')[0]}.{dialect}", edited.text())
     error = relative(run(tiny), run(edited))
     assert error == 0 if step.startswith("tap") else 1e-5 < error < 0.5
