@@ -33,6 +33,8 @@ MAX_OPSET = 23
 MIN_IR_VERSION = 10
 
 Number = int | float | bool
+#: The opset in which Cast learned an element type.
+_SINCE = {DType.F8E4M3: 19, DType.F8E5M2: 19, DType.I4: 21, DType.U4: 21}
 _COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN", "IsInf"}
 
 
@@ -116,7 +118,7 @@ class BodyBuilder:
     ) -> list[BodyValue]:
         """Emit one standard node with ``len(dtypes)`` outputs."""
         tensors = [i for i in inputs if isinstance(i, BodyValue)]
-        first = next((t for t in tensors if t.dtype is not DType.BOOL), tensors[0])
+        first = tensors[1] if op_type == "Where" else tensors[0]
         operands = [i if isinstance(i, BodyValue) or i is None else self.const(i, first.dtype) for i in inputs]
         known = [t.rank for t in operands if t is not None]
         widest = None if any(r is None for r in known) else max(r for r in known if r is not None)
@@ -181,7 +183,11 @@ class BodyBuilder:
     # --- what bodies need often -----------------------------------------------------------------------------------------
 
     def cast(self, x: BodyValue, dtype: DType) -> BodyValue:
-        """``x`` as ``dtype``; ``x`` itself where it is that already."""
+        """``x`` as ``dtype``; ``x`` itself where it is that already. Raises UnsupportedError for types newer than the opset."""
+        if self.opset < _SINCE.get(dtype, 0):
+            raise UnsupportedError(
+                f"opset {self.opset} has no {dtype}", f"it needs opset {_SINCE[dtype]}: lift the model to that"
+            )
         return x if x.dtype is dtype else self.op("Cast", x, dtype=dtype, attributes={"to": dtype.onnx})
 
     def up(self, x: BodyValue) -> BodyValue:
@@ -189,6 +195,11 @@ class BodyBuilder:
         return self.cast(x, compute_dtype(x.dtype))
 
     def where(self, condition: BodyValue, yes: BodyValue | Number, no: BodyValue | Number) -> BodyValue:
+        """``yes`` where the condition holds, else ``no``.
+
+        A branch whose -0.0 must survive goes into ``no``: onnxruntime's CPU kernel merges the branches by "yes if it is
+        not zero", which turns a chosen -0.0 of ``yes`` into +0.0.
+        """
         if not isinstance(yes, BodyValue):
             like = no if isinstance(no, BodyValue) else None
             if like is None:

@@ -112,7 +112,7 @@ register(
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
         min_opset=13,
-        exact=True,
+        exact="bits",
         samples=(
             Sample(((2, 3, 8), None, None), {"min": -0.5, "max": 1.0}),
             Sample(

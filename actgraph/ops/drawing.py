@@ -44,10 +44,10 @@ def special(rng: np.random.Generator, shape: tuple[int, ...], dtype: DType) -> A
     return values.astype(dtype.numpy)
 
 
-def finite_special(rng: np.random.Generator, shape: tuple[int, ...], dtype: DType) -> Array:
-    """As ``special`` without NaN."""
-    values = special(rng, shape, dtype)
-    return np.where(np.isnan(values), np.zeros((), values.dtype), values)
+def extreme(rng: np.random.Generator, shape: tuple[int, ...], dtype: DType) -> Array:
+    """Normal numbers among which large ones and both zeros are strewn: what a quantizer saturates and must keep."""
+    values = special(rng, shape, dtype).astype(np.float64)
+    return np.nan_to_num(values, nan=3e4, posinf=6e4, neginf=-6e4).astype(dtype.numpy)
 
 
 def grid(rng: np.random.Generator, shape: tuple[int, ...], dtype: DType) -> Array:

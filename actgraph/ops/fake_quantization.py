@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from actgraph.errors import VerifyError
 from actgraph.ops import layout
-from actgraph.ops.drawing import draws, finite_special, integers, normal, scales, zeros
+from actgraph.ops.drawing import draws, extreme, integers, normal, scales, zeros
 from actgraph.ops.dtypes import DType
 from actgraph.ops.quantizer import SMALLEST_SCALE, code_range
 from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register
@@ -48,9 +48,10 @@ per group along ``axis`` (which must divide). Symmetric: ``s = max|x| / qmax``, 
 normal float32 is 1. float8 types are symmetric.
 
 Rounding is half to even; everything is computed in float32 (float64 for float64). Static: infinities saturate, NaN is
-unspecified for integer types (QuantizeLinear has no NaN) and stays NaN for float8. Dynamic: a range that holds a NaN or
-an infinity, or that is empty, is unspecified. The gradient is the straight-through one: 1 inside the code range, 0
-outside; for ``s`` it is ``round(x/s) - x/s`` inside and ``qmin - z`` or ``qmax - z`` outside (LSQ).
+unspecified for integer types (QuantizeLinear has no NaN) and stays NaN for float8; the sign of a zero is
+free. Dynamic: a range that holds a NaN or an infinity, or that is empty, is unspecified. The gradient is the
+straight-through one: 1 inside the code range, 0 outside; for ``s`` it is ``round(x/s) - x/s`` inside and ``qmin - z`` or
+``qmax - z`` outside (LSQ). A dynamic scale counts as a constant.
 
 Sources: Jacob et al., 2018; Esser et al., *Learned Step Size Quantization*, 2020 (gradients); ONNX QuantizeLinear.
 """
@@ -253,9 +254,9 @@ register(
         ),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
-        exact=True,
+        exact="values",
         samples=(
-            Sample(((2, 3, 8), (), None), draw=draws(finite_special, scales, None)),
+            Sample(((2, 3, 8), (), None), draw=draws(extreme, scales, None)),
             Sample(((2, 3, 8), (1,), (1,)), {"dtype": "u8"}, draw=draws(normal, scales, integers(100, 156, DType.I32))),
             Sample(((2, 3, 8), (8,), (8,)), {"granularity": "axis"}, draw=draws(normal, scales, integers(-9, 9, DType.I32))),
             Sample(((2, 4, 3, 5), (4,), None), {"granularity": "axis", "axis": 1}, draw=draws(normal, scales, None)),

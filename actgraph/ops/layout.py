@@ -104,7 +104,7 @@ def body_blend(b: BodyBuilder, x: BodyValue, edited: BodyValue, mask: BodyValue 
     if is_bool:
         return b.where(mask, edited, x)
     mask = b.cast(mask, x.dtype)
-    return b.where(mask.equal(1), edited, b.where(mask.equal(0), x, x + mask * (edited - x)))
+    return b.where(mask.equal(1), edited, b.where(b.op("Not", mask.equal(0)), x + mask * (edited - x), x))
 
 
 def body_groups(b: BodyBuilder, h: BodyValue, place: int, group: int) -> BodyValue:

@@ -108,7 +108,9 @@ def _grouped_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attribut
         parts.append(part)
     rest = b.concat([b.slice(counts, b.ints([experts]), b.ints([experts + 1]), 0), b.size(w, 1)])
     parts.append(b.fill(rest, 0.0, h.dtype, 2))
-    return [b.cast(b.concat(parts, axis=0), x.dtype)]
+    # Split with counts that are computed loses the rank in shape inference; this costs nothing and gives it back
+    y = b.reshape(b.concat(parts, axis=0), b.concat([b.size(x, 0), b.size(w, 1)]), 2, allowzero=True)
+    return [b.cast(y, x.dtype)]
 
 
 register(

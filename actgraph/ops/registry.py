@@ -114,7 +114,7 @@ class OpDef:
     min_opset: int = 18
     version: int = 1
     differentiable: bool = True  # False: no gradient flows (integer results)
-    exact: bool = False  # every engine must give the same bits (no rounding that could differ)
+    exact: str = ""  # what every engine must give alike: "bits", "values" (the sign of zero is free), "" (rounding is free)
     eager: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None
     surrogate: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None  # differentiated instead of the reference
 
@@ -143,18 +143,24 @@ class OpDef:
 
 
 _KINDS: dict[str, Callable[[Any], AttributeValue]] = {
-    "int": int, "float": lambda v: single(v), "bool": bool, "str": str,
-    "ints": lambda v: tuple(int(i) for i in v), "floats": lambda v: tuple(single(i) for i in v),
+    "int": int, "float": lambda v: shortest(v), "bool": bool, "str": str,
+    "ints": lambda v: tuple(int(i) for i in v), "floats": lambda v: tuple(shortest(i) for i in v),
 }  # fmt: skip
 
 
-def single(value: Any) -> float:
-    """The float32 nearest to ``value``, written as the shortest decimal that names it.
+def shortest(value: Any) -> float:
+    """The shortest decimal that names the float32 nearest to ``value``: how float attributes are held and printed.
 
     ONNX stores float attributes in single precision; with this both dialects hold (and print) the same number.
     """
     with np.errstate(over="ignore"):
         return float(str(np.float32(value)))
+
+
+def single(value: Any) -> float:
+    """The float32 nearest to ``value``, exactly: what a float attribute means, in references as in ONNX."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 def _check(op: OpDef, attribute: Attribute, value: Any) -> AttributeValue:

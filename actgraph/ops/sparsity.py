@@ -89,7 +89,7 @@ register(
         ),
         traits=frozenset({Trait.ELEMENTWISE}),
         min_opset=13,
-        exact=True,
+        exact="bits",
         samples=(
             Sample(((2, 3, 8), None), {"threshold": 0.3}),
             Sample(((2, 3, 64), None), {"threshold": 0.25}, draw=draws(grid, None), note="values on the threshold"),
@@ -158,9 +158,9 @@ def _topk_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes:
     size = b.where(b.op("IsNaN", h), math.inf, b.op("Abs", h))
     k = b.op("Min", b.size(h, place), b.ints([attributes["k"]]))
     _, kept = b.multi("TopK", size, k, dtypes=[None, DType.I64], ranks=[None, None], attributes={"axis": place})
-    values = b.op("GatherElements", h, kept, attributes={"axis": place})
-    zero = b.fill(b.shape(h), 0.0, h.dtype, h.rank)
-    y = b.op("ScatterElements", zero, kept, values, attributes={"axis": place})
+    none, ones = b.fill(b.shape(h), 0, DType.I32, h.rank), b.fill(b.shape(kept), 1, DType.I32, h.rank)
+    dropped = b.op("ScatterElements", none, kept, ones, attributes={"axis": place}).equal(0)
+    y = b.where(dropped, 0.0, h)
     if group:
         y = b.reshape(y, b.shape(x), rank, allowzero=True)
     return [b.cast(y, x.dtype)]
@@ -182,7 +182,7 @@ register(
         ),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=14,
-        exact=True,
+        exact="bits",
         samples=(
             Sample(((2, 3, 8),), {"k": 3}),
             Sample(((2, 3, 40),), {"k": 9}, draw=draws(grid), note="ties"),
@@ -252,16 +252,16 @@ def _index_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes
     empty = b.fill(b.concat([leading, channels + b.ints([1])]), 0, DType.I32, rank)
     ones = b.fill(b.shape(indices), 1, DType.I32, rank)
     marked = b.op("ScatterElements", empty, listed, ones, attributes={"axis": rank - 1})
-    keep = b.cast(b.slice(marked, b.ints([0]), channels, rank - 1), DType.BOOL)
+    dropped = b.slice(marked, b.ints([0]), channels, rank - 1).equal(0)
     if rank == 1:
-        keep = layout.body_channels(b, keep, axis)
+        dropped = layout.body_channels(b, dropped, axis)
     else:
         if rank < -axis:
-            keep, rank = b.unsqueeze(keep, range(-axis - rank)), -axis
+            dropped, rank = b.unsqueeze(dropped, range(-axis - rank)), -axis
         perm = list(range(rank - 1))
         perm.insert(rank + axis, rank - 1)
-        keep = b.transpose(keep, perm)
-    return [b.cast(b.where(keep, h, 0.0), x.dtype)]
+        dropped = b.transpose(dropped, perm)
+    return [b.cast(b.where(dropped, 0.0, h), x.dtype)]
 
 
 register(
@@ -279,7 +279,7 @@ register(
         attributes=(layout.AXIS,),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
-        exact=True,
+        exact="bits",
         samples=(
             Sample(((2, 3, 8), (3,)), draw=draws(normal, integers(0, 8, DType.I64))),
             Sample(((2, 3, 8), (2, 1, 3)), draw=draws(special, integers(-2, 8, DType.I32)), note="padding, NaN and infinity"),

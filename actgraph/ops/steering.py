@@ -103,16 +103,16 @@ def _shift_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes
     for factor in (strength, mask):
         if factor is not None:
             c = c * layout.body_tokens(b, b.cast(factor, h.dtype), axis)
-    off = c.equal(0)
+    on = b.op("Not", c.equal(0))
     if attributes["norm"] == "relative":
         size = _at_least(b, _norm(b, v, axes), _TINY)
         delta = c * (_norm(b, h, axes) / size) * v
     else:
         delta = c * v
-    y = h + b.where(off, -0.0, delta)
+    y = h + b.where(on, delta, -0.0)
     if attributes["norm"] == "restore":
         after = _at_least(b, _norm(b, y, axes), _TINY)
-        y = b.where(off, h, y * (_norm(b, h, axes) / after))
+        y = b.where(on, y * (_norm(b, h, axes) / after), h)
     return [b.cast(y, x.dtype)]
 
 
