@@ -7,6 +7,7 @@ stripped. Weights are scaled so that an edit anywhere moves the outputs by more 
 
 from __future__ import annotations
 
+import copy
 import functools
 import getpass
 import hashlib
@@ -25,7 +26,7 @@ from torch import nn
 
 from actgraph import formats
 from actgraph.formats.huggingface import Call, example_call
-from actgraph.formats.trace import trace
+from actgraph.formats.trace import eval_mode, trace
 from actgraph.graph.fx import FxGraph
 
 VOCAB, WIDTH, HIDDEN = 96, 32, 48
@@ -59,8 +60,8 @@ def _gemma3() -> nn.Module:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(
-        **{**_LLAMA, "num_hidden_layers": 3}, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, final_logit_softcapping=10.0,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        **{**_LLAMA, "num_hidden_layers": 3}, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
+        final_logit_softcapping=10.0, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
     return _random(Gemma3ForCausalLM(config), "gemma3")
 
@@ -102,7 +103,13 @@ def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=HIDDEN, image_size=16, patch_size=4, num_labels=5
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=HIDDEN,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
     )
     return _random(ViTForImageClassification(config), "vit")
 
@@ -124,7 +131,9 @@ def _mamba() -> nn.Module:
 def _albert() -> nn.Module:
     from transformers import AlbertConfig, AlbertModel
 
-    config = AlbertConfig(**{**_TEXT, "num_hidden_layers": 3}, embedding_size=16, intermediate_size=HIDDEN, max_position_embeddings=64)
+    config = AlbertConfig(
+        **{**_TEXT, "num_hidden_layers": 3}, embedding_size=16, intermediate_size=HIDDEN, max_position_embeddings=64
+    )
     return _random(AlbertModel(config), "albert")
 
 
@@ -142,7 +151,12 @@ def _resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[16, 24], depths=[2, 2], layer_type="bottleneck", num_labels=5, downsample_in_first_stage=True
+        embedding_size=8,
+        hidden_sizes=[16, 24],
+        depths=[2, 2],
+        layer_type="bottleneck",
+        num_labels=5,
+        downsample_in_first_stage=True,
     )
     config.image_size = 32
     return _random(ResNetForImageClassification(config), "resnet")
@@ -154,7 +168,9 @@ class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inp = nn.Linear(12, WIDTH)
-        self.hidden = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(2))
+        self.hidden = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(2)
+        )
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 7)
 
@@ -209,6 +225,9 @@ ENTRIES: dict[str, Entry] = {
 #: Every tiny model; the real ones are slower to capture.
 TINY = tuple(name for name, entry in ENTRIES.items() if not entry.real)
 NAMES = tuple(ENTRIES)
+#: Models that stock torch.onnx.export can write: it has no translation for Mixtral's grouped matmul (``mixtral_batched`` is the
+#: same model with the same weights and another kernel).
+STOCK = tuple(name for name in ENTRIES if name != "mixtral")
 
 
 def _random(model: nn.Module, name: str) -> nn.Module:
@@ -302,7 +321,20 @@ def eager(name: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.nd
 
 _NO_CACHE = {
     name: {"use_cache": False}
-    for name in ("llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "phi3", "opt", "mixtral", "mixtral_batched", "mamba", "t5", "stories260k")
+    for name in (
+        "llama",
+        "qwen3",
+        "gemma3",
+        "gpt2",
+        "gpt_neox",
+        "phi3",
+        "opt",
+        "mixtral",
+        "mixtral_batched",
+        "mamba",
+        "t5",
+        "stories260k",
+    )
 }
 
 
@@ -328,7 +360,7 @@ def captured(name: str) -> FxGraph:
 
 def stock_onnx(name: str) -> Path:
     """The model as written by stock ``torch.onnx.export``, metadata stripped; made once per machine and version."""
-    path = _cache_folder() / f"{name}.onnx"
+    path = _cache_folder() / f"{name}-{_recipe_hash(name)}.onnx"
     if not path.exists():
         beside = path.with_suffix(f".{os.getpid()}.tmp")
         beside.write_bytes(_export_stock(name))
@@ -337,15 +369,30 @@ def stock_onnx(name: str) -> Path:
 
 
 def _cache_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"actgraph-zoo-{getpass.getuser()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _recipe_hash(name: str) -> str:
+    """Changes with the versions of the exporters and with the code that makes the model."""
+    import inspect
+
     import onnx
     import onnxscript
     import transformers
 
-    versions = [torch.__version__, transformers.__version__, onnxscript.__version__, onnx.__version__]
-    key = hashlib.sha256("\n".join([*versions, Path(__file__).read_text()]).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"actgraph-zoo-{getpass.getuser()}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    build = ENTRIES[name].build
+    code = [build.func, build.keywords] if isinstance(build, functools.partial) else [build]
+    source = [inspect.getsource(item) if callable(item) else repr(item) for item in (*code, _random, _export_stock, Mlp)]
+    versions = [
+        torch.__version__,
+        transformers.__version__,
+        onnxscript.__version__,
+        onnx.__version__,
+        repr((VOCAB, _LLAMA, HIDDEN)),
+    ]
+    return hashlib.sha256("\n".join(versions + source).encode()).hexdigest()[:12]
 
 
 def _export_stock(name: str) -> bytes:
@@ -356,22 +403,27 @@ def _export_stock(name: str) -> bytes:
     example = call(name)
     fixed = {"seq"} if ENTRIES[name].static_length else set()
     shapes = {
-        key: {axis: dim for axis, dim in enumerate(dims) if dim is not None and dim not in fixed} for key, dims in example.dynamic.items()
+        key: {axis: dim for axis, dim in enumerate(dims) if dim is not None and dim not in fixed}
+        for key, dims in example.dynamic.items()
     }
-    eager_model = model(name)
-    use_cache = getattr(getattr(eager_model, "config", None), "use_cache", None)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        if use_cache is not None:
-            eager_model.config.use_cache = False
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+    source = model(name)
+    if name == "t5":  # stock export cannot decompose the fused attention of T5; the weights are the same
+        source = copy.deepcopy(source)
+        source.set_attn_implementation("eager")
+    with eval_mode(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             program = torch.onnx.export(
-                eager_model, (), kwargs=dict(example.inputs), dynamic_shapes=shapes, dynamo=True, verbose=False, report=False
+                source,
+                (),
+                kwargs=dict(example.inputs),
+                dynamic_shapes=shapes,
+                output_names=_captured(name).output_names,
+                dynamo=True,
+                verbose=False,
+                report=False,
             )
-    finally:
-        if use_cache is not None:
-            eager_model.config.use_cache = use_cache
     assert program is not None
     return strip_metadata(program.model_proto).SerializeToString()
 

@@ -63,7 +63,9 @@ def kind_of(source: Any) -> str:
             return "huggingface"
         raise InputError(f"{text} has no config.json", "a Hugging Face model directory holds config.json and *.safetensors")
     if path.exists():
-        raise InputError(f"{text} is no model file", "models are .onnx, .pt2, a Hugging Face directory or package.module:factory")
+        raise InputError(
+            f"{text} is no model file", "models are .onnx, .pt2, Hugging Face directories or package.module:factory"
+        )
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
         return "factory"
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/")):

@@ -34,7 +34,8 @@ def load_factory(source: str, **options: Any) -> Graph:
         graph = load_huggingface(made)
     else:
         raise InputError(
-            f"{source} returned a {type(made).__name__}", "return a Graph, a transformers model, or (module, args, kwargs, dynamic)"
+            f"{source} returned a {type(made).__name__}",
+            "return a Graph, a transformers model, or (module, args, kwargs, dynamic)",
         )
     graph.companions.source = graph.companions.source or source
     return graph

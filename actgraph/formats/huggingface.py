@@ -29,8 +29,9 @@ from actgraph.graph.graph import Companions
 
 #: Files of a model directory that make up its tokenizer or image processor; copied verbatim.
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "preprocessor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def example_call(model: Any, length: int = 16) -> Call:
         return _vision_call(model)
     if "input_ids" not in parameters:
         main = getattr(model, "main_input_name", "?")
-        raise InputError(f"do not know how to call a model whose main input is {main!r}", "use actgraph.trace with example inputs")
+        raise InputError(f"do not know how to call a model that takes {main!r}", "use actgraph.trace with example inputs")
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     length = min(length, limit) if limit else length
@@ -174,18 +175,18 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str]:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"{source} has no config.json", "a Hugging Face model directory holds config.json and *.safetensors")
+            raise InputError(f"{source} has no config.json", "a Hugging Face directory holds config.json and *.safetensors")
         return path, source
     name, _, tag = source.partition("@")
     revision = revision or tag or None
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", *_TOKENIZER_FILES])
-    except Exception as error:  # noqa: BLE001 - the hub raises network, permission and validation errors of many kinds
+        local = snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", *_TOKENIZER_FILES])
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot download {source}: {reason[:200]}", "check the name, or give a local directory") from error
-    return Path(folder), f"{name}@{revision}" if revision else name
+    return Path(local), f"{name}@{revision}" if revision else name
 
 
 def _read_model(transformers: Any, folder: Path, dtype: str, label: str) -> Any:
@@ -200,7 +201,7 @@ def _read_model(transformers: Any, folder: Path, dtype: str, label: str) -> Any:
         return cls.from_pretrained(folder, config=config, **options).eval()
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 - corrupt files surface as errors of json, safetensors, torch and transformers
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot read the model in {folder}: {reason[:300]}") from error
 

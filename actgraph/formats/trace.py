@@ -18,7 +18,11 @@ from torch import nn
 
 from actgraph.errors import CaptureError, InputError
 from actgraph.formats.trace_dims import (
-    ConstantWatch, DynamicSpec, Limits, dims_of_spec, explain_violation, plan_dimensions,
+    ConstantWatch,
+    DynamicSpec,
+    Limits,
+    explain_violation,
+    plan_dimensions,
 )  # fmt: skip
 from actgraph.formats.trace_result import graph_of_program
 from actgraph.graph.fx import FxGraph
@@ -48,17 +52,15 @@ def trace(
     arguments = _bind(module, tuple(args), dict(kwargs or {}))
     plan = plan_dimensions(arguments, dynamic or {}, limits or {})
     notes: list[str] = []
-    with _eval_mode(module), _quiet():
+    with eval_mode(module), _quiet():
         while True:
             watch = ConstantWatch()
             try:
                 with torch.no_grad(), watch:
-                    program = torch.export.export(
-                        module, (), plan.arguments, dynamic_shapes=plan.specification(), strict=False, prefer_deferred_runtime_asserts_over_guards=True
-                    )
+                    program = torch.export.export(module, (), plan.arguments, dynamic_shapes=plan.specification(), strict=False)
                     program = program.run_decompositions({})
                 break
-            except Exception as error:  # noqa: BLE001 - torch.export raises nearly anything
+            except Exception as error:
                 changes = explain_violation(error, plan, watch)
                 if not changes:
                     raise CaptureError(*_explain(module, error)) from error
@@ -80,7 +82,7 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     try:
         bound = signature.bind_partial(*args)
     except TypeError as error:
-        raise InputError(f"{type(module).__name__}.forward does not take {len(args)} positional arguments", str(error)) from error
+        raise InputError(f"{type(module).__name__}.forward does not take {len(args)} arguments by position") from error
     named: dict[str, Any] = {}
     for key, value in bound.arguments.items():
         if signature.parameters[key].kind is inspect.Parameter.VAR_POSITIONAL:
@@ -96,10 +98,11 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 @contextlib.contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode and no key/value cache; everything as it was afterwards."""
     training = [(child, child.training) for child in module.modules()]
-    configs = {id(c): c for c in (getattr(child, "config", None) for child in module.modules()) if hasattr(c, "use_cache")}
+    found: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     caching = [(config, config.use_cache) for config in configs.values()]
     module.eval()
     for config, _ in caching:

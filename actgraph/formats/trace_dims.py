@@ -217,7 +217,7 @@ class ConstantWatch:
             original(env, symbol, target, message)
 
         self._original = original
-        ShapeEnv._set_replacement = noting  # type: ignore[method-assign]
+        ShapeEnv._set_replacement = noting  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -287,6 +287,6 @@ def explain_violation(error: Exception, plan: Plan, watch: ConstantWatch) -> lis
             if base is None and root is not None:
                 base = Dim(root.group(0))
             if root is not None:
-                derived = eval(value, {"__builtins__": {}}, {root.group(0): base})  # noqa: S307 - torch's own arithmetic
+                derived = eval(value, {"__builtins__": {}}, {root.group(0): base})
                 changes.append(Change(name, derived, f"dimension {name!r} must be {value} for the model"))
     return changes

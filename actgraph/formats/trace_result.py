@@ -109,7 +109,7 @@ def _labels(structure: Any, prefix: str) -> Iterator[str]:
 
 def _dimension_names(native: fx.Graph, program: torch.export.ExportedProgram, plan: Plan | None) -> DimNames:
     dims = DimNames()
-    placeholders = [node for node in native.nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)]
+    placeholders = [n for n in native.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
     if plan is not None:
         for node, leaf in zip(placeholders, plan.leaves, strict=True):
             for size, name in zip(node.meta["val"].shape, leaf.dims, strict=True):

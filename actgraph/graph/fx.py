@@ -95,9 +95,9 @@ class FxGraph(Graph):
     @property
     def module(self) -> fx.GraphModule:
         """The native GraphModule, whose forward takes the inputs in order and returns a tuple."""
-        if self._module is None:
-            self._module = fx.GraphModule(self.root, self.graph, class_name="Graph")
-        return self._module
+        if self._native is None:
+            self._native = fx.GraphModule(self.root, self.graph, class_name="Graph")
+        return self._native
 
     @property
     def dim_names(self) -> dict[Any, str]:
@@ -108,7 +108,7 @@ class FxGraph(Graph):
 
     def _index(self) -> None:
         """Read the native graph anew (after anything but an edit through the methods below)."""
-        self._module: fx.GraphModule | None = None
+        self._native: fx.GraphModule | None = None
         self._nodes: list[Node] | None = None
         self._by_name: dict[str, fx.Node] | None = None
         self._operands: dict[fx.Node, tuple[Value | None, ...]] = {}
@@ -134,7 +134,7 @@ class FxGraph(Graph):
 
     def _changed(self, *nodes: fx.Node, order: bool = False) -> None:
         """Forget what is cached about ``nodes``; with ``order`` also which nodes there are."""
-        self._module = None
+        self._native = None
         for node in nodes:
             self._operands.pop(node, None)
             self._types.pop(node, None)
@@ -268,6 +268,10 @@ class FxGraph(Graph):
             raise InputError(f"%{parameter.name} has no stored data", "it is computed, or an input of a lifted graph")
         return array_of(self.tensor(parameter))
 
+    def stored(self, parameter: Value) -> tuple[object, int]:
+        tensor = self.tensor(parameter)
+        return tensor, tensor._version
+
     def structural_problems(self) -> Iterator[str]:
         return fx_check.problems(self)
 
@@ -323,8 +327,8 @@ class FxGraph(Graph):
     def _erase_dead(self) -> list[str]:
         return fx_edit.erase_dead(self)
 
-    def _retype(self, nodes: Iterable[Node]) -> None:
-        fx_edit.retype(self, [node.key for node in nodes])
+    def _retype(self, nodes: Iterable[Node], *, propagate: bool = True) -> None:
+        fx_edit.retype(self, [node.key for node in nodes], propagate=propagate)
 
     def clone(self) -> FxGraph:
         twin = FxGraph(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def insert(
         target, args, kwargs = fx_ops.call(op, keys, attributes, lambda size: _size(graph, size, made))
         node = graph.graph.create_node("call_function", target, args, kwargs, name=_identifier(name))
         made.append(node)
-    for earlier, later in zip(made, made[1:], strict=False):
+    for earlier, later in itertools.pairwise(made):
         if later < earlier:
             earlier.append(later)  # ``inserting_after`` reverses the order of several insertions
     try:
@@ -233,21 +234,20 @@ def add_input(graph: FxGraph, name: str, type: TensorType, role: Role, default: 
 def _symbolic_size(graph: FxGraph, name: str) -> Any:
     """torch's size for a dimension name of the inputs (or an expression of them); a new symbol for a new name."""
     import sympy
-
-    from torch.fx.experimental.symbolic_shapes import DimDynamic
     from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     for value in graph.inputs():
         for axis, size in enumerate(value.shape or ()):
             if size == name:
                 return value.key.meta["val"].shape[axis]
+    env = graph.fake_mode.shape_env
+    assert env is not None
     if not name.isidentifier():
         known = {n: _symbolic_size(graph, n) for n in fx_ops.size_names(name)}
         scope = {sympy.Symbol(n, integer=True, positive=True): size.node.expr for n, size in known.items()}
         expression = sympy.sympify(name, locals={str(symbol): symbol for symbol in scope}).xreplace(scope)
-        env = graph.fake_mode.shape_env
         return env.create_symintnode(expression, hint=None)
-    env = graph.fake_mode.shape_env
     hint = 19 + 2 * len(graph.dims.names)
     symbol = env.create_symbol(hint, ConstantSource(f"actgraph_{name}"), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
     graph.dims.set(symbol, name)
@@ -302,7 +302,7 @@ def is_pure(node: fx.Node) -> bool:
     return not isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def retype(graph: FxGraph, nodes: Iterable[fx.Node]) -> None:
+def retype(graph: FxGraph, nodes: Iterable[fx.Node], *, propagate: bool) -> None:
     """See ``Graph._retype``: each node is evaluated at most once, in topological order."""
     waiting: list[tuple[Any, int, fx.Node]] = []
     seen: set[fx.Node] = set()
@@ -317,7 +317,7 @@ def retype(graph: FxGraph, nodes: Iterable[fx.Node]) -> None:
     while waiting:
         _, _, node = heapq.heappop(waiting)
         if node.target is operator.getitem and fx_build.is_item(node):
-            value = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr,index]
+            value = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr]
         else:
             value = fx_ops.evaluate(node, graph.fake_mode)
         if same_type(node.meta.get("val"), value):
@@ -325,4 +325,5 @@ def retype(graph: FxGraph, nodes: Iterable[fx.Node]) -> None:
         node.meta["val"] = value
         graph._changed(node)
         for user in node.users:
-            push(user)
+            if propagate or fx_build.is_item(user):
+                push(user)

@@ -18,12 +18,13 @@ from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN
 
 aten = torch.ops.aten
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # target, args, kwargs
 Operands = Sequence[fx.Node | None]
 #: How sizes given as text (``"batch*seq"``) become nodes: supplied by the graph, which knows where sizes can be read.
 SizeOf = Callable[[str], "fx.Node | int"]
 
 
-def call(op: str, operands: Operands, attributes: Mapping[str, Any], size_of: SizeOf) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def call(op: str, operands: Operands, attributes: Mapping[str, Any], size_of: SizeOf) -> Call:
     """The target, args and kwargs that spell ``op`` in ATen.
 
     op: ``actgraph.<name>`` for a registry op, or a name of the vocabulary that may be inserted.
@@ -42,7 +43,7 @@ def call(op: str, operands: Operands, attributes: Mapping[str, Any], size_of: Si
     if op == "reshape":
         sizes = [size_of(size) if isinstance(size, str) else size for size in attributes["shape"]]
         return aten.reshape.default, (operands[0], sizes), {}
-    raise UnsupportedError(f"op {op!r} cannot be inserted into an FX graph", "use a registry op or a starred name of the vocabulary")
+    raise UnsupportedError(f"op {op!r} cannot be inserted into an FX graph", "use a registry op or a starred vocabulary name")
 
 
 _SIMPLE: dict[str, Any] = {
@@ -56,7 +57,7 @@ _SIMPLE: dict[str, Any] = {
 }
 
 
-def _registry_call(op: str, operands: Operands, attributes: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _registry_call(op: str, operands: Operands, attributes: Mapping[str, Any]) -> Call:
     from actgraph.ops.registry import get_op
     from actgraph.ops.torch_library import torch_op
 
@@ -89,7 +90,7 @@ def op_name(target: Any) -> str:
         overload = target._overloadname
         return f"{namespace}.{name}" if overload in ("default", "Tensor") else f"{namespace}.{name}.{overload}"
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
+        return f"higher_order.{target.__name__}"
     if isinstance(target, str):
         return f"module.{target}"
     name = getattr(target, "__name__", str(target))
@@ -118,7 +119,8 @@ def evaluate(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
             result = target(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().splitlines()
-        raise InputError(f"{op_name(target)} cannot take these operands: {reason[0] if reason else type(error).__name__}") from error
+        said = reason[0] if reason else type(error).__name__
+        raise InputError(f"{op_name(target)} cannot take these operands: {said}") from error
     if env is not None and len(env.replacements) != len(before):
         forced = {symbol: value for symbol, value in env.replacements.items() if symbol not in before}
         for symbol in forced:
@@ -131,7 +133,8 @@ def evaluate(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
 def build_size(expression: str, symbol_node: Callable[[str], fx.Node], graph: fx.Graph) -> fx.Node | int:
     """Nodes that compute a size expression such as ``"2*seq + 1"`` from the sizes of inputs."""
     names = {name: sympy.Symbol(name, integer=True, positive=True) for name in size_names(expression)}
-    return _emit(sympy.sympify(expression.replace("//", "/"), locals=names), symbol_node, graph)
+    size: fx.Node | int = _emit(sympy.sympify(expression.replace("//", "/"), locals=names), symbol_node, graph)
+    return size
 
 
 def size_names(expression: str) -> set[str]:
