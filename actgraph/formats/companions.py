@@ -44,7 +44,8 @@ def write_companions(companions: Companions, path: str | Path) -> dict[str, Any]
     if companions.sample_inputs:
         name = f"{path.stem}.sample_inputs.npz"
         buffer = BytesIO()
-        np.savez(buffer, **{key: np.asarray(value) for key, value in sorted(companions.sample_inputs.items())})
+        arrays: dict[str, Any] = {key: np.asarray(value) for key, value in sorted(companions.sample_inputs.items())}
+        np.savez(buffer, **arrays)
         files["sample_inputs"] = _write(path, name, buffer.getvalue(), replace=True)
     record: dict[str, Any] = {}
     if companions.source:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.formats import onnx_finish, onnx_stream
@@ -23,6 +23,7 @@ from actgraph.formats.companions import read_companions, write_companions
 from actgraph.graph.graph import Graph
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.onnx_native import array_of, tensor_of
+from actgraph.graph.onnx_state import collector_paused
 
 #: The oldest standard opset that is read.
 MIN_OPSET = 7
@@ -39,7 +40,11 @@ def load_onnx(path: str | Path, **options: Any) -> OnnxGraph:
     """
     if options:
         raise InputError(f"an .onnx file has no loading option {next(iter(options))!r}")
-    path = Path(path)
+    with collector_paused():
+        return _load(Path(path))
+
+
+def _load(path: Path) -> OnnxGraph:
     proto = _parse(path)
     _check(path, proto)
     try:
@@ -95,7 +100,7 @@ def save_onnx(
     size = weight_bytes(twin)
     external = size > SINGLE_FILE_BYTES if external_data is None else external_data
     if not external and size > _PROTOBUF_BYTES:
-        raise UnsupportedError(f"{size / 1e9:.1f} GB of weights do not fit into one .onnx file", "leave out external_data=False")
+        raise UnsupportedError(f"{size / 1e9:.1f} GB of weights do not fit into one .onnx file", "drop external_data=False")
     onnx_finish.write_metadata(twin, graph, renamed, write_companions(graph.companions, path))
     _write(twin, path, external)
     return path
@@ -227,8 +232,8 @@ def _mapped(name: str, tensor: ir.ExternalTensor, path: Path, maps: dict[str, mm
     folder = Path(os.path.realpath(path)).parent
     target = Path(os.path.realpath(folder / location))
     if os.path.isabs(location) or not target.is_relative_to(folder):
-        raise InputError(f"{path}: the data of {name} lies outside of the model's folder ({location})", "move it beside the model")
-    shape = tuple(int(size) for size in tensor.shape)
+        raise InputError(f"{path}: the data of {name} lies outside of its folder ({location})", "move it beside the model")
+    shape = tensor.shape.numpy()
     if tensor.nbytes == 0:
         return tensor_of(np.empty(shape, tensor.dtype.numpy()), name)
     if location not in maps:

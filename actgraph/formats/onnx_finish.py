@@ -71,7 +71,7 @@ def _rename(graph: OnnxGraph, wanted: Mapping[ir.Value, str]) -> dict[str, str]:
             taken.add(str(value.name))
             renamed[str(value.name)] = before
     changed = [(value, str(value.name), name) for value, name in wanted.items() if value.name != name]
-    for value, before, name in changed:
+    for value, before, _ in changed:
         value.name = unique(f"{before}.renamed", taken)
     for value, before, name in changed:
         value.name = name

@@ -88,7 +88,7 @@ def data_of(tensor: ir.TensorProtocol) -> memoryview | bytes:
 
 
 def _header(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
-    return onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(size) for size in tensor.shape])
+    return onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
 
 
 def _key(field: int) -> bytes:

@@ -6,6 +6,7 @@ those in the bodies of If, Loop and Scan and in model functions are listed by ``
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -22,7 +23,6 @@ from actgraph.graph.onnx_types import Inference, complete
 from actgraph.graph.prims import Prim
 from actgraph.graph.provenance import Origin
 from actgraph.graph.sites import SiteTable
-from actgraph.ops.registry import DOMAIN
 from actgraph.ops.shapes import TensorType
 
 
@@ -133,7 +133,7 @@ class OnnxGraph(Graph):
 
     def path_of(self, graph: ir.Graph | None) -> str:
         """The prefix of names in a body; empty for the outermost graph."""
-        if graph is None or graph is self.model.graph:
+        if graph is None or (self._model is not None and graph is self._model.graph):
             return ""
         owner = self.owners.get(graph)
         return owner[1] if owner is not None else ""
@@ -227,10 +227,7 @@ class OnnxGraph(Graph):
 
     def value_name(self, value: Value) -> str:
         key: ir.Value = value.key
-        graph = key.graph
-        if graph is None or graph is self._model:
-            return str(key.name)
-        return f"{self.path_of(graph)}{key.name}"
+        return f"{self.path_of(key.graph)}{key.name}"
 
     def value_kind(self, value: Value) -> Kind:
         key: ir.Value = value.key
@@ -304,13 +301,7 @@ class OnnxGraph(Graph):
 
     def node_name(self, node: Node) -> str:
         key: ir.Node = node.key
-        if key.graph is None or key.graph is self._model_graph:
-            return str(key.name)
         return f"{self.path_of(key.graph)}{key.name}"
-
-    @property
-    def _model_graph(self) -> ir.Graph | None:
-        return self._model.graph if self._model is not None else None
 
     def node_op(self, node: Node) -> str:
         return op_name(node.key.domain, node.key.op_type)
@@ -362,7 +353,8 @@ class OnnxGraph(Graph):
         return Node(self, onnx_edit.insert(self, op, keys, attributes, place, name, origin))
 
     def _redirect(self, old: Value, new: Value, uses: Iterable[Use]) -> None:
-        onnx_edit.redirect(self, old.key, new.key, [(use.node.key if use.node is not None else None, use.index) for use in uses])
+        places = [(use.node.key if use.node is not None else None, use.index) for use in uses]
+        onnx_edit.redirect(self, old.key, new.key, places)
 
     def _set_operand(self, node: Node, index: int, value: Value | None) -> None:
         onnx_edit.set_operand(self, node.key, index, value.key if value is not None else None)
@@ -462,10 +454,16 @@ class OnnxGraph(Graph):
 
 
 def _copy_sites(sites: SiteTable | None) -> SiteTable | None:
+    """A table that edits to ``sites`` do not reach; anchors, which are immutable, are shared."""
     if sites is None:
         return None
-    fields = {f.name: getattr(sites, f.name) for f in dataclasses.fields(sites)}
-    return SiteTable(**{name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()})
+    twin = copy.copy(sites)
+    for field in dataclasses.fields(sites):
+        value = getattr(sites, field.name)
+        if isinstance(value, dict):
+            value = {key: list(item) if isinstance(item, list) else item for key, item in value.items()}
+        setattr(twin, field.name, set(value) if isinstance(value, set) else value)
+    return twin
 
 
 def _optional_inputs(model: ir.Model) -> Iterator[str]:

@@ -244,7 +244,8 @@ def carries_sizes(node: ir.Node) -> bool:
     if node.domain != "" or node.op_type not in _RULES:
         return False
     output = node.outputs[0]
-    return output.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) and (output.shape is None or len(output.shape) < 2)
+    holds_ints = output.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+    return holds_ints and (output.shape is None or len(output.shape) < 2)
 
 
 # --- shapes from sizes ------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Place:
         values = [value for value in operands if value is not None]
         if given is not None:
             assert given.graph is not None
-            container: ir.Graph = given.graph  # type: ignore[assignment]
+            container: ir.Graph = given.graph
         else:
             container = max((home(graph, v) for v in values), key=lambda g: depth(graph, g), default=graph.model.graph)
         check_editable(graph, container)
@@ -87,7 +87,7 @@ def depth(graph: OnnxGraph, container: ir.Graph) -> int:
     while owner is not None:
         levels += 1
         assert owner.graph is not None
-        owner = graph.owner(owner.graph)  # type: ignore[arg-type]
+        owner = graph.owner(owner.graph)
     return levels
 
 
@@ -106,7 +106,7 @@ def within(graph: OnnxGraph, value: ir.Value, container: ir.Graph) -> ir.Node | 
                 "edit within the body, or choose a value of the outer graph",
             )
         assert owner.graph is not None
-        inner = owner.graph  # type: ignore[assignment]
+        inner = owner.graph
     return value.producer() if container is origin else None
 
 
@@ -142,7 +142,8 @@ def infer_new(graph: OnnxGraph, node: ir.Node) -> None:
     except TypeConflict as error:
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)
-        raise UnsupportedError(f"cannot insert {node.op_type}: {error}", "check the shapes and dtypes of the operands") from error
+        hint = "check the shapes and dtypes of the operands"
+        raise UnsupportedError(f"cannot insert {node.op_type}: {error}", hint) from error
     for value, kind in zip(node.outputs, found, strict=True):
         set_native_type(value, kind)
 
@@ -154,8 +155,8 @@ def redirect(graph: OnnxGraph, old: ir.Value, new: ir.Value, uses: Sequence[tupl
     readers = [place for node, index in uses if node is not None for place in inner_readers(node, index, old)]
     for node, _ in readers:
         assert node.graph is not None
-        check_editable(graph, node.graph)  # type: ignore[arg-type]
-        within(graph, new, node.graph)  # type: ignore[arg-type]  # raises when the reader cannot see the value
+        check_editable(graph, node.graph)
+        within(graph, new, node.graph)  # raises when the reader cannot see the value
     outputs = [index for node, index in uses if node is None]
     if outputs and home(graph, old) is not home(graph, new):
         raise UnsupportedError(
@@ -189,9 +190,9 @@ def set_operand(graph: OnnxGraph, node: ir.Node, index: int, value: ir.Value | N
         old = captured[index - len(node.inputs)]
         redirect(graph, old, value, [(node, index)])
         return
-    check_editable(graph, node.graph)  # type: ignore[arg-type]
+    check_editable(graph, node.graph)
     if value is not None:
-        within(graph, value, node.graph)  # type: ignore[arg-type]
+        within(graph, value, node.graph)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
@@ -225,7 +226,7 @@ def add_parameter(graph: OnnxGraph, name: str, data: np.ndarray[Any, Any]) -> ir
     free_signature(graph)
     name = graph.unique_value_name(name)
     tensor = tensor_of(data, name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     graph.model.graph.register_initializer(value)
     graph.register(value)
     return value
@@ -238,7 +239,7 @@ def set_parameter(graph: OnnxGraph, value: ir.Value, data: np.ndarray[Any, Any])
     tensor = tensor_of(data, value.name)
     value.const_value = tensor
     value.type = ir.TensorType(tensor.dtype)
-    value.shape = ir.Shape(tensor.shape)
+    value.shape = ir.Shape(tensor.shape.numpy())
     if native_type(value) != old:
         for node in dict.fromkeys(use.node for use in value.uses()):
             refresh_body(graph, node)
@@ -332,7 +333,8 @@ def copy_node(graph: OnnxGraph, node: ir.Node, operands: Operands, origin: Origi
     for old, copied in zip(node.outputs, new.outputs, strict=True):
         set_native_type(copied, native_type(old))
     place.put(new, origin)
-    if any(a is not None and b is not None and native_type(a) != native_type(b) for a, b in zip(node.inputs, operands, strict=False)):
+    pairs = [(a, b) for a, b in zip(node.inputs, operands, strict=False) if a is not None and b is not None]
+    if any(native_type(old) != native_type(given) for old, given in pairs):
         retype(graph, [new])
     refresh_body(graph, new)
     return new

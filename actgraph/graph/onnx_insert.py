@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from actgraph.errors import OptionError, UnsupportedError
 from actgraph.graph.onnx_native import native_type, plain_attributes, registered, registry_attributes
 from actgraph.ops.dtypes import DType
-from actgraph.ops.registry import DOMAIN, OPSET_VERSION, OpDef, get_op
+from actgraph.ops.registry import DOMAIN, OPSET_VERSION, REQUIRED, OpDef, get_op
 from actgraph.ops.shapes import Dim, TensorType
 
 if TYPE_CHECKING:
@@ -51,15 +52,28 @@ def insert_registered(
     return place.put(node, origin)
 
 
-def attach_body(graph: OnnxGraph, node: ir.Node) -> None:
-    """Make the model hold the function body of an actgraph node, and the node name its overload."""
+@functools.lru_cache(maxsize=256)
+def _body(name: str, structural: tuple[tuple[str, Any], ...], types: tuple[TensorType | None, ...], opset: int) -> ir.Function:
+    """The body of one specialisation. It is never changed, so models share it."""
     from actgraph.ops.body import body_function
 
+    definition = get_op(name)
+    # calls give all attributes; the others are set to fixed values, so that a body does not depend on who asked first
+    attributes = {a.name: a.default if a.default is not REQUIRED else _ZEROS[a.kind] for a in definition.attributes}
+    return body_function(definition, attributes | dict(structural), types, opset)
+
+
+_ZEROS: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": "", "ints": (), "floats": ()}
+
+
+def attach_body(graph: OnnxGraph, node: ir.Node) -> None:
+    """Make the model hold the function body of an actgraph node, and the node name its overload."""
     definition = registered(node.op_type)
     if definition is None:
         return  # an op of another version of actgraph: the body that came with the file stays
-    types = operand_types(definition, node)
-    function = body_function(definition, plain_attributes(node), types, graph.opset)
+    given = plain_attributes(node)
+    structural = tuple((a.name, given[a.name]) for a in definition.attributes if a.structural)
+    function = _body(definition.name, structural, tuple(operand_types(definition, node)), graph.opset)
     model = graph.model
     node.overload = function.overload
     if function.identifier() not in model.functions:
@@ -96,7 +110,7 @@ def align(graph: OnnxGraph, operands: Operands) -> None:
         data = constant_array(value)
         if data is None or dtype is None or dtype == leader or not is_fresh(value):
             continue
-        if dtype.is_float and leader.is_float or dtype.is_integer and data.ndim == 0:
+        if (dtype.is_float and leader.is_float) or (dtype.is_integer and data.ndim == 0):
             set_parameter(graph, value, data.astype(leader.numpy))
 
 
@@ -251,7 +265,7 @@ def _target_shape(write: _Writer, x: ir.Value, source: tuple[Dim, ...] | None, t
         return write.constant([size for size in plain if size is not None])
     # one open size can be -1; prefer one that no axis of x has
     elsewhere = [axis for axis in open_axes if source is None or target[axis] not in source]
-    if len(elsewhere) > 1 or len(elsewhere) == 1 and -1 in plain:
+    if len(elsewhere) > 1 or (len(elsewhere) == 1 and -1 in plain):
         sizes = ", ".join(str(target[axis]) for axis in elsewhere)
         raise UnsupportedError(f"cannot reshape: sizes {sizes} are not sizes of the operand", "at most one size may be new")
     free = elsewhere[0] if elsewhere else (open_axes[-1] if -1 not in plain else None)

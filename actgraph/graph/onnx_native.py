@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, Attribute, OpDef, single
-from actgraph.ops.shapes import UNKNOWN, Dim, Shape, TensorType, canonical_dim
+from actgraph.ops.shapes import UNKNOWN, Shape, TensorType, canonical_dim
 
 #: Domains whose nodes are known to be free of side effects.
 PURE_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "com.microsoft", "com.ms.internal.nhwc", DOMAIN})

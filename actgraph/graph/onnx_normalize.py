@@ -107,7 +107,7 @@ def lift_constants(graph: ir.Graph) -> None:
             continue
         old = node.outputs[0]
         new = ir.Value(
-            name=old.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor,
+            name=old.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor,
             metadata_props=dict(old.metadata_props) or None,
         )  # fmt: skip
         old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -12,7 +12,6 @@ import onnx
 import onnx_ir as ir
 
 from actgraph.errors import UnsupportedError
-from actgraph.graph.onnx_native import native_type
 from actgraph.graph.onnx_normalize import constant_tensor, read_origin, unique, write_origin
 from actgraph.graph.onnx_state import graph_attributes, set_inputs
 from actgraph.graph.provenance import Origin
@@ -53,7 +52,7 @@ def lift(graph: OnnxGraph, opset: int) -> None:
             f"{graph.name} cannot be converted from opset {graph.opset} to {opset}: {detail}",
             "export the model again with a newer opset",
         ) from error
-    _Graft(graph, graph.opset, opset).apply(model.graph, ir.from_proto(converted.graph))
+    _Graft(graph, graph.opset, opset).apply(model.graph, ir.serde.deserialize_graph(converted.graph))
     model.opset_imports[""] = opset
     model.ir_version = max(model.ir_version, 10)
     graph._forget()
@@ -195,7 +194,7 @@ class _Graft:
         reader = next((u.node for u in node.outputs[0].uses()), None)
         name = self._name(f"{(reader.name or reader.outputs[0].name) if reader is not None else 'opset'}.const")
         data = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape), const_value=data)
+        value = ir.Value(name=name, type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape.numpy()), const_value=data)
         self.graph.model.graph.register_initializer(value)
         return value
 
@@ -214,8 +213,3 @@ def _renew_bodies(graph: OnnxGraph) -> None:
     for node in graph.model.graph.all_nodes():
         if node.domain == DOMAIN:
             attach_body(graph, node)
-
-
-def types_complete(graph: OnnxGraph) -> bool:
-    """Whether every value has an element type (what converters and bodies need)."""
-    return all(native_type(value).dtype is not None for node in graph.model.graph for value in node.outputs if value.name)

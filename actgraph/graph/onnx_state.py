@@ -7,6 +7,8 @@ put back into the same objects, so handles taken before a transaction survive a 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,9 +170,9 @@ class ModelState:
     @staticmethod
     def of(model: ir.Model) -> ModelState:
         """Record ``model``. Linear in nodes; tensors and function bodies are shared."""
-        return ModelState(
-            model, _GraphState.of(model.graph), model.ir_version, dict(model.functions), dict(model.metadata_props)
-        )
+        with collector_paused():
+            graph = _GraphState.of(model.graph)
+        return ModelState(model, graph, model.ir_version, dict(model.functions), dict(model.metadata_props))
 
     def reinstate(self) -> None:
         """Put the recorded state back into the recorded objects."""
@@ -183,7 +185,8 @@ class ModelState:
         """A new model in the recorded state, with the maps recorded value -> new value and node -> node."""
         values: dict[ir.Value, ir.Value] = {}
         nodes: dict[ir.Node, ir.Node] = {}
-        graph = self.graph.build(values, nodes)
+        with collector_paused():
+            graph = self.graph.build(values, nodes)
         old = self.model
         model = ir.Model(
             graph, ir_version=self.ir_version, producer_name=old.producer_name, producer_version=old.producer_version,
@@ -193,15 +196,28 @@ class ModelState:
         return model, values, nodes
 
 
-def graph_attributes(node: ir.Node) -> Iterator[tuple[str, tuple[ir.Graph, ...]]]:
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def graph_attributes(node: ir.Node) -> list[tuple[str, tuple[ir.Graph, ...]]]:
     """The attributes of ``node`` that hold graphs (bodies of If, Loop, Scan)."""
-    for name, attribute in node.attributes.items():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield name, (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield name, tuple(attribute.as_graphs())
+    found: list[tuple[str, tuple[ir.Graph, ...]]] = []
+    for name, attribute in node.attributes.data.items():
+        if attribute.type in _GRAPHS and not attribute.is_ref():
+            found.append((name, (attribute.value,) if attribute.type == ir.AttributeType.GRAPH else tuple(attribute.value)))
+    return found
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection while many objects are made at once, none of which is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def set_inputs(node: ir.Node, inputs: tuple[ir.Value | None, ...]) -> None:

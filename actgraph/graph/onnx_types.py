@@ -244,8 +244,7 @@ def _type_proto(kind: TensorType) -> onnx.TypeProto:
 def _from_proto(proto: onnx.TypeProto | None) -> TensorType:
     if proto is None or not proto.HasField("tensor_type"):
         return UNKNOWN
-    value = ir.Value(type=ir.serde.deserialize_type_proto_for_type(proto), shape=ir.serde.deserialize_type_proto_for_shape(proto))
-    return native_type(value)
+    return native_type(ir.serde.deserialize_value_info_proto(onnx.ValueInfoProto(type=proto), None))
 
 
 def _int_tensor(data: Sequence[int], kind: TensorType) -> onnx.TensorProto:
@@ -322,11 +321,8 @@ def _slice(self: Inference, node: ir.Node, operands: Types) -> Types | None:
             return [TensorType(operands[0].dtype, (None,) * len(shape))]
         if len(node.inputs) > 4 and node.inputs[4] is not None and steps is None:
             begin = None
-    if axes is None:
-        count = len(begin or end or shape)
-        axes = range(count)
     result = list(shape)
-    for place, axis in enumerate(axes):
+    for place, axis in enumerate(axes if axes is not None else range(len(begin or end or shape))):
         low = begin[place] if begin is not None else None
         high = end[place] if end is not None else None
         result[axis] = slice_size(shape[axis], low, high, steps[place] if steps else 1)
@@ -407,7 +403,8 @@ def _loop(self: Inference, node: ir.Node, operands: Types) -> Types | None:
             set_native_type(value, TensorType(kind.dtype, (None,) * len(kind.shape) if kind.shape is not None else None))
     inner = self._walk_body(body)[1:]
     result = [_common([before, after]) for before, after in zip(carried, inner, strict=False)]
-    result += [TensorType(kind.dtype, (None, *kind.shape) if kind.shape is not None else None) for kind in inner[len(carried) :]]
+    for kind in inner[len(carried) :]:
+        result.append(TensorType(kind.dtype, (None, *kind.shape) if kind.shape is not None else None))
     return result
 
 
