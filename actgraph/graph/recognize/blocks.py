@@ -55,7 +55,7 @@ class _Stream:
 def blocks(views: Views) -> list[Block]:
     """All blocks, stream by stream in topological order."""
     s = views.semantics
-    flow = _Flow(views)
+    flow = Flow(views)
     inside = {node for view in (*views.attentions(), *views.norms(), *views.activations()) for node in view.nodes}
     parts = [_part(views, s, residual) for residual in residuals(s, inside)]
     streams = _streams(flow, parts)
@@ -101,7 +101,7 @@ def _plain_kind(s: Semantics, residual: Residual) -> str:
 # --- streams ------------------------------------------------------------------------------------------------------------
 
 
-class _Flow:
+class Flow:
     """Which unit a value continues, through norms, activations, plumbing and at most one projection."""
 
     def __init__(self, views: Views) -> None:
@@ -170,7 +170,7 @@ class _Flow:
         return view.output
 
 
-def _streams(flow: _Flow, parts: list[_Part]) -> list[_Stream]:
+def _streams(flow: Flow, parts: list[_Part]) -> list[_Stream]:
     ends: dict[Value, int] = {}
     following: dict[int, list[int]] = {}
     starts: list[int] = []
@@ -245,7 +245,7 @@ def _grouped(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
         yield block
 
 
-def _blocks(flow: _Flow, stream: _Stream) -> Iterator[Block]:
+def _blocks(flow: Flow, stream: _Stream) -> Iterator[Block]:
     made: list[Block] = []
     for index, parts in enumerate(stream.blocks):
         following = stream.blocks[index + 1][0] if index + 1 < len(stream.blocks) else None
@@ -260,7 +260,7 @@ def _blocks(flow: _Flow, stream: _Stream) -> Iterator[Block]:
         yield from made
 
 
-def _post_of(flow: _Flow, stream: _Stream) -> str:
+def _post_of(flow: Flow, stream: _Stream) -> str:
     """``_Stream.post``; a stream of one unit is post-norm when nothing normalises its branch and a norm reads its sum alone."""
     if stream.post or len(stream.parts) > 1:
         return stream.post

@@ -48,7 +48,10 @@ def module_sites(graph: Graph) -> Iterator[Named]:
                 outputs.setdefault(path, {})[value] = None
     order = {output: place for place, output in enumerate(made)}
     for path in scopes.found:
-        yield from _sites(scopes.display(path), sorted(outputs.get(path, ()), key=order.__getitem__), inputs.get(path, {}))
+        made_here, read_here = sorted(outputs.get(path, ()), key=order.__getitem__), inputs.get(path, {})
+        # A list of modules computes nothing as a whole; a sequence does, and shows by one input and one output.
+        if not scopes.is_container(path) or len(made_here) == len(read_here) == 1:
+            yield from _sites(scopes.display(path), made_here, read_here)
 
 
 def _sites(name: str, outputs: list[Value], inputs: dict[Value, Edges]) -> Iterator[Named]:
@@ -71,6 +74,7 @@ class _Scopes:
         self.found: dict[str, None] = {}
         self._paths: dict[str, tuple[str, ...]] = {"": ()}
         self._scope: dict[Node, str] = {}
+        self._children: dict[str, bool] = {}  # module -> whether all its parts are numbered
 
     def add(self, node: Node) -> None:
         scope = node.origin.scope
@@ -80,6 +84,12 @@ class _Scopes:
             pieces = scope.split(".")
             self._paths[scope] = tuple(".".join(pieces[: depth + 1]) for depth in range(len(pieces)))
             self.found.update(dict.fromkeys(self._paths[scope]))
+            for parent, piece in zip(self._paths[scope], pieces[1:], strict=False):
+                self._children[parent] = self._children.get(parent, True) and piece.partition("@")[0].isdigit()
+
+    def is_container(self, path: str) -> bool:
+        """Whether a path has no nodes of its own and its parts are numbered: a list or a sequence of modules."""
+        return path not in self._paths and self._children[path]
 
     def paths(self, node: Node) -> tuple[str, ...]:
         return self._paths[self._scope[node]]
