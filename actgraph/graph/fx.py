@@ -35,6 +35,7 @@ class FxGraph(Graph):
     """
 
     dialect: ClassVar[str] = "fx"
+    _native: fx.GraphModule | None = None
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class FxGraph(Graph):
 
     def _index(self) -> None:
         """Read the native graph anew (after anything but an edit through the methods below)."""
-        self._native: fx.GraphModule | None = None
+        self._native = None
         self._nodes: list[Node] | None = None
         self._by_name: dict[str, fx.Node] | None = None
         self._operands: dict[fx.Node, tuple[Value | None, ...]] = {}
