@@ -16,7 +16,8 @@ Everything here is imported when it is first used; torch, onnxruntime and transf
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actgraph.errors import ActgraphError
@@ -24,6 +25,7 @@ from actgraph.graph.executor import install_executor
 
 if TYPE_CHECKING:
     from actgraph.calibrate.corpora import Corpus
+    from actgraph.calibrate.perplexity import log_likelihoods, perplexity
     from actgraph.formats import load
     from actgraph.formats.trace import trace
     from actgraph.formats.vectors import SteeringVector, load_vector
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from actgraph.graph.parity import ParityReport, compare, sample_inputs
     from actgraph.passes.steer.extract import extract_vector
     from actgraph.pipeline import Pass, PassManager, Pipeline, Report, RunResult, register
+    from actgraph.pipeline.bisect import bisect
     from actgraph.pipeline.instruments import Instrument
     from actgraph.pipeline.pipeline import PipelineLike
     from actgraph.runtime.generate import Generation, Step, generate, stream
@@ -39,9 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActgraphError", "Corpus", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager", "Pipeline", "Report",
-    "RunResult", "Site", "SteeringVector", "Step", "compare", "diff", "extract_vector", "generate", "load", "load_vector",
-    "register", "run", "sample_inputs", "stream", "trace",
+    "ActgraphError", "Corpus", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager", "Pipeline",
+    "Report", "RunResult", "Site", "SteeringVector", "Step", "bisect", "compare", "diff", "extract_vector", "generate",
+    "load", "load_vector", "log_likelihoods", "perplexity", "register", "run", "sample_inputs", "stream", "trace",
 ]  # fmt: skip
 
 install_executor("fx", "actgraph.runtime.torch_engine:TorchExecutor")
@@ -50,6 +53,7 @@ install_executor("onnx", "actgraph.runtime.ort_engine:OrtExecutor")
 #: Where the public names are.
 _HOMES = {
     "actgraph.calibrate.corpora": ("Corpus",),
+    "actgraph.calibrate.perplexity": ("log_likelihoods", "perplexity"),
     "actgraph.formats": ("load",),
     "actgraph.formats.trace": ("trace",),
     "actgraph.formats.vectors": ("SteeringVector", "load_vector"),
@@ -58,6 +62,7 @@ _HOMES = {
     "actgraph.graph.parity": ("ParityReport", "compare", "sample_inputs"),
     "actgraph.passes.steer.extract": ("extract_vector",),
     "actgraph.pipeline": ("Pass", "PassManager", "Pipeline", "Report", "RunResult", "register"),
+    "actgraph.pipeline.bisect": ("bisect",),
     "actgraph.runtime.generate": ("Generation", "Step", "generate", "stream"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -81,19 +86,31 @@ def run(
     *,
     seed: int = 0,
     verify: str = "boundary",
+    parity: str = "auto",
+    inputs: Mapping[str, Any] | None = None,
     calibration: dict[str, Any] | None = None,
+    reproducer: bool | str | Path = True,
+    progress: bool = False,
     instruments: Sequence[Instrument] = (),
 ) -> RunResult:
     """Run the passes of ``pipeline`` on a copy of ``graph``; the result has ``.graph`` and ``.report``.
 
-    pipeline: text (``"clip{percentile=99.9}, quantize"``), a recipe's ``Path``, passes, or a ``Pipeline``.
+    pipeline: text (``"sparsify{sparsity=0.4}, quantize"``), a recipe's ``Path``, passes, or a ``Pipeline``.
     corpus: what passes calibrate on: a file, a folder of images, texts, or dicts of arrays; default: the packaged sample text.
-    seed: of everything that is drawn at random. verify: ``"none"``, ``"boundary"`` or ``"each"`` pass.
-    calibration: options of the calibration run (``batch_size``, ``max_tokens`` ...). instruments: more observers.
+    seed: of everything that is drawn at random. verify: ``"none"``, ``"boundary"`` or ``"each"`` (pass).
+    parity: how far the outputs move is measured after ``"each"`` pass, at the ``"boundary"``, not at all (``"none"``), or
+    ``"auto"``: after each unless the model is large; inputs: the arrays that it is measured on (default: drawn).
+    calibration: options of the calibration run (``batch_size``, ``max_tokens`` ...). progress: a line a pass, on a terminal.
+    reproducer: where a pass that breaks leaves a folder with all that is needed to see it break again (``True``: the default
+    place; ``False``: nowhere). instruments: more observers.
 
-    Raises OptionError for a pipeline that does not parse, SiteError and PassError for one that does not fit the graph.
+    Raises OptionError for a pipeline that does not parse, SiteError and PassError for one that does not fit the graph,
+    VerifyError and ParityError when a pass did not keep what it promises.
     """
     from actgraph.pipeline.manager import PassManager
 
-    manager = PassManager(pipeline, corpus, verify=verify, seed=seed, instruments=instruments, calibration=calibration)
+    manager = PassManager(
+        pipeline, corpus, verify=verify, parity=parity, seed=seed, progress=progress, instruments=instruments,
+        calibration=calibration, inputs=inputs, reproducer=reproducer,
+    )  # fmt: skip
     return manager.run(graph)

@@ -1,6 +1,8 @@
 """``python -m actgraph`` is ``actgraph``."""
 
+import sys
+
 from actgraph.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

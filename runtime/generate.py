@@ -16,12 +16,18 @@ from actgraph.errors import InputError
 from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role
 
-#: The inputs that a causal language model is fed with, and how each follows from the token ids ``[1, seq]``.
-_FILL: dict[str, Callable[[Array], Array]] = {
-    "input_ids": lambda ids: ids,
-    "attention_mask": lambda ids: np.ones_like(ids),
-    "position_ids": lambda ids: np.arange(ids.shape[1])[None],
-    "token_type_ids": lambda ids: np.zeros_like(ids),
+#: The inputs that a causal language model is fed with, and how each follows from the token ids ``[1, seq]`` and the number
+#: of prompt tokens among them. The second half are context values (``actgraph.graph.context``).
+_FILL: dict[str, Callable[[Array, int], Array]] = {
+    "input_ids": lambda ids, prompt: ids,
+    "attention_mask": lambda ids, prompt: np.ones_like(ids),
+    "position_ids": lambda ids, prompt: np.arange(ids.shape[1])[None],
+    "token_type_ids": lambda ids, prompt: np.zeros_like(ids),
+    "positions": lambda ids, prompt: np.arange(ids.shape[1])[None],
+    "valid_tokens": lambda ids, prompt: np.ones_like(ids),
+    "prompt_lengths": lambda ids, prompt: np.asarray([prompt]),
+    "row_index": lambda ids, prompt: np.zeros(1),
+    "step": lambda ids, prompt: np.asarray([ids.shape[1] - prompt]),
 }
 
 
@@ -150,7 +156,8 @@ class _Generator:
         return whole[len(start) :] if whole.startswith(start) else str(self.tokenizer.decode(self.tokens))
 
     def _logits(self, ids: Array) -> Array:
-        inputs = {name: np.asarray(_FILL[name](ids), dtype=dtype) for name, dtype in self.feeds.items()}
+        prompt = len(self.prompt_tokens)
+        inputs = {name: np.asarray(_FILL[name](ids, prompt), dtype=dtype) for name, dtype in self.feeds.items()}
         logits = self.runner(inputs)[self.logits_name]
         return np.asarray(logits[0, -1], dtype=np.float64)
 

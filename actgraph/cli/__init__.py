@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-
-__all__ = ["main", "run"]
 
 
-def main() -> NoReturn:
-    """Run the command line of this process and exit."""
-    sys.exit(run(sys.argv[1:]))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``actgraph *arguments`` (default: those of this process) and return the exit code.
 
-
-def run(arguments: Sequence[str]) -> int:
-    """Run ``actgraph *arguments`` and return the exit code. Never raises for what a user can cause, except with --debug."""
+    Never raises for what a user can cause, except with ``--debug``.
+    """
     from actgraph.cli.app import run_app
 
-    return run_app(list(arguments))
+    return run_app(list(sys.argv[1:] if arguments is None else arguments))

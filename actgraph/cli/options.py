@@ -44,17 +44,28 @@ Recipe = Annotated[Path | None, typer.Option("-r", "--recipe", metavar="FILE", h
 Corpus = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE", help="Calibration data: .txt (a document a line), .jsonl, .npz, .safetensors, a folder of images, or tinystories."
+        metavar="FILE",
+        help="Calibration data: .txt (a document a line), .jsonl, .npz, .safetensors, a folder of images, or tinystories.",
     ),
 ]
+Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write: .onnx or .pt2.")]
+Inline = Annotated[
+    str,
+    typer.Option(
+        metavar="WHICH", help="ONNX: none keeps our ops as functions, which kernels can claim; all leaves standard ops only."
+    ),
+]
+ExternalData = Annotated[bool, typer.Option("--external-data", help="ONNX: put the weights in a file of their own.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 Tokenizer = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where the tokenizer is (tokenizer.json), if not beside the model.")
 ]
+Text = Annotated[bool, typer.Option("--text", help="Print the canonical text of the graph instead.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print results only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print every place, not only totals.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and write nothing.")]
 Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.", show_default=False)
+    bool,
+    typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.", show_default=False),
 ]

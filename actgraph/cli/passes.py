@@ -17,7 +17,9 @@ EXAMPLE = example("actgraph passes", "actgraph passes sparsify", "actgraph passe
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.", show_default=False)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON Schema of the options.")] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -82,8 +84,20 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def _range(field: dict[str, Any]) -> str:
-    low = [("[", field["minimum"])] if "minimum" in field else [("(", field["exclusiveMinimum"])] if "exclusiveMinimum" in field else []
-    high = [("]", field["maximum"])] if "maximum" in field else [(")", field["exclusiveMaximum"])] if "exclusiveMaximum" in field else []
+    low = (
+        [("[", field["minimum"])]
+        if "minimum" in field
+        else [("(", field["exclusiveMinimum"])]
+        if "exclusiveMinimum" in field
+        else []
+    )
+    high = (
+        [("]", field["maximum"])]
+        if "maximum" in field
+        else [(")", field["exclusiveMaximum"])]
+        if "exclusiveMaximum" in field
+        else []
+    )
     if not low and not high:
         return ""
     opening, bottom = low[0] if low else ("(", "-inf")

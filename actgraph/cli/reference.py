@@ -36,7 +36,13 @@ def ops_page() -> str:
     """docs/ops.md: every op with its operands, attributes and traits."""
     from actgraph.ops import all_ops
 
-    lines = [_NOTICE, "", "# Ops", "", "The dialect that actgraph adds to ATen and ONNX. Each op has a torch reference and a body in"]
+    lines = [
+        _NOTICE,
+        "",
+        "# Ops",
+        "",
+        "The dialect that actgraph adds to ATen and ONNX. Each op has a torch reference and a body in",
+    ]
     lines.append("standard ONNX ops, which exported files carry as a model-local function.")
     for op in all_ops():
         lines += ["", f"## `{op.qualified_name}`", "", inspect.cleandoc(op.doc), ""]

@@ -19,7 +19,9 @@ def sites(
     model: options.Model,
     selector: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SELECTOR]...", help="Names, globs, {ranges} or re:patterns; all sites without one.", show_default=False),
+        typer.Argument(
+            metavar="[SELECTOR]...", help="Names, globs, {ranges} or re:patterns; all sites without one.", show_default=False
+        ),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(metavar="SELECTOR", help="Leave these out (may be repeated).")] = None,
     json: options.Json = False,

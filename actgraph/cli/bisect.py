@@ -1,0 +1,67 @@
+"""``actgraph bisect``: which pass breaks the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actgraph.cli import options
+from actgraph.cli.options import example
+
+EXAMPLE = example(
+    "actgraph bisect stories260k -p 'quantize, sparsify{sparsity=0.9}, cast{dtype=f16}' --perplexity 6",
+    "actgraph bisect model.onnx -r recipe.yaml --parity 0.01",
+)
+
+
+def bisect(
+    model: options.Model,
+    passes: options.Pipeline = None,
+    recipe: options.Recipe = None,
+    parity: Annotated[
+        float | None, typer.Option(metavar="TOLERANCE", help="Good while the outputs move by no more, relative.")
+    ] = None,
+    perplexity: Annotated[
+        float | None, typer.Option(metavar="BOUND", help="Good while the perplexity of the corpus is no higher.")
+    ] = None,
+    corpus: options.Corpus = None,
+    folder: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write the last good and the first bad graph here.")
+    ] = None,
+    tokenizer: options.Tokenizer = None,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Find the first pass of a pipeline that breaks the model.
+
+    Without --parity or --perplexity a graph is bad when it fails to verify, to run, or to give finite outputs. The corpus is
+    what passes calibrate on and what perplexity is measured on. The exit code is 1 when a bad pass is found.
+    """
+    from actgraph.cli.models import open_model, read_pipeline
+    from actgraph.cli.output import dump_json
+    from actgraph.pipeline import bisect as module
+
+    pipeline = read_pipeline(passes, recipe)
+    if parity is not None and perplexity is not None:
+        raise typer.BadParameter("give either --parity or --perplexity")
+    graph = open_model(model, tokenizer, quiet=quiet)
+    if parity is not None:
+        predicate = module.parity(graph, parity, seed=seed)
+    elif perplexity is not None:
+        predicate = module.perplexity_below(perplexity, corpus, progress=not quiet)
+    else:
+        predicate = module.runs(graph, seed=seed)
+    report = module.bisect(graph, pipeline, predicate, corpus, seed=seed, calibration={"progress": not quiet}, folder=folder)
+    if json:
+        dump_json(report.to_dict())
+    else:
+        print(report)
+    if report.found:
+        raise typer.Exit(1)
+
+
+command = bisect

@@ -1,0 +1,40 @@
+"""``actgraph diff``: what changed from one graph to another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from actgraph.cli import options
+from actgraph.cli.options import example
+
+EXAMPLE = example("actgraph diff stories260k steered.pt2", "actgraph diff before.onnx after.onnx --json")
+
+
+def diff(
+    left: options.Model,
+    right: Annotated[str, typer.Argument(metavar="MODEL", help="The other model, in any of the same forms.")],
+    json: options.Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; the exit code is the answer.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare two models as graphs: nodes, weights, signature, sites and passes.
+
+    A torch and an ONNX graph have no nodes in common; between them signature, sites and views are compared. The exit code
+    is 0 when nothing differs and 1 when something does.
+    """
+    import actgraph as ag
+    from actgraph.cli.models import open_model
+    from actgraph.cli.output import dump_json
+
+    changes = ag.diff(open_model(left, quiet=True), open_model(right, quiet=True))
+    if json:
+        dump_json(changes.to_dict())
+    elif not quiet:
+        print(changes.text(), end="")
+    if changes:
+        raise typer.Exit(1)
+
+
+command = diff

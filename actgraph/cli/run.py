@@ -1,0 +1,134 @@
+"""``actgraph run``: a pipeline on a model, written to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actgraph.cli import options
+from actgraph.cli.options import example
+
+if TYPE_CHECKING:
+    from actgraph.graph import Graph
+    from actgraph.pipeline import Pipeline
+
+EXAMPLE = example(
+    "actgraph run stories260k -p 'sparsify{method=teal sparsity=0.4}, quantize{weights=int8}' -o small.onnx",
+    "actgraph run model.onnx -r recipe.yaml --corpus texts.txt --inline all -o out.onnx",
+)
+SUFFIXES = (".onnx", ".pt2")
+
+
+def run(
+    model: options.Model,
+    passes: options.Pipeline = None,
+    recipe: options.Recipe = None,
+    output: options.Output = None,
+    corpus: options.Corpus = None,
+    inline: options.Inline = "none",
+    external_data: options.ExternalData = False,
+    tokenizer: options.Tokenizer = None,
+    seed: options.Seed = 0,
+    verify: Annotated[
+        str, typer.Option(metavar="WHEN", help="Check the graph's invariants: none, boundary or each (pass).")
+    ] = "boundary",
+    parity: Annotated[
+        str, typer.Option(metavar="WHEN", help="Measure how far the outputs move: none, boundary, each (pass), or auto.")
+    ] = "auto",
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.")] = None,
+    reproducer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="If a pass fails, write all that is needed to see it fail again here.")
+    ] = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run passes on a model, report what each of them did, and write the result.
+
+    Calibration data is the packaged sample text unless --corpus is given. -v also lists every place that a pass changed.
+    """
+    from actgraph.cli.models import check_output, open_model, read_pipeline
+
+    pipeline = read_pipeline(passes, recipe)
+    if output is None and not dry_run:
+        raise typer.BadParameter("say where to write the result: -o OUT.onnx or -o OUT.pt2 (or --dry-run)")
+    for path, suffixes in ((output, SUFFIXES), (report, (".json",))):
+        if path is not None:
+            check_output(path, suffixes)
+    if corpus is not None:
+        from actgraph.calibrate.corpora import Corpus
+
+        Corpus.of(corpus)  # a bad file is said before the model is loaded
+    graph = open_model(model, tokenizer, quiet=quiet)
+    if dry_run:
+        _plan(graph, pipeline, corpus, json=json)
+        return
+    assert output is not None
+    import actgraph as ag
+    from actgraph.cli.output import dump_json, write_text
+
+    result = ag.run(
+        graph,
+        pipeline,
+        corpus,
+        seed=seed,
+        verify=verify,
+        parity=parity,
+        reproducer=reproducer if reproducer is not None else True,
+        progress=not quiet,
+        calibration={"progress": not quiet},
+    )
+    save(result.graph, output, inline=inline, external_data=external_data)
+    if report is not None:
+        write_text(report, result.report.to_json() + "\n")
+    if json:
+        dump_json({"output": str(output), "report": result.report.to_dict()})
+        return
+    if not quiet:
+        print(result.report)
+        if verbose:
+            print("\n" + result.report.details())
+    print(output)
+
+
+def save(graph: Graph, path: Path, *, inline: str, external_data: bool) -> None:
+    """Write ``graph`` as the suffix of ``path`` says; options of ONNX files given for a .pt2 are an error."""
+    if path.suffix == ".onnx":
+        graph.save(path, inline=inline, external_data=external_data)
+        return
+    given = [name for name, on in (("--inline", inline != "none"), ("--external-data", external_data)) if on]
+    if given:
+        raise typer.BadParameter(f"{given[0]} is for .onnx files")
+    graph.save(path)
+
+
+def _plan(graph: Graph, pipeline: Pipeline, corpus: str | None, *, json: bool) -> None:
+    """What ``run`` would do, as far as it can be known without running: the passes, and the statistics that they need first."""
+    from actgraph.calibrate.corpora import Corpus
+    from actgraph.cli.output import dump_json
+    from actgraph.errors import ActgraphError
+
+    steps: list[dict[str, Any]] = []
+    for step in pipeline:
+        try:
+            needs: int | str = len(step.requests(graph))
+        except ActgraphError as error:
+            needs = f"unknown before the passes in front of it ran: {error}"
+        steps.append({"pass": str(step), "statistics": needs})
+    if json:
+        dump_json({"model": repr(graph), "passes": steps, "recipe": pipeline.to_yaml()})
+        return
+    print(repr(graph))
+    for number, row in enumerate(steps, 1):
+        need = f"  (needs {row['statistics']} statistics)" if row["statistics"] else ""
+        print(f"  {number}. {row['pass']}{need}")
+    if any(row["statistics"] for row in steps):
+        print(f"calibration corpus: {Corpus.of(corpus).name}")
+    print("nothing was run or written")
+
+
+command = run

@@ -1,0 +1,189 @@
+"""``actgraph verify``: do two models agree, and does a pipeline keep what it promises."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actgraph.cli import options
+from actgraph.cli.options import example
+
+if TYPE_CHECKING:
+    from actgraph.graph import Graph
+    from actgraph.pipeline import Pass, Pipeline
+
+EXAMPLE = example(
+    "actgraph verify stories260k stories.onnx",
+    "actgraph verify stories260k -p 'steer{vector=happy.safetensors scale=2}, quantize'",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. ``change`` is the largest relative difference of any output; ``None`` where nothing could be compared."""
+
+    what: str
+    ok: bool
+    change: float | None = None
+    detail: str = ""
+
+
+def verify(
+    model: options.Model,
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Another model that should give the same outputs.", show_default=False),
+    ] = None,
+    passes: options.Pipeline = None,
+    recipe: options.Recipe = None,
+    corpus: options.Corpus = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest difference allowed, relative to the largest output.")
+    ] = 1e-4,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare on the arrays of this .npz file, by input name.")
+    ] = None,
+    tokenizer: options.Tokenizer = None,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare two models, or check a pipeline on one. The exit code is 1 when a check fails.
+
+    With two models their outputs are compared on drawn inputs of several sizes (or on --inputs). With passes, the pipeline
+    runs, each pass that has an off setting must be the identity there, each that has another way to compute the same must
+    agree with it, and the result must give the same outputs when exported to ONNX with its functions kept and inlined.
+    """
+    from actgraph.cli.models import open_model, read_pipeline
+    from actgraph.cli.output import dump_json, table
+
+    if other is not None and (passes is not None or recipe is not None):
+        raise typer.BadParameter("give either a second model or passes")
+    pipeline = read_pipeline(passes, recipe) if other is None else None
+    graph = open_model(model, tokenizer, quiet=quiet)
+    arrays = sample_sets(graph, seed) if inputs is None else [_read_inputs(inputs)]
+    if other is not None:
+        checks = [compared(f"{model} = {other}", graph, open_model(other, quiet=quiet), arrays, tolerance)]
+    else:
+        assert pipeline is not None
+        checks = list(check_pipeline(graph, pipeline, corpus, arrays, tolerance, seed=seed, quiet=quiet))
+    ok = all(check.ok for check in checks)
+    if json:
+        dump_json({"ok": ok, "tolerance": tolerance, "checks": [asdict(check) for check in checks]})
+    elif not quiet:
+        rows = [("ok" if c.ok else "FAILED", c.what, "" if c.change is None else f"{c.change:.2g}", c.detail) for c in checks]
+        table(["", "check", "difference", ""], rows)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def sample_sets(graph: Graph, seed: int = 0) -> list[dict[str, Any]]:
+    """Inputs of several sizes, with padding on either side (where the graph has a mask)."""
+    import actgraph as ag
+
+    return [
+        ag.sample_inputs(graph, batch=1, seq=1, seed=seed),
+        ag.sample_inputs(graph, batch=2, seq=7, seed=seed + 1, padding="right"),
+        ag.sample_inputs(graph, batch=3, seq=16, seed=seed + 2, padding="left"),
+    ]
+
+
+def check_pipeline(
+    graph: Graph,
+    pipeline: Pipeline,
+    corpus: str | None,
+    inputs: Sequence[dict[str, Any]],
+    tolerance: float,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Iterator[Check]:
+    """Run ``pipeline`` pass by pass and yield what is found."""
+    from actgraph.pipeline import PassManager
+
+    manager = PassManager(pipeline, corpus, verify="each", seed=seed, calibration={"progress": not quiet})
+    for index, step in enumerate(pipeline):
+        before = graph
+        result = manager.run(before, start=index, stop=index + 1)
+        graph = result.graph
+        change = result.report[0].change
+        yield Check(
+            f"{step}: keeps its promise ({result.report[0].expected_change})", True, change.relative if change else None
+        )
+        for what, setting, reference in (("off", step.off, before), ("oracle", step.oracle, graph)):
+            if setting and any(getattr(step, name) != value for name, value in setting.items()):
+                yield _variant(manager, index, step, what, dict(setting), before, reference, inputs, tolerance)
+    with tempfile.TemporaryDirectory(prefix="actgraph-") as folder:
+        yield from check_exports(graph, Path(folder), inputs, tolerance)
+
+
+def _variant(
+    manager: Any,
+    index: int,
+    step: Pass,
+    what: str,
+    options: dict[str, Any],
+    before: Graph,
+    reference: Graph,
+    inputs: Sequence[dict[str, Any]],
+    tolerance: float,
+) -> Check:
+    """The pass with other options, on the graph that it ran on, against the graph that it should equal."""
+    import actgraph as ag
+
+    changed = type(step)(**{**{name: getattr(step, name) for name in type(step).model_fields}, **options})
+    shown = " ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+    try:
+        graph = ag.run(before, changed, manager.corpus, seed=manager.seed, parity="none", calibration=manager.calibration).graph
+    except ag.ActgraphError as error:
+        return Check(f"{step.name} at {shown}", False, None, str(error))
+    relation = "is the identity" if what == "off" else "gives the same outputs"
+    return compared(f"{step.name} at {shown} {relation}", reference, graph, inputs, tolerance)
+
+
+def check_exports(graph: Graph, folder: Path, inputs: Sequence[dict[str, Any]], tolerance: float) -> Iterator[Check]:
+    """The graph against its ONNX files in onnxruntime, with functions kept and inlined."""
+    import actgraph as ag
+
+    engine = "torch" if graph.dialect == "fx" else "onnxruntime"
+    for inline, name in (("none", "functions kept"), ("all", "inlined")):
+        path = graph.save(folder / f"{inline}.onnx", inline=inline)
+        yield compared(f"{engine} = exported ONNX, {name}", graph, ag.load(path), inputs, tolerance)
+
+
+def compared(what: str, left: Graph, right: Graph, inputs: Sequence[dict[str, Any]], tolerance: float) -> Check:
+    """``compare`` as a Check."""
+    import actgraph as ag
+
+    report = ag.compare(left, right, inputs, rtol=tolerance)
+    detail = (
+        ""
+        if report.ok
+        else str(report.worst)
+        if not report.missing
+        else f"only one has the outputs {', '.join(report.missing)}"
+    )
+    return Check(what, report.ok, report.max_rel, detail)
+
+
+def _read_inputs(path: Path) -> dict[str, Any]:
+    import numpy as np
+
+    from actgraph.errors import InputError
+
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is not an .npz file", "make one with numpy.savez") from error
+
+
+command = verify
