@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -90,6 +90,10 @@ class Pass(BaseModel, abc.ABC):
     #: A pass that may find nothing to do without that being an error (``dce``, ``cse``, ``fold``, ``identity``), and that
     #: may run again on its own output, where it is the identity.
     may_do_nothing: ClassVar[bool] = False
+    #: Options at which the pass is the identity, and options under which it computes the same in another way. What they say
+    #: is checked by `actgraph verify`.
+    off: ClassVar[Mapping[str, Any]] = {}
+    oracle: ClassVar[Mapping[str, Any]] = {}
 
     def requests(self, graph: Graph) -> Sequence[Request]:
         """The statistics that the pass needs on ``graph``; empty when it needs no calibration."""
