@@ -19,9 +19,10 @@ from torch import fx, nn
 
 from actgraph.errors import UnsupportedError
 from actgraph.formats.compat import torch_facade
-from actgraph.formats.onnx_export_emit import Emitter, set_type
+from actgraph.formats.onnx_export_emit import Emitter
 from actgraph.formats.onnx_export_sites import Carrier
 from actgraph.formats.onnx_export_translate import Translator
+from actgraph.formats.onnx_export_types import set_type
 from actgraph.graph.fx import FxGraph
 from actgraph.graph.fx_build import lookup, module_scope
 from actgraph.graph.onnx import OnnxGraph

@@ -13,17 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx.reference.ops import load_op
 
+from actgraph.formats.onnx_export_types import FOLD_LIMIT, has_graph, infer_types, set_type
 from actgraph.ops.dtypes import DType
-from actgraph.ops.shapes import Dim, TensorType
+from actgraph.ops.shapes import TensorType
 
 Array = np.ndarray[Any, Any]
-
-#: Helpers are folded when all operands and results have at most this many elements.
-FOLD_LIMIT = 1024
 
 _RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"})
 _NOT_FOLDED = _RANDOM | {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "Constant", "Dropout"}
@@ -69,21 +66,64 @@ class Emitter:
         """Take over one node; returns what its outputs are (a constant, or those of an equal helper)."""
         return self._record(node)
 
-    def record(self, nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> list[ir.Value]:
-        """Take over nodes that torch's translations wrote; returns what ``results`` are now (folded or shared ones change)."""
+    def record(
+        self,
+        nodes: Sequence[ir.Node],
+        results: Sequence[ir.Value],
+        functions: Mapping[ir.OperatorIdentifier, ir.Function] | None = None,
+    ) -> list[ir.Value]:
+        """Take over nodes that torch's translations wrote; returns what ``results`` are now (folded or shared ones change).
+
+        Calls of ``functions`` are replaced by the nodes of their bodies.
+        """
         moved: dict[ir.Value, ir.Value] = {}
-        for node in nodes:
-            for index, value in enumerate(node.inputs):
-                if value in moved:
-                    node.replace_input_with(index, moved[value])
-            before = node.outputs
-            for old, new in zip(before, self._record(node), strict=True):
-                if new is not old:
-                    moved[old] = new
+        self._take(nodes, moved, functions or {})
         if moved:
             for key, value in self.recorder_constants.items():
                 self.recorder_constants[key] = moved.get(value, value)
         return [moved.get(value, value) for value in results]
+
+    def _take(
+        self,
+        nodes: Iterable[ir.Node],
+        moved: dict[ir.Value, ir.Value],
+        functions: Mapping[ir.OperatorIdentifier, ir.Function],
+    ) -> None:
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if value in moved:
+                    node.replace_input_with(index, moved[value])
+            before = tuple(node.outputs)
+            function = functions.get(node.op_identifier())
+            if function is not None and not any(map(has_graph, function)):
+                after = self._body(node, function, functions)
+            else:
+                after = list(self._record(node))
+            moved.update((old, new) for old, new in zip(before, after, strict=True) if new is not old)
+
+    def _body(
+        self, call: ir.Node, function: ir.Function, functions: Mapping[ir.OperatorIdentifier, ir.Function]
+    ) -> list[ir.Value]:
+        """The body of ``function`` in place of ``call``; returns what the outputs of the call are now."""
+        operands = [*call.inputs, *[None] * (len(function.inputs) - len(call.inputs))]
+        given = dict(zip(function.inputs, operands, strict=True))
+        moved = {old: new for old, new in given.items() if new is not None}
+        for node in function:
+            attributes = []
+            for attribute in node.attributes.values():
+                if not attribute.is_ref():
+                    attributes.append(attribute)
+                    continue
+                source = call.attributes.get(str(attribute.ref_attr_name)) or function.attributes[str(attribute.ref_attr_name)]
+                if source.value is not None:
+                    attributes.append(ir.Attr(attribute.name, source.type, source.value))
+            inputs = [None if value is None else moved.get(value, given.get(value, value)) for value in node.inputs]
+            copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), overload=node.overload)
+            made = dict(zip(copy.outputs, node.outputs, strict=True))
+            self._take([copy], moved, functions)
+            moved.update((old, moved.get(new, new)) for new, old in made.items())
+        self._replace(call, ())
+        return [moved[value] for value in function.outputs]
 
     def constant(self, data: Any, dtype: DType | np.dtype[Any] | None = None) -> ir.Value:
         """A constant, stored once per content. Python numbers need ``dtype``."""
@@ -127,6 +167,11 @@ class Emitter:
             name = f"{stem}_{number}"
         self._names.add(name)
         return name
+
+    @property
+    def pending(self) -> Sequence[ir.Node]:
+        """The nodes written since the last ``finish``."""
+        return self._pending
 
     def is_pending(self, value: Any) -> bool:
         """Whether a node of the translation under way made ``value``."""
@@ -235,7 +280,7 @@ class Emitter:
 
     def _fold(self, node: ir.Node) -> list[ir.Value] | None:
         """The results of a helper on constants, or of ``Shape`` on a static shape; ``None`` where it must run."""
-        if node.domain != "" or node.op_type in _NOT_FOLDED or _has_graph(node):
+        if node.domain != "" or node.op_type in _NOT_FOLDED or has_graph(node):
             return None
         if node.op_type == "Shape":
             return self._fold_shape(node)
@@ -272,74 +317,9 @@ class Emitter:
         return [self.ints(known)] if len(known) == len(dims) else None
 
 
-def set_type(value: ir.Value, kind: TensorType) -> None:
-    """Write a known type; what is unknown stays as it is."""
-    if kind.dtype is not None:
-        value.type = ir.TensorType(ir.DataType(kind.dtype.onnx))
-    if kind.shape is not None:
-        value.shape = ir.Shape(kind.shape)
-
-
-def dims_of(value: ir.Value) -> list[Dim] | None:
-    """The shape as our symbolic sizes, or ``None``."""
-    if value.shape is None:
-        return None
-    return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-
-
-def infer_types(node: ir.Node, opset: int) -> None:
-    """Infer the types of a standard node's outputs where onnx can; leave them unknown where it cannot."""
-    if node.domain != "" or _has_graph(node):
-        return
-    if all(value.type is not None and value.shape is not None for value in node.outputs):
-        return
-    named: dict[str, ir.Value] = {}
-    proto = onnx.NodeProto(op_type=node.op_type)
-    for index, value in enumerate(node.inputs):
-        proto.input.append("" if value is None else f"i{index}")
-        if value is not None:
-            named[f"i{index}"] = value
-    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
-    proto.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
-    types, data = {}, {}
-    for name, value in named.items():
-        if value.type is None:
-            return
-        types[name] = _type_proto(value)
-        if value.const_value is not None and value.const_value.size <= FOLD_LIMIT:
-            data[name] = ir.to_proto(value.const_value)
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
-        inferred = onnx.shape_inference.infer_node_outputs(
-            schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
-        )
-    except Exception:  # no schema or no inference for this op: the type stays unknown
-        return
-    for index, value in enumerate(node.outputs):
-        kind = inferred.get(f"o{index}")
-        if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.elem_type:
-            continue
-        if value.type is None:
-            value.type = ir.TensorType(ir.DataType(kind.tensor_type.elem_type))
-        if value.shape is None and kind.tensor_type.HasField("shape"):
-            value.shape = ir.Shape([_dim(dim) for dim in kind.tensor_type.shape.dim])
-
-
-def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    if dim.HasField("dim_value"):
-        return int(dim.dim_value)
-    return str(dim.dim_param) if dim.HasField("dim_param") and not dim.dim_param.startswith("unk__") else None
-
-
-def _type_proto(value: ir.Value) -> onnx.TypeProto:
-    shape = dims_of(value)
-    assert value.dtype is not None
-    return onnx.helper.make_tensor_type_proto(int(value.dtype), shape)
-
-
 def _key(node: ir.Node) -> Any:
     """Equal keys mean equal results; ``None`` for nodes that must not be merged."""
-    if node.op_type in _RANDOM or _has_graph(node):
+    if node.op_type in _RANDOM or has_graph(node):
         return None
     attributes = tuple(sorted((key, repr(_plain(attribute))) for key, attribute in node.attributes.items()))
     return (node.domain, node.op_type, node.overload, len(node.outputs), tuple(map(id, node.inputs)), attributes)
@@ -355,10 +335,6 @@ def _passes_through(node: ir.Node) -> bool:
         perm = list(node.attributes["perm"].as_ints())
         return perm == list(range(len(perm)))
     return False
-
-
-def _has_graph(node: ir.Node) -> bool:
-    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
 
 
 def _plain(attribute: ir.Attr) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from actgraph.errors import UnsupportedError
-from actgraph.formats.onnx_export_emit import dims_of
+from actgraph.formats.onnx_export_types import dims_of
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN
 
@@ -200,13 +200,13 @@ def attention(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     if not isinstance(width, int) or query.dtype is None:
         return None
     dtype = DType.of(query.dtype)
-    scale = a.get("scale") or 1.0 / math.sqrt(width)
+    scale = 1.0 / math.sqrt(width) if a.get("scale") is None else a["scale"]
     if a.get("enable_gqa") and q_val.shape[-3] != k_val.shape[-3]:
         heads, kv_heads = int(q_val.shape[-3]), int(k_val.shape[-3])
         key = _repeat_heads(t, key, heads, kv_heads, width)
         value = _repeat_heads(t, value, heads, kv_heads, int(node.args[2].meta["val"].shape[-1]))  # type: ignore[union-attr]
     swap = [*range(rank - 2), rank - 1, rank - 2]
-    scaled = t.emit.op("Mul", query, t.emit.constant(scale, dtype))
+    scaled = query if scale == 1 else t.emit.op("Mul", query, t.emit.constant(scale, dtype))
     scores = t.emit.op("MatMul", scaled, t.emit.op("Transpose", key, perm=swap))
     bias = _attention_bias(t, node, a, mask, dtype)
     if bias is not None:
@@ -231,12 +231,9 @@ def _attention_bias(t: Translator, node: fx.Node, a: dict[str, Any], mask: ir.Va
         else:
             bias = t.emit.cast(mask, dtype)
     if a.get("is_causal"):
-        rows = t.size_vector(node.args[0], -2)  # type: ignore[arg-type]
-        columns = t.size_vector(node.args[1], -2)  # type: ignore[arg-type]
-        zero, one = t.emit.constant(0, DType.I64), t.emit.constant(1, DType.I64)
-        row = t.emit.op("Range", zero, t.scalar(rows), one)
-        column = t.emit.op("Range", zero, t.scalar(columns), one)
-        causal = t.emit.op("LessOrEqual", column, t.emit.op("Unsqueeze", row, t.emit.ints([1])))
+        sizes = t.vector([t.size(t.values[node.args[0]], -2), t.size(t.values[node.args[1]], -2)])  # type: ignore[index]
+        triangle = t.emit.op("Trilu", t.emit.op("Expand", t.emit.constant(1.0, DType.F32), sizes), upper=0)
+        causal = t.emit.cast(triangle, DType.BOOL)
         allowed = causal if allowed is None else t.emit.op("And", allowed, causal)
     if allowed is not None:
         zeros, lowest = t.emit.constant(0, dtype), t.emit.constant(-np.inf, dtype)

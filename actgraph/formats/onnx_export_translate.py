@@ -17,8 +17,9 @@ from torch import fx
 
 from actgraph.errors import UnsupportedError
 from actgraph.formats.compat import torch_facade
-from actgraph.formats.onnx_export_emit import Emitter, dims_of, set_type
+from actgraph.formats.onnx_export_emit import Emitter
 from actgraph.formats.onnx_export_rules import RULES
+from actgraph.formats.onnx_export_types import dims_of, set_type
 from actgraph.graph.fx_args import bind
 from actgraph.graph.fx_build import is_item, is_multiple
 from actgraph.graph.fx_ops import op_name
@@ -166,7 +167,8 @@ class Translator:
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target.namespace == DOMAIN:
             return self._registry_op(node)
-        rule = RULES.get(target) or RULES.get(target.name() if isinstance(target, torch._ops.OpOverload) else None)
+        qualified = str(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
+        rule = RULES.get(target) or RULES.get(qualified)
         if rule is not None:
             result = rule(self, node, {key: self._resolve(value) for key, value in bind(node).items()})
             if result is not None:
@@ -197,9 +199,11 @@ class Translator:
         except Exception as error:
             reason = f"cannot export {op_name(node.target)} ({node.name}) to ONNX: {_first_line(error)}"
             raise UnsupportedError(reason) from error
-        self.functions.update(recording.functions)
+        functions = recording.functions
         many = isinstance(result, (list, tuple))
-        values = self.emit.record(recording.nodes, list(result) if many else [result])
+        values = self.emit.record(recording.nodes, list(result) if many else [result], functions)
+        called = {made.op_identifier() for made in self.emit.pending}  # those that could not be taken apart
+        self.functions.update((key, function) for key, function in functions.items() if key in called)
         return values if many else values[0]
 
     def _keyword(self, key: str, value: Any) -> Any:
@@ -246,7 +250,7 @@ class Translator:
             given = self._resolve(bound.get(operand.name))
             operands += given if operand.variadic else [given]
         given = {a.name: bound[a.name] for a in definition.attributes if a.name in bound}
-        native, _ = registry_attributes(definition, given)
+        native = registry_attributes(definition, given)
         values = self.emit.add(
             ir.Node(DOMAIN, definition.onnx_name, _trimmed(operands), native, num_outputs=len(definition.outputs))
         )

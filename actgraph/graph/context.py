@@ -40,7 +40,7 @@ class ContextKind:
 
 KINDS: dict[str, ContextKind] = {
     "positions": ContextKind(
-        "position of each token in its row, from 0", DType.I64, ("batch", "seq"), 0, ("position_ids", "positions", "decoder_position_ids")
+        "position of each token in its row, from 0", DType.I64, ("batch", "seq"), 0, ("position_ids", "decoder_position_ids")
     ),
     "valid_tokens": ContextKind(
         "true for tokens, false for padding", DType.BOOL, ("batch", "seq"), 1, ("attention_mask", "valid_tokens")
@@ -135,7 +135,7 @@ def _counts_from_zero(graph: Graph, node: Node) -> bool:
         start, _, step = (_number(graph, operand) for operand in node.operands)
         return start == 0 and step == 1
     attributes = node.attributes
-    return attributes.get("start", 0) == 0 and attributes.get("step", 1) == 1
+    return bool(attributes.get("start", 0) == 0 and attributes.get("step", 1) == 1)
 
 
 def _number(graph: Graph, value: Value | None) -> float | None:

@@ -99,19 +99,20 @@ class ParityReport:
         if self.ok:
             return self
         if self.missing:
-            raise ParityError(f"{self.left} and {self.right} have different outputs: {', '.join(self.missing)}", "compare equal graphs")
+            names = ", ".join(self.missing)
+            raise ParityError(f"only one of {self.left} and {self.right} has the outputs {names}", "compare equal graphs")
         failed = [d for d in (*self.outputs, *self.values) if not d.within(self.rtol, self.atol)]
         worst = max(failed, key=lambda d: (bool(d.problem), d.mismatched, d.max_rel))
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise ParityError(
-            f"{self.left} and {self.right} disagree: {worst}{more}", f"tolerance is {self.rtol:g} relative or {self.atol:g} absolute"
-        )
+        tolerance = f"tolerance is {self.rtol:g} relative or {self.atol:g} absolute"
+        raise ParityError(f"{self.left} and {self.right} disagree: {worst}{more}", tolerance)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON data."""
         return {
             "left": self.left, "right": self.right, "rtol": self.rtol, "atol": self.atol, "inputs": self.inputs, "ok": self.ok,
-            "missing": list(self.missing), "outputs": [_as_dict(d) for d in self.outputs], "values": [_as_dict(d) for d in self.values],
+            "missing": list(self.missing), "outputs": [_as_dict(d) for d in self.outputs],
+            "values": [_as_dict(d) for d in self.values],
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -226,15 +227,10 @@ def _as_dict(d: Difference) -> dict[str, Any]:
 
 
 def _common_outputs(left: Graph, right: Graph) -> tuple[list[str], tuple[str, ...]]:
-    names = [[name for name, _ in graph.outputs()] for graph in (left, right)]
-    common = [name for name in names[0] if name in set(names[1])]
-    missing = [
-        name
-        for graph, own, other in ((left, *names), (right, *names[::-1]))
-        for name in own
-        if name not in other and graph.role(name) is not Role.TAP
-    ]
-    return common, tuple(missing)
+    first, second = ([name for name, _ in graph.outputs()] for graph in (left, right))
+    missing = [name for name in first if name not in second and left.role(name) is not Role.TAP]
+    missing += [name for name in second if name not in first and right.role(name) is not Role.TAP]
+    return [name for name in first if name in second], tuple(missing)
 
 
 def _accepted(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -175,8 +175,8 @@ def _product_of_pattern(s: Semantics, softmax: Prim) -> tuple[Value, Value, Valu
         if not rest or len({r.position for r in rest}) > 1 or rest[0].prim is None:
             return None
         read, prim = rest[0], rest[0].prim
-        if prim.op == "where" and guards and prim.operands[1] == 0 and s.same(prim.operands[2], current, casts=True):
-            nodes += [guards[0].node, prim.node]
+        if prim.op == "where" and prim.operands[1] == 0 and s.same(prim.operands[2], current, casts=True):
+            nodes += [*(guard.node for guard in guards[:1]), prim.node]
             pattern = current = prim.output
         elif prim.op == "reshape" or s.edits(read) is not None:
             nodes.append(prim.node)
