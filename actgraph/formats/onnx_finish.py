@@ -8,7 +8,7 @@ takes it back.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -45,6 +45,7 @@ def name_outputs(graph: OnnxGraph) -> dict[str, str]:
     An input, a parameter, or a value that is output twice gets an Identity node, which loading removes again.
     """
     native = graph.model.graph
+    values = list(graph.values_by_name.values())  # before Identity nodes double names
     wanted: dict[ir.Value, str] = {}
     for index, (name, value) in enumerate(zip([n for n, _ in graph.outputs()], list(native.outputs), strict=True)):
         if value.producer() is None or value in wanted:
@@ -57,14 +58,14 @@ def name_outputs(graph: OnnxGraph) -> dict[str, str]:
             wanted[node.outputs[0]] = name
         else:
             wanted[value] = name
-    return _rename(graph, wanted)
+    return _rename(values, wanted)
 
 
-def _rename(graph: OnnxGraph, wanted: Mapping[ir.Value, str]) -> dict[str, str]:
-    taken = {str(value.name) for value in graph.values_by_name.values()} | set(wanted.values())
+def _rename(values: Sequence[ir.Value], wanted: Mapping[ir.Value, str]) -> dict[str, str]:
+    taken = {str(value.name) for value in values} | set(wanted.values())
     public = set(wanted.values())
     renamed: dict[str, str] = {}
-    for value in graph.values_by_name.values():
+    for value in values:
         if value.name in public and value not in wanted:
             before = str(value.name)
             value.name = unique(f"{before}.inner", taken)

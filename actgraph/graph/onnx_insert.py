@@ -34,7 +34,10 @@ def insert_registered(
     definition = get_op(op)
     native = registry_attributes(definition, attributes)
     ensure_opset(graph, definition.min_opset, definition.qualified_name)
-    align(graph, operands)
+    for spec, value in zip(definition.inputs, operands, strict=False):
+        leader = next((v for s, v in zip(definition.inputs, operands, strict=False) if s.name == spec.same_as), None)
+        if leader is not None and value is not None:
+            align(graph, native_type(leader).dtype, [value])
     variadic = bool(definition.inputs) and definition.inputs[-1].variadic
     if len(operands) > len(definition.inputs) and not variadic:
         raise UnsupportedError(f"{op} takes {len(definition.inputs)} operands, not {len(operands)}")
@@ -90,28 +93,28 @@ def operand_types(definition: OpDef, node: ir.Node) -> list[TensorType | None]:
     return types + [None] * (len(definition.inputs) - len(types))
 
 
-def align(graph: OnnxGraph, operands: Operands) -> None:
-    """Give constants that nothing reads yet (numbers a pass wrote) the dtype of the values beside them.
+def align(graph: OnnxGraph, dtype: DType | None, operands: Operands) -> None:
+    """Give constants among ``operands`` that nothing reads yet (numbers a pass wrote) the element type ``dtype``.
 
-    ONNX does not promote: ``Add(f16, f64)`` is an error where torch would compute. Only float constants next to floats and
-    int constants next to numbers are converted; anything else is left for the type rule to refuse.
+    ONNX does not promote: ``Add(f16, f64)`` is an error where torch would compute. Numbers become any kind of number, but
+    floats never ints: that is left for the type rule to refuse.
     """
     from actgraph.graph.onnx_edit import constant_array, set_parameter
 
-    def is_fresh(value: ir.Value) -> bool:
-        return value.is_initializer() and not value.uses() and not value.is_graph_output() and value.name not in graph.optional
-
-    present = [value for value in operands if value is not None]
-    leader = next((native_type(v).dtype for v in present if not is_fresh(v)), None)
-    if leader is None or leader is DType.BOOL or not (leader.is_float or leader.is_integer):
+    if dtype is None or not (dtype.is_float or dtype.is_integer):
         return
-    for value in present:
-        dtype = native_type(value).dtype
+    for value in operands:
+        old = native_type(value).dtype if value is not None and is_fresh(graph, value) else None
         data = constant_array(value)
-        if data is None or dtype is None or dtype == leader or not is_fresh(value):
+        if value is None or data is None or old is None or old == dtype:
             continue
-        if (dtype.is_float and leader.is_float) or (dtype.is_integer and data.ndim == 0):
-            set_parameter(graph, value, data.astype(leader.numpy))
+        if (old.is_float and dtype.is_float) or old.is_integer:
+            set_parameter(graph, value, data.astype(dtype.numpy))
+
+
+def is_fresh(graph: OnnxGraph, value: ir.Value) -> bool:
+    """Whether ``value`` is a constant that nothing reads yet."""
+    return value.is_initializer() and not value.uses() and not value.is_graph_output() and value.name not in graph.optional
 
 
 def _output_names(graph: OnnxGraph, name: str, count: int) -> list[str]:
@@ -160,10 +163,10 @@ def insert_vocabulary(
     rule = _RULES.get(op)
     if rule is None:
         raise UnsupportedError(f"{op!r} cannot be inserted into an ONNX graph", f"insertable ops are {', '.join(_RULES)}")
-    if op not in ("cast", "where", "gather"):
-        align(place.graph, operands)
-    if op == "where":
-        align(place.graph, operands[1:])
+    if op in _PROMOTING:
+        values = operands[1:] if op == "where" else operands
+        leader = next((v for v in values if v is not None and not is_fresh(place.graph, v)), None)
+        align(place.graph, native_type(leader).dtype if leader is not None else None, values)
     rest = dict(attributes)
     node = rule(_Writer(place, name, origin), operands, rest)
     if rest:
@@ -283,6 +286,10 @@ def _target_shape(write: _Writer, x: ir.Value, source: tuple[Dim, ...] | None, t
             index = write.constant([source.index(target[axis])])
             pieces.append(write.node("Gather", [shape, index], axis=0).outputs[0])
     return write.node("Concat", pieces, axis=0).outputs[0]
+
+
+#: Ops whose operands share one element type.
+_PROMOTING = frozenset({"add", "sub", "mul", "div", "pow", "min", "max", "clip", "where", "matmul", "concat"})
 
 
 def _trim(operands: list[ir.Value | None]) -> list[ir.Value | None]:

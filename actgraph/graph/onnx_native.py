@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +94,7 @@ _CACHE: dict[str, OpDef] = {}
 
 
 def plain_attributes(node: ir.Node) -> dict[str, Any]:
-    """The attributes of a node as plain Python values: lists are tuples, tensors are arrays, graphs their names.
+    """The attributes of a node as plain Python values: lists are tuples, tensors are arrays, graphs a size and hash.
 
     Floats are the shortest decimal that means the stored float32, so that they print the same before and after a file.
     """
@@ -116,12 +117,27 @@ def _plain(attribute: ir.Attr) -> Any:
     if kind == ir.AttributeType.TENSORS:
         return tuple(array_of(item) for item in value)
     if kind == ir.AttributeType.GRAPH:
-        return f"graph {value.name or ''}".strip()
+        return body_text(value)
     if kind == ir.AttributeType.GRAPHS:
-        return tuple(f"graph {item.name or ''}".strip() for item in value)
+        return tuple(body_text(item) for item in value)
     if kind in (ir.AttributeType.TYPE_PROTO, ir.AttributeType.TYPE_PROTOS):
         return str(value)
     return value
+
+
+def body_text(body: ir.Graph) -> str:
+    """A body as one word of canonical text: its size, and a hash of everything in it."""
+    digest = hashlib.sha256()
+    digest.update(repr([[v.name for v in values] for values in (body.inputs, body.outputs)]).encode())
+    for name, value in body.initializers.items():
+        digest.update(f"{name} {native_type(value)}".encode())
+        digest.update(value.const_value.tobytes() if value.const_value is not None else b"")
+    for node in body:
+        operands = [v.name if v is not None else None for v in node.inputs]
+        digest.update(f"{[v.name for v in node.outputs]} {node.domain} {node.op_type} {node.overload} {operands}".encode())
+        for name, value in sorted(plain_attributes(node).items()):
+            digest.update(f"{name} {value.tolist() if isinstance(value, np.ndarray) else value!r}".encode())
+    return f"{len(body)} nodes #{digest.hexdigest()[:12]}"
 
 
 def _registry_value(declared: Attribute, stored: ir.Attr | None) -> Any:

@@ -12,10 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from actgraph.errors import InputError
-from actgraph.graph.onnx_native import tensor_of
+from actgraph.graph.onnx_native import array_of, tensor_of
 from actgraph.graph.onnx_state import graph_attributes
 from actgraph.graph.provenance import KEY, Origin
 
+#: Tensors that make a new array at each look; a view of torch's memory or one decoded array replaces them.
+_COPYING = (ir.serde.TensorProtoTensor, ir.tensor_adapters.TorchTensor)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -31,6 +33,9 @@ def normalize(model: ir.Model) -> None:
         except ValueError as error:
             raise InputError(f"the ONNX graph {graph.name!r} has a cycle") from error
     lift_constants(graph)
+    for value in graph.initializers.values():
+        if isinstance(value.const_value, _COPYING):
+            value.const_value = tensor_of(array_of(value.const_value), value.name)
     taken: set[str] = set()
     for node in all_nodes(graph):
         drop_absent_outputs(node)

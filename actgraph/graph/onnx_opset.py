@@ -109,10 +109,16 @@ class _Graft:
         converted = list(new)
         created: dict[str, ir.Value] = {}
         reused: set[ir.Node] = set()
+        for name, value in new.initializers.items():
+            if name not in values and value.const_value is not None:
+                created[name] = self._constant(value, value.const_value)
         for node in converted:
             target = makers.get(str(node.outputs[0].name)) if node.outputs else None
             if node.op_type == "Constant" and target is None:
-                created[str(node.outputs[0].name)] = self._constant(old, node)
+                tensor = constant_tensor(node)
+                if tensor is None:
+                    raise UnsupportedError(f"the {self.span} conversion of {self.graph.name} made a constant without data")
+                created[str(node.outputs[0].name)] = self._constant(node.outputs[0], tensor)
                 continue
             inputs = tuple(self._value(v, values, created) for v in node.inputs)
             if target is not None and target not in reused:
@@ -187,11 +193,9 @@ class _Graft:
             created[str(theirs.name)] = mine
         return node
 
-    def _constant(self, old: ir.Graph, node: ir.Node) -> ir.Value:
-        tensor = constant_tensor(node)
-        if tensor is None:
-            raise UnsupportedError(f"the {self.span} conversion of {self.graph.name} made a constant without data")
-        reader = next((u.node for u in node.outputs[0].uses()), None)
+    def _constant(self, source: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        """An initializer for a constant that the converter made, named after what reads it."""
+        reader = next((u.node for u in source.uses()), None)
         name = self._name(f"{(reader.name or reader.outputs[0].name) if reader is not None else 'opset'}.const")
         data = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
         value = ir.Value(name=name, type=ir.TensorType(data.dtype), shape=ir.Shape(data.shape.numpy()), const_value=data)
