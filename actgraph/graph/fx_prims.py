@@ -343,6 +343,16 @@ def _source(name: str) -> Rule:
     return lambda c: (name, [], {})
 
 
+def _full(value: float | None = None, argument: str = "fill_value") -> Rule:
+    """A constant tensor; ``argument`` names the number where the op itself does not say it."""
+
+    def rule(c: _Call) -> Reading:
+        number = value if value is not None else c[argument]
+        return "full", [], {"value": number if isinstance(number, (bool, int, float)) else None}
+
+    return rule
+
+
 def _size(c: _Call) -> Reading:
     return "shape_of", [c["self"]], {}
 
@@ -413,8 +423,10 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"), _same("resize")),
     "sym_size": _size, "sym_numel": _size,
     "arange": _source("arange"),
-    **dict.fromkeys(("full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "empty_like", "new_zeros",
-                     "new_ones", "new_full", "new_empty", "scalar_tensor"), _source("full")),
+    **dict.fromkeys(("full", "full_like", "new_full"), _full()), "scalar_tensor": _full(argument="s"),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _full(0)),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _full(1)),
+    **dict.fromkeys(("empty", "empty_like", "new_empty"), lambda c: ("full", [], {"value": None})),
     **dict.fromkeys(("rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "normal"), _source("random")),
     "dequantize": _same("dequantize", 3),
 }  # fmt: skip

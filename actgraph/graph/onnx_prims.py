@@ -398,6 +398,11 @@ def _repeat(c: _Call) -> Reading:
     return "repeat", [c[0]], {}
 
 
+def _full(c: _Call) -> Reading:
+    value = c.get("value")
+    return "full", [], {"value": 0 if value is None else as_scalar(np.asarray(value))}
+
+
 def _grouped(c: _Call) -> Reading:
     return "grouped_matmul", [c[0], c[1], c[2]], {}
 
@@ -431,7 +436,7 @@ _RULES: dict[str, Rule] = {
     "QuantizeLinear": _same("quantize", 3), "DequantizeLinear": _same("dequantize", 3), "dequantize": _same("dequantize", 3),
     "DynamicQuantizeLinear": _same("dynamic_quantize"), "MatMulInteger": _same("matmul_integer", 4),
     "Shape": _same("shape_of"), "Size": _same("shape_of"), "Range": lambda c: ("arange", [], {}),
-    "ConstantOfShape": lambda c: ("full", [], {}),
+    "ConstantOfShape": _full,
     **dict.fromkeys(("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"),
                     lambda c: ("random", [], {})),
 }  # fmt: skip

@@ -64,7 +64,8 @@ VOCABULARY: dict[str, str] = {
     # pooling
     "max_pool": "(x)", "avg_pool": "(x)", "resize": "(x)",
     # sources
-    "shape_of": "(x): sizes read off a tensor", "arange": "()", "full": "(): zeros, ones, full, new_*", "random": "()",
+    "shape_of": "(x): sizes read off a tensor", "arange": "()", "full": "() {value: number|None}: zeros, ones, full, new_*",
+    "random": "()",
 }  # fmt: skip
 
 

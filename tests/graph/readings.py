@@ -175,6 +175,7 @@ class Numbers:
 
     def attention(self, a: Attention) -> Array:
         query, key, value = self(a.query), self(a.key), self(a.value)
+        key = np.swapaxes(key, 1, 2) if a.key_by_token else key
         if key.shape[1] != query.shape[1]:
             key, value = (np.repeat(x, query.shape[1] // x.shape[1], axis=1) for x in (key, value))
         scores = a.scale * query @ np.swapaxes(key, -1, -2)

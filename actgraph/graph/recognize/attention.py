@@ -104,8 +104,9 @@ def _factor(prim: Prim | None, s: Semantics) -> tuple[Value, float] | None:
 
 def _number(s: Semantics, operand: Operand) -> float | None:
     """A factor that is a number, or is computed from fixed sizes (old exporters write ``sqrt(head_dim)`` so)."""
-    if isinstance(operand, (bool, int, float)):
-        return float(operand)
+    number = s.number(operand)
+    if number is not None:
+        return float(number)
     return _static(s, operand, 12) if isinstance(operand, Value) and operand in s.shape_only else None
 
 
@@ -175,7 +176,8 @@ def _product_of_pattern(s: Semantics, softmax: Prim) -> tuple[Value, Value, Valu
         if not rest or len({r.position for r in rest}) > 1 or rest[0].prim is None:
             return None
         read, prim = rest[0], rest[0].prim
-        if prim.op == "where" and prim.operands[1] == 0 and s.same(prim.operands[2], current, casts=True):
+        zeroed = prim.op == "where" and s.number(prim.operands[1]) == 0
+        if zeroed and s.same(prim.operands[2], current, casts=True):
             nodes += [*(guard.node for guard in guards[:1]), prim.node]
             pattern = current = prim.output
         elif prim.op == "reshape" or s.edits(read) is not None:
@@ -234,10 +236,10 @@ def _scores(s: Semantics, x: Value) -> _Core | None:
             masks.append((sides[1] if scored[0] is sides[0] else sides[0], False))
         elif prim.op == "where" and isinstance(prim.operands[0], Value):
             _, a, b = prim.operands
-            if isinstance(b, (int, float)) and b <= _FORBIDDEN:
+            if _forbids(s, b):
                 current = a
                 masks.append((prim.operands[0], False))
-            elif isinstance(a, (int, float)) and a <= _FORBIDDEN:
+            elif _forbids(s, a):
                 current = b
                 masks.append((prim.operands[0], True))
             else:
@@ -335,9 +337,9 @@ def _set_mask(s: Semantics, core: _Core, mask: Value) -> None:
     prim = s.prim(mask)
     if prim is not None and prim.op == "where" and isinstance(prim.operands[0], Value):
         _, a, b = prim.operands
-        if a == 0 and isinstance(b, (int, float)) and b <= _FORBIDDEN:
+        if s.number(a) == 0 and _forbids(s, b):
             mask = _unexpanded(s, prim.operands[0])
-        elif b == 0 and isinstance(a, (int, float)) and a <= _FORBIDDEN:
+        elif s.number(b) == 0 and _forbids(s, a):
             mask, core.mask_excludes = _unexpanded(s, prim.operands[0]), True
     if core.mask_excludes:
         inverted = s.prim(mask)
@@ -347,6 +349,12 @@ def _set_mask(s: Semantics, core: _Core, mask: Value) -> None:
         core.is_causal = True
     else:
         core.mask = mask
+
+
+def _forbids(s: Semantics, operand: Operand) -> bool:
+    """Whether a score of that number keeps a key out."""
+    number = s.number(operand)
+    return number is not None and number <= _FORBIDDEN
 
 
 def _unexpanded(s: Semantics, mask: Value) -> Value:

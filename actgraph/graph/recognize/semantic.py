@@ -99,6 +99,10 @@ class Semantics:
                 return value
             value = source
 
+    def copied_from(self, value: Value) -> Value | None:
+        """The value that ``value`` is a copy of, one step back; ``None`` when it is computed."""
+        return self._alias.get(value)
+
     def same(self, left: Operand, right: Operand, *, casts: bool = False) -> bool:
         """Whether two operands are one value."""
         if not isinstance(left, Value) or not isinstance(right, Value):
@@ -108,6 +112,16 @@ class Semantics:
     def source(self, value: Operand, *, casts: bool = False) -> Prim | None:
         """What makes the value, with plumbing looked through."""
         return self.prim(self.root(value, casts=casts)) if isinstance(value, Value) else None
+
+    def number(self, operand: Operand) -> Scalar | None:
+        """The number that an operand is, or that a constant tensor is filled with."""
+        if not isinstance(operand, Value):
+            return operand
+        prim = self.source(operand, casts=True)
+        if prim is not None and prim.op == "expand":
+            return self.number(prim.operands[0])
+        value = prim.attributes["value"] if prim is not None and prim.op == "full" else None
+        return value if isinstance(value, (bool, int, float)) else None
 
     # --- readers ----------------------------------------------------------------------------------------------------------
 
