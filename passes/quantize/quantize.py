@@ -21,7 +21,7 @@ from actgraph.graph.graph import Array, parameter_bytes
 from actgraph.graph.views import Convolution, Linear
 from actgraph.passes.linears import chosen, edge_name
 from actgraph.passes.places import Selector
-from actgraph.passes.quantize.weights import embeddings, pack, symmetric_int8
+from actgraph.passes.quantize.weights import embeddings, pack, packable, symmetric_int8
 from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
 
 
@@ -83,8 +83,8 @@ class Quantize(Pass):
         shared: dict[tuple[Value, int], list[Linear | Convolution]] = defaultdict(list)
         for place in places:
             weight = place.weight
-            if not weight.is_parameter:
-                result.declined.append(Declined(place.output.name, f"its weight {weight.name} is computed, not stored"))
+            if packable(place) is None:
+                result.declined.append(Declined(place.output.name, f"its weight {weight.name} is not read as it is stored"))
             elif weight.dtype is None or not weight.dtype.is_float:
                 result.declined.append(Declined(place.output.name, f"its weight is {weight.dtype} already"))
             elif isinstance(place, Convolution) and place.transposed:
@@ -93,9 +93,8 @@ class Quantize(Pass):
                 shared[weight, place.out_axis if isinstance(place, Linear) else 0].append(place)
         tables = {prim.operands[0]: prim for prim in embeddings(graph)} if self.embeddings else {}
         for (weight, axis), group in shared.items():
-            nodes = {node for place in group for node in place.nodes}
-            uses = [use for use in weight.uses if use.node in nodes]
-            packed, scale = pack(editor, weight, axis, uses)
+            readers = [use for use in map(packable, group) if use is not None]
+            packed, scale = pack(editor, weight, axis, readers)
             result.counts["weights packed"] += 1
             if weight in tables and axis == 0:
                 self._pack_table(editor, weight, packed, scale, result)

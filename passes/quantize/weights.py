@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from actgraph.errors import UnsupportedError
 from actgraph.graph import Editor, Graph, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.prims import Prim
+from actgraph.graph.views import Convolution, Linear
 
 
 def symmetric_int8(weight: Array, axis: int) -> tuple[Array, Array]:
@@ -34,6 +36,18 @@ def _row_blocks(weight: Array) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
+def packable(place: Linear | Convolution) -> Use | None:
+    """The operand at which the product reads the stored weight as it is or transposed; ``None`` when it reads it otherwise."""
+    use = place.matrix if isinstance(place, Linear) else Use(place.input.node, 1)
+    if use is None or use.node is None or not place.weight.is_parameter:
+        return None
+    operand = use.node.operands[use.index]
+    try:
+        return use if operand is not None and _transposes(operand, place.weight) is not None else None
+    except UnsupportedError:
+        return None
+
+
 def embeddings(graph: Graph) -> list[Prim]:
     """The lookups of rows in a stored two-dimensional float table."""
     found = []
@@ -53,22 +67,47 @@ def embeddings(graph: Graph) -> list[Prim]:
     return found
 
 
-def pack(editor: Editor, weight: Value, axis: int, uses: list[Use]) -> tuple[Value, Value]:
-    """Quantize the parameter ``weight`` for ``uses`` and return the packed parameter and its scale.
+def pack(editor: Editor, weight: Value, axis: int, readers: list[Use]) -> tuple[Value, Value]:
+    """Quantize the parameter ``weight`` for ``readers`` and return the packed parameter and its scale ``[channels]``.
 
-    The packed form replaces the float one; where other readers keep the float, both are stored and a message says so.
+    readers: the operands at which products read the weight, as it is or transposed. Transposes move in front of the
+    dequantization, because engines fuse a product with the dequantization that feeds it. The float form stays for whoever
+    else reads it, and a message says so.
     """
     graph = editor.graph
     data = graph.read(weight)
     q, scale = symmetric_int8(data, axis)
-    stem = weight.name
-    packed = editor.add_parameter(f"{stem}_int8", q)
-    scales = editor.add_parameter(f"{stem}_scale", scale.astype(data.dtype if data.dtype != np.float64 else np.float32))
-    node = editor.insert(
-        "actgraph.dequantize", [packed, scales], {"axis": axis % data.ndim}, before=uses[0].node, like=uses[0].node
-    )
-    if len(uses) < len(weight.uses):
-        others = ", ".join(use.node.name for use in weight.uses if use not in uses and use.node is not None)
-        editor.messages.append(f"{stem} stays in float for {others}: both forms are stored")
-    editor.redirect(weight, node.output, uses)
+    packed = editor.add_parameter(f"{weight.name}_int8", q)
+    scales = editor.add_parameter(f"{weight.name}_scale", scale.astype(data.dtype if data.dtype != np.float64 else np.float32))
+    made: dict[Value, Value] = {}  # the float operand -> its dequantized form
+    for node, index in readers:
+        assert node is not None
+        operand = node.operands[index]
+        assert operand is not None
+        if operand not in made:
+            way = _transposes(operand, weight)
+            source, stored_axis = packed, axis
+            for step in way:
+                source = editor.copy_region([step.node], {step.node.operands[0] or weight: source})[step.output]
+                stored_axis = list(step.attributes["perm"]).index(stored_axis)
+            made[operand] = editor.insert(
+                "actgraph.dequantize", [source, scales], {"axis": stored_axis}, before=node, like=node
+            ).output
+        editor.redirect(operand, made[operand], [Use(node, index)])
+    others = [use.node.name for use in weight.uses if use.node is not None and use.node.outputs and use.node.output.uses]
+    if others:
+        editor.messages.append(f"{weight.name} stays in float for {', '.join(others)}: both forms are stored")
     return packed, scales
+
+
+def _transposes(operand: Value, weight: Value) -> list[Prim]:
+    """The transposes between the stored weight and the operand of the product, in order of execution."""
+    way: list[Prim] = []
+    value = operand
+    while value != weight:
+        prim = value.producer.prim if value.producer is not None else None
+        if prim is None or prim.op != "transpose" or not isinstance(prim.operands[0], Value):
+            raise UnsupportedError(f"{operand.name} is computed from {weight.name}", "fold constants first")
+        way.insert(0, prim)
+        value = prim.operands[0]
+    return way

@@ -98,7 +98,7 @@ def test_cast_refuses_overflow() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["tap{site=blocks.0.mlp.hidden}", "clip{site=blocks.0.mlp.hidden min=-1 max=1}", "cast{dtype=f16}"]
+    "step", ["tap{site=blocks.0.mlp.hidden}", "clip{site=blocks.0.mlp.hidden min=-0.1 max=0.2}", "cast{dtype=f16}"]
 )
 def test_golden(tiny: Graph, dialect: str, step: str, golden) -> None:  # type: ignore[no-untyped-def]
     edited = apply(tiny, step)
