@@ -17,4 +17,4 @@ def assign_sites(graph: Graph) -> SiteTable:
     from actgraph.graph.recognize.structural import structural_sites
 
     views = graph.views
-    return build_table(graph, [*role_sites(views), *structural_sites(views), *module_sites(graph)])
+    return build_table(views.semantics, [*role_sites(views), *structural_sites(views), *module_sites(graph)])

@@ -252,7 +252,7 @@ def _blocks(flow: Flow, stream: _Stream) -> Iterator[Block]:
         post = flow.after(parts[-1].unit.output, _post_of(flow, stream))
         if following is not None and "projection" not in following.passed and following.unit.source is not None:
             post = following.unit.source
-        made.append(_block(index, stream.prefix, parts, post))
+        made.append(_block(flow.s, index, stream.prefix, parts, post))
     projected = [bool(parts[0].passed & {"projection"}) for parts in stream.blocks]
     if any(part.unit.kind == "conv" for part in stream.parts) or any(projected[1:]):
         yield from _staged(stream, made, projected)
@@ -269,18 +269,32 @@ def _post_of(flow: Flow, stream: _Stream) -> str:
     return "" if normed else "norm"
 
 
-def _block(index: int, prefix: str, parts: Sequence[_Part], post: Value) -> Block:
-    first, *rest = parts
-    assert first.unit.source is not None
+def _block(s: Semantics, index: int, prefix: str, parts: Sequence[_Part], post: Value) -> Block:
+    sources = [unflattened(s, part.unit.source) for part in parts if part.unit.source is not None]
 
     def one(attribute: str) -> object:
         return next((found for part in parts if (found := getattr(part, attribute)) is not None), None)
 
     return Block(
-        index=index, prefix=prefix, units=tuple(part.unit for part in parts), resid_pre=first.unit.source,
-        resid_mid=rest[0].unit.source if rest else None, resid_post=post,
+        index=index, prefix=prefix, units=tuple(part.unit for part in parts), resid_pre=sources[0],
+        resid_mid=sources[1] if len(parts) > 1 else None, resid_post=unflattened(s, post),
         attention=one("attention"), cross_attention=one("cross_attention"), feed_forward=one("feed_forward"), moe=one("moe"),
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+def unflattened(s: Semantics, value: Value) -> Value:
+    """The stream with batch and sequence axes apart, where a model lays its tokens in rows around a feed-forward (OPT)."""
+    value = s.root(value)
+    if value.shape is None or len(value.shape) != 2:
+        return value
+    prim = s.prim(value)
+    before = prim.operands[0] if prim is not None and prim.op == "reshape" else None
+    if isinstance(before, Value) and before.type.rank == 3 and s.only_reader(before) is not None:
+        return s.root(before)
+    read = s.only_reader(value)
+    if read is not None and read.prim is not None and read.prim.op == "reshape" and read.prim.output.type.rank == 3:
+        return read.prim.output
+    return value
 
 
 def _staged(stream: _Stream, made: list[Block], projected: list[bool]) -> Iterator[Block]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from actgraph.graph.anchors import Anchor, SiteKind, edge_anchor, role_of, value_anchor
 from actgraph.graph.graph import Graph, Node, Value
+from actgraph.graph.recognize.semantic import Semantics
 from actgraph.graph.sites import SiteTable
 
 #: Kinds of names, best first: the best name of a place is its canonical one.
@@ -33,13 +34,23 @@ def reads(value: Value, nodes: Iterable[Node]) -> Anchor | None:
     return edge_anchor(edges) if edges else None
 
 
-def build_table(graph: Graph, found: Iterable[Named]) -> SiteTable:
+def earliest(s: Semantics, value: Value) -> Value:
+    """The same tensor before clones and dropouts, as long as nothing else reads it there."""
+    while (source := s.copied_from(value)) is not None and len(s.direct_readers(source)) == 1 and not s.is_output(source):
+        value = source
+    return value
+
+
+def build_table(s: Semantics, found: Iterable[Named]) -> SiteTable:
     """One site per place, in topological order: a value stands where it is made, an edge where it is read."""
+    graph: Graph = s.graph
     places: dict[tuple[object, ...], list[Named]] = {}
     taken: set[str] = set()
     for named in found:
         if named.name not in taken:
             taken.add(named.name)
+            if named.anchor.value is not None:
+                named = Named(named.name, value_anchor(earliest(s, named.anchor.value)), named.kind)
             places.setdefault(named.anchor.key, []).append(named)
     position = {node: place for place, node in enumerate(graph.nodes())}
     inputs = {value: place for place, value in enumerate(graph.inputs())}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from actgraph.graph.anchors import virtual_anchor
 from actgraph.graph.graph import Kind, Node, Role, Value
-from actgraph.graph.recognize.blocks import Flow
+from actgraph.graph.recognize.blocks import Flow, unflattened
 from actgraph.graph.recognize.naming import ROLE, Named, at_value
 from actgraph.graph.recognize.semantic import Semantics
 from actgraph.graph.views import Attention, Block, FeedForward, Linear, MixtureOfExperts, Unit, Views
@@ -52,7 +52,8 @@ class _Finder:
         yield from at_value(f"{stem}.resid_pre", block.resid_pre, ROLE)
         yield from at_value(f"{stem}.resid_mid", block.resid_mid, ROLE)
         if len(block.units) > 2:
-            yield from at_value(f"{stem}.resid_mid_cross", block.units[2].source, ROLE)
+            crossed = block.units[2].source
+            yield from at_value(f"{stem}.resid_mid_cross", unflattened(self.s, crossed) if crossed is not None else None, ROLE)
         yield from at_value(f"{stem}.resid_post", block.resid_post, ROLE)
         for unit in block.units:
             yield from self._unit(stem, block, unit)
@@ -148,11 +149,21 @@ class _Finder:
                 inside = self.s.position(norm.output) > self.s.position(unit.source)
                 found = self.flow.before(norm.input, stream) if inside else None
                 return norm.output if found is not None and not found[1] else None
-            prim = self.s.prim(value)
-            if prim is None or prim.op not in ("reshape", "cast") or not isinstance(prim.operands[0], Value):
+            before = self._unmasked(value)
+            if before is None:
                 return None
-            value = prim.operands[0]
+            value = before
         return None
+
+    def _unmasked(self, value: Value) -> Value | None:
+        """The value before a reshape, a cast or a multiplication by one number per token (a mixer's padding mask)."""
+        prim = self.s.prim(value)
+        if prim is None or prim.op not in ("reshape", "cast", "mul"):
+            return None
+        operands = [o for o in prim.operands if isinstance(o, Value)]
+        if prim.op == "mul":
+            operands = [o for o in operands if o.shape is not None and o.shape[-1:] != (1,)]
+        return operands[0] if len(operands) == 1 else None
 
     def _addend(self, unit: Unit, value: Value) -> Value | None:
         """The term of the unit's sum that ``value`` (the end of an attention or feed-forward) goes into."""
@@ -188,10 +199,10 @@ class _Finder:
         if unit.source is None:
             return None
         low, high = self.s.position(unit.source), self.s.position(unit.output)
-        ends = {self.s.root(unit.source): 0}
         for linear in self.flow.linears.values():
-            if low < self.s.position(linear.output) < high and self.flow.before(_input(linear), ends) is not None:
-                return linear
+            if low < self.s.position(linear.output) < high:
+                same = self.s.same(_input(linear), unit.source)
+                return linear if same or self._normed(unit, linear) is not None else None
         return None
 
     # --- ends of a stream -----------------------------------------------------------------------------------------------------
@@ -258,11 +269,13 @@ class _Finder:
 
     def final_norm(self, stream: Value) -> Value | None:
         """The norm that reads the end of a stream."""
-        norm = self.flow.norms_of.get(self.s.root(stream))
-        edited = next((read.node.output for read in self.s.readers(stream) if self.s.edits(read) is not None), None)
-        if norm is None and edited is not None:
-            return self.final_norm(edited)
-        return norm.output if norm is not None and norm.kind in ("layer_norm", "rms_norm") else None
+        ends = {self.s.root(stream): 0}
+        for norm in self.flow.norms.values():
+            if norm.kind in ("layer_norm", "rms_norm") and self.s.position(norm.output) > self.s.position(stream):
+                found = self.flow.before(norm.input, ends)
+                if found is not None and not found[1]:
+                    return norm.output
+        return None
 
     def logits(self, blocks: list[Block]) -> Value | None:
         """The first output, if it is a linear of what comes after the last block, perhaps scaled or soft-capped."""
