@@ -109,7 +109,7 @@ def chunks(x: Array, positions: Array | None) -> list[tuple[Array, Array | None]
 
 
 class Extreme(Accumulator):
-    """Minimum, maximum, or maximum magnitude."""
+    """Minimum, maximum, or maximum magnitude; infinite (the neutral element) at a position that no row reached."""
 
     def __init__(self, kind: str, layout: Layout) -> None:
         self.kind = kind
@@ -119,7 +119,7 @@ class Extreme(Accumulator):
 
     @property
     def empty(self) -> bool:
-        return self.value.size == 0 or bool(np.all(self.value == self.neutral))
+        return self.value.size == 0
 
     def update(self, x: Array, positions: Array | None) -> None:
         if not x.size:
@@ -131,7 +131,7 @@ class Extreme(Accumulator):
 
     def _take(self, found: Array) -> None:
         mine, theirs = common(self.value, found, self.neutral)
-        self.value = np.minimum(mine, theirs) if self.kind == "min" else np.maximum(mine, theirs)
+        self.value = np.asarray(np.minimum(mine, theirs) if self.kind == "min" else np.maximum(mine, theirs))
 
     def merge(self, other: Self) -> Self:
         result = copy.copy(self)
@@ -173,13 +173,13 @@ class Count(Accumulator):
             return
         flags = (x == 0) if self.kind == "zeros" else np.ones(x.shape, bool)
         mine, found = common(self.value, grouped(np.add, flags.astype(np.int64), positions, self.layout, 0), 0)
-        self.value = mine + found
+        self.value = np.asarray(mine + found)
         self.seen += x.size
 
     def merge(self, other: Self) -> Self:
         result = copy.copy(self)
         mine, theirs = common(self.value, other.value, 0)
-        result.value, result.seen = mine + theirs, self.seen + other.seen
+        result.value, result.seen = np.asarray(mine + theirs), self.seen + other.seen
         return result
 
     def read(self) -> Array:
@@ -209,7 +209,7 @@ class Sum:
         with np.errstate(invalid="ignore"):
             total = a + b
             error = np.where(np.abs(a) >= np.abs(b), (a - total) + b, (b - total) + a)
-        return Sum(total, mine + theirs + error)
+        return Sum(np.asarray(total), np.asarray(mine + theirs + error))
 
     @property
     def value(self) -> Array:
@@ -251,13 +251,13 @@ class Moment(Accumulator):
             self.sum = self.sum.add(found)
             ones = grouped(np.add, np.ones(part.shape, np.int64), where, self.layout, 0)
             mine, theirs = common(self.count, ones, 0)
-            self.count = mine + theirs
+            self.count = np.asarray(mine + theirs)
 
     def merge(self, other: Self) -> Self:
         result = copy.copy(self)
         result.sum = self.sum.add(other.sum.high, other.sum.low)
         mine, theirs = common(self.count, other.count, 0)
-        result.count = mine + theirs
+        result.count = np.asarray(mine + theirs)
         return result
 
     def read(self) -> Array:
@@ -330,7 +330,7 @@ class Histogram(Accumulator):
         index = np.searchsorted(self.edges, x.ravel(), side="right")
         groups, shape = group_index(x, positions, self.layout)
         counted = np.bincount(groups * slots + index, minlength=int(np.prod(shape)) * slots).astype(np.int64)
-        mine, found = common(self.counts, counted.reshape(*shape, slots), 0)
+        mine, found = common(self.counts, counted.reshape((*shape, slots)), 0)
         self.counts = mine + found
 
     def merge(self, other: Self) -> Self:

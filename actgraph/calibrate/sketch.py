@@ -120,7 +120,7 @@ class QuantileSketch(Accumulator):
                 value = np.where(left == right, left, left + share * (right - left))
             value = np.where(wanted.ravel() == 0, low[group], np.where(wanted.ravel() == 1, high[group], value))
             result[:, group] = np.clip(value, low[group], high[group])
-        return result.reshape(*wanted.shape, *self.shape)
+        return result.reshape((*wanted.shape, *self.shape))
 
     def cdf(self, x: float | Array) -> Array:
         """The share of elements that are <= ``x`` (broadcast over groups), float64, shaped like the sketch."""
@@ -132,7 +132,8 @@ class QuantileSketch(Accumulator):
             left, right = np.maximum(left, low[group]), np.minimum(right, high[group])
             point = at[group] if at.size > 1 else at[0]
             width = np.where(right > left, right - left, 1.0)
-            share = np.where(right <= point, 1.0, np.clip((point - left) / width, 0.0, 1.0))
+            with np.errstate(invalid="ignore"):  # an infinite bin is either below the point or not
+                share = np.where(right <= point, 1.0, np.nan_to_num(np.clip((point - left) / width, 0.0, 1.0)))
             result[group] = float((counts * share).sum() / counts.sum())
         return result.reshape(self.shape)
 

@@ -143,7 +143,7 @@ class PassManager:
         row.expected_change = result.expected_change
         if not any(row.counts.values()) and not step.may_do_nothing:
             why = f": {result.declined[0].site}: {result.declined[0].reason}" if result.declined else ""
-            raise PassError(f"nothing matched, so nothing was changed{why}", "widen `site`, or take the pass out of the pipeline")
+            raise PassError(f"nothing matched, so nothing was changed{why}", "widen `site`, or leave the pass out")
 
     def _explained(self, run: Run, step: Pass, error: Exception) -> ActgraphError:
         """The error with the pass named, and the reproducer's folder where there is one."""
