@@ -38,8 +38,9 @@ def bisect(
 ) -> None:
     """Find the first pass of a pipeline that breaks the model.
 
-    Without --parity or --perplexity a graph is bad when it fails to verify, to run, or to give finite outputs. The corpus is
-    what passes calibrate on and what perplexity is measured on. The exit code is 1 when a bad pass is found.
+    Without --parity or --perplexity a graph is bad when it fails to verify, to run, or to give finite outputs. The
+    corpus is what passes calibrate on and what perplexity is measured on. The exit code is 1 when a bad pass is
+    found.
     """
     from actgraph.cli.models import open_model, read_pipeline
     from actgraph.cli.output import dump_json

@@ -34,9 +34,10 @@ def demo(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Capture the embedded language model, rewrite it, prove what happened, and write the result as ONNX.
+    """Take a tour on the embedded model.
 
-    Takes less than half a minute and needs no network. The exit code is 1 if a proof fails.
+    Captures a small language model, rewrites it, proves what happened and writes the result as ONNX. Takes less than
+    half a minute and needs no network. The exit code is 1 if a proof fails.
     """
     from actgraph.cli.models import check_output
 

@@ -19,10 +19,11 @@ def diff(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing; the exit code is the answer.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare two models as graphs: nodes, weights, signature, sites and passes.
+    """Compare two models as graphs.
 
-    A torch and an ONNX graph have no nodes in common; between them signature, sites and views are compared. The exit code
-    is 0 when nothing differs and 1 when something does.
+    Nodes, weights, signature, sites and passes are compared. A torch and an ONNX graph have no nodes in common;
+    between them signature, sites and views are compared. The exit code is 0 when nothing differs and 1 when something
+    does.
     """
     import actgraph as ag
     from actgraph.cli.models import open_model

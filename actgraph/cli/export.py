@@ -20,7 +20,10 @@ def export(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a model as .onnx or .pt2: `run` without passes."""
+    """Write a model as .onnx or .pt2.
+
+    The same as `run` without passes.
+    """
     from actgraph.cli.models import check_output, open_model
     from actgraph.cli.run import SUFFIXES, save
 

@@ -27,7 +27,10 @@ def extract_vector(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Extract a steering vector: mean activation of the last token, positive texts minus negative ones."""
+    """Extract a steering vector from texts.
+
+    The vector is the mean activation of the last token over the positive texts minus that over the negative ones.
+    """
     import numpy as np
 
     import actgraph as ag

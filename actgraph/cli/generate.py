@@ -27,7 +27,10 @@ def generate(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Continue a text. The whole sequence is computed again at each step, in torch or in onnxruntime by the kind of MODEL."""
+    """Continue a text.
+
+    The whole sequence is computed again at each step, in torch or in onnxruntime by the kind of MODEL.
+    """
     import actgraph as ag
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json

@@ -23,9 +23,10 @@ def inspect(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show signature, sizes, the passes that ran, which nodes they made, functions, notes, and how to run the file.
+    """Show what is in a model and what was done to it.
 
-    -v also counts the nodes by op.
+    Signature, sizes, the passes that ran, which nodes they made, functions, notes, and how to run the file. -v also
+    counts the nodes by op.
     """
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json

@@ -45,7 +45,7 @@ Corpus = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Calibration data: .txt (a document a line), .jsonl, .npz, .safetensors, a folder of images, or tinystories.",
+        help="Calibration data: .txt (a document a line), .jsonl, .npz, .safetensors, or a folder of images.",
     ),
 ]
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write: .onnx or .pt2.")]

@@ -23,20 +23,24 @@ def passes(
     json: Annotated[bool, typer.Option("--json", help="Print the JSON Schema of the options.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the passes, or the options of one: type, default, unit and range."""
+    """List the passes, or the options of one.
+
+    --json prints the JSON Schema that editors complete recipes from (of whole recipes, without a name).
+    """
     from actgraph.cli.output import dump_json, table
     from actgraph.pipeline.registry import all_passes, get_pass_class
+    from actgraph.pipeline.schema import options_schema, recipe_schema
 
     if name is None:
-        found = all_passes()
         if json:
-            dump_json({key: cls.model_json_schema() for key, cls in found.items()})
+            dump_json(recipe_schema())
         else:
+            found = all_passes()
             table(["pass", "family", "what it does"], [(key, cls.family, summary(cls)) for key, cls in found.items()])
         return
     cls = get_pass_class(name)
     if json:
-        dump_json(cls.model_json_schema())
+        dump_json(options_schema(cls))
         return
     print(f"{name} ({cls.family})\n\n{inspect.getdoc(cls)}\n\ndialects: {', '.join(sorted(cls.dialects))}\n")
     table(["option", "type", "default", "what it means"], option_rows(cls))

@@ -47,9 +47,10 @@ def run(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Run passes on a model, report what each of them did, and write the result.
+    """Run passes on a model and write the result.
 
-    Calibration data is the packaged sample text unless --corpus is given. -v also lists every place that a pass changed.
+    The report says what each pass did. Calibration data is the packaged sample text unless --corpus is given. -v also
+    lists every place that a pass changed.
     """
     from actgraph.cli.models import check_output, open_model, read_pipeline
 
@@ -68,6 +69,8 @@ def run(
         _plan(graph, pipeline, corpus, json=json)
         return
     assert output is not None
+    from json import loads
+
     import actgraph as ag
     from actgraph.cli.output import dump_json, write_text
 
@@ -86,7 +89,7 @@ def run(
     if report is not None:
         write_text(report, result.report.to_json() + "\n")
     if json:
-        dump_json({"output": str(output), "report": result.report.to_dict()})
+        dump_json({"output": str(output), "report": loads(result.report.to_json())})
         return
     if not quiet:
         print(result.report)

@@ -29,9 +29,10 @@ def sites(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the sites of a model: the names by which passes know its activations, with type and role.
+    """List the sites of a model.
 
-    A role site such as blocks.2.mlp.hidden means the same in every architecture. -v lists the other accepted spellings.
+    A site is a named activation: the names by which passes know where to act. A role site such as blocks.2.mlp.hidden
+    means the same in every architecture. -v lists the other accepted spellings.
     """
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json, remark, table

@@ -56,9 +56,10 @@ def verify(
 ) -> None:
     """Compare two models, or check a pipeline on one. The exit code is 1 when a check fails.
 
-    With two models their outputs are compared on drawn inputs of several sizes (or on --inputs). With passes, the pipeline
-    runs, each pass that has an off setting must be the identity there, each that has another way to compute the same must
-    agree with it, and the result must give the same outputs when exported to ONNX with its functions kept and inlined.
+    With two models their outputs are compared on drawn inputs of several sizes (or on --inputs). With passes, the
+    pipeline runs, each pass that has an off setting must be the identity there, each that has another way to compute
+    the same must agree with it, and the result must give the same outputs when exported to ONNX with its functions
+    kept and inlined.
     """
     from actgraph.cli.models import open_model, read_pipeline
     from actgraph.cli.output import dump_json, table
