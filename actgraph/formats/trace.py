@@ -70,10 +70,21 @@ def trace(
                 for change in changes:
                     plan = plan.apply(change)
         graph = graph_of_program(program, name or type(module).__name__, plan)
+    _keep_names(graph, arguments)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     graph.notes += notes
     return graph
+
+
+def _keep_names(graph: FxGraph, arguments: Mapping[str, Any]) -> None:
+    """Call each input what the user calls it: torch renames arguments such as ``input`` that are Python builtins."""
+    taken = {value.name for value in graph.inputs()}
+    for value in graph.inputs():
+        stem, _, number = value.name.rpartition("_")
+        if number.isdigit() and value.name not in arguments and isinstance(arguments.get(stem), torch.Tensor) and stem not in taken:
+            graph.public[value.key.name] = stem
+    graph._index()
 
 
 def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
