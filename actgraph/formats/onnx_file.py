@@ -64,7 +64,7 @@ def _load(path: Path) -> OnnxGraph:
         optional=found.get("optional", []) if ours else None, typed=typed,
     )  # fmt: skip
     onnx_finish.restore(graph, found)
-    graph.companions = read_companions(path, found.get("companions") if ours else None)
+    graph.companions = read_companions(path, found.get("companions", {}) if ours else None)
     return graph
 
 
@@ -229,9 +229,10 @@ def _resident(name: str, tensor: ir.TensorProtocol, path: Path, maps: dict[str, 
 def _mapped(name: str, tensor: ir.ExternalTensor, path: Path, maps: dict[str, mmap.mmap]) -> ir.TensorProtocol:
     """External data as an array over the mapped file. The mapping outlives the file's name: replacing it is harmless."""
     location = os.fspath(tensor.location)
-    folder = Path(os.path.realpath(path)).parent
-    target = Path(os.path.realpath(folder / location))
-    if os.path.isabs(location) or not target.is_relative_to(folder):
+    # a file may be a link into a store (the Hugging Face cache); then its data may be a link into the same place
+    folders = (Path(os.path.realpath(path.parent)), Path(os.path.realpath(path)).parent)
+    target = Path(os.path.realpath(path.parent / location))
+    if os.path.isabs(location) or not any(target.is_relative_to(folder) for folder in folders):
         raise InputError(f"{path}: the data of {name} lies outside of its folder ({location})", "move it beside the model")
     shape = tensor.shape.numpy()
     if tensor.nbytes == 0:

@@ -164,6 +164,9 @@ def drop_unused_functions(graph: OnnxGraph) -> None:
         used.update((node.domain, node.op_type, node.overload) for node in function.all_nodes())
     for key in [key for key in graph.model.functions if key[0] == DOMAIN and key not in used]:
         del graph.model.functions[key]
+    for key, function in graph.model.functions.items():
+        for value in function.inputs if key[0] == DOMAIN else ():
+            value.type = None  # onnx_ir writes types of function inputs and does not read them
     if not any(domain == DOMAIN for domain, _, _ in used):
         graph.model.opset_imports.pop(DOMAIN, None)
 

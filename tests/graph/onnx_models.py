@@ -110,7 +110,7 @@ def feed(graph: OnnxGraph, seed: int = 0, **sizes: int) -> dict[str, Array]:
         assert value.shape is not None and value.dtype is not None
         shape = [size if isinstance(size, int) else sizes.get(str(size), 3) for size in value.shape]
         data = rng.standard_normal(shape)
-        result[value.name] = (data > 0 if not value.dtype.is_float else data).astype(value.dtype.numpy)
+        result[value.name] = np.asarray(data > 0 if not value.dtype.is_float else data).astype(value.dtype.numpy)
     return result
 
 
