@@ -197,8 +197,8 @@ class BodyBuilder:
     def where(self, condition: BodyValue, yes: BodyValue | Number, no: BodyValue | Number) -> BodyValue:
         """``yes`` where the condition holds, else ``no``.
 
-        A branch whose -0.0 must survive goes into ``no``: onnxruntime's CPU kernel merges the branches by "yes if it is
-        not zero", which turns a chosen -0.0 of ``yes`` into +0.0.
+        The sign of a selected zero is not safe: onnxruntime's CPU kernel merges the branches by "the first if it is not
+        zero, else the second", in an order that depends on the shapes. -0.0 survives in ``no`` where ``yes`` is a scalar.
         """
         if not isinstance(yes, BodyValue):
             like = no if isinstance(no, BodyValue) else None

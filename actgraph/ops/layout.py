@@ -64,17 +64,16 @@ def torch_tokens(operand: torch.Tensor, axis: int) -> torch.Tensor:
     return operand.unsqueeze(axis) if operand.dim() >= -axis else operand
 
 
-def torch_blend(x: torch.Tensor, edited: torch.Tensor, mask: torch.Tensor | None, axis: int) -> torch.Tensor:
-    """``edited`` where the mask is 1 or true, ``x`` bit for bit where it is 0 or false, and in between linearly."""
+def torch_edit(h: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """``h + weight * delta``, and ``h`` bit for bit where the weight is 0 (whatever ``delta`` holds).
+
+    Subtracting +0.0 is the one neutral step of IEEE arithmetic that keeps -0.0 and needs no signed zero to be made.
+    """
     import torch
 
-    if mask is None:
-        return edited
-    mask = torch_tokens(mask, axis)
-    if mask.dtype == torch.bool:
-        return torch.where(mask, edited, x)
-    mask = mask.to(x.dtype)
-    return torch.where(mask == 1, edited, torch.where(mask == 0, x, x + mask * (edited - x)))
+    if weight is None:
+        return h + delta
+    return h - torch.where(weight != 0, -weight * delta, torch.zeros((), dtype=h.dtype, device=h.device))
 
 
 # --- ONNX bodies ------------------------------------------------------------------------------------------------------------
@@ -95,16 +94,12 @@ def body_tokens(b: BodyBuilder, operand: BodyValue, axis: int) -> BodyValue:
     return b.unsqueeze(operand, [axis]) if b.rank_of(operand) >= -axis else operand
 
 
-def body_blend(b: BodyBuilder, x: BodyValue, edited: BodyValue, mask: BodyValue | None, axis: int) -> BodyValue:
-    """As ``torch_blend``."""
-    if mask is None:
-        return edited
-    is_bool = mask.dtype is DType.BOOL
-    mask = body_tokens(b, mask, axis)
-    if is_bool:
-        return b.where(mask, edited, x)
-    mask = b.cast(mask, x.dtype)
-    return b.where(mask.equal(1), edited, b.where(b.op("Not", mask.equal(0)), x + mask * (edited - x), x))
+def body_edit(b: BodyBuilder, h: BodyValue, delta: BodyValue, weight: BodyValue | None) -> BodyValue:
+    """As ``torch_edit``. Selecting between ``h`` and the edit would not do: see ``BodyBuilder.where``."""
+    if weight is None:
+        return h + delta
+    on = b.op("Not", weight.equal(0))
+    return h - b.where(on, b.op("Neg", weight) * delta, 0.0)
 
 
 def body_groups(b: BodyBuilder, h: BodyValue, place: int, group: int) -> BodyValue:

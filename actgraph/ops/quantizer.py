@@ -80,15 +80,17 @@ def symmetric_parameters(absmax: Any, dtype: DType = DType.I8) -> tuple[Array, A
 
 def affine_parameters(lo: Any, hi: Any, dtype: DType = DType.U8) -> tuple[Array, Array]:
     """``(scale, zero_point)`` (float32, int32) of an asymmetric quantizer for values in ``[lo, hi]`` and 0."""
-    lo, hi = np.asarray(lo, np.float64), np.asarray(hi, np.float64)
-    _finite(lo, hi)
-    if not code_range(dtype).qmax.is_integer() or dtype.is_float:
+    if dtype.is_float:
         raise InputError(f"{dtype} has no zero point", "use a symmetric quantizer")
+    low = np.minimum(np.asarray(lo, np.float32), np.float32(0))
+    high = np.maximum(np.asarray(hi, np.float32), np.float32(0))
     codes = code_range(dtype)
-    lo, hi = np.minimum(lo, 0), np.maximum(hi, 0)
-    scale = _usable(((hi - lo) / (codes.qmax - codes.qmin)).astype(np.float32))
-    zero = np.clip(np.rint(codes.qmin - lo / scale.astype(np.float64)), codes.qmin, codes.qmax)
-    return scale, zero.astype(np.int32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = (high - low) / np.float32(codes.qmax - codes.qmin)
+    _finite(low, high, scale)
+    scale = _usable(scale)
+    zero = np.clip(np.rint(np.float32(codes.qmin) - low / scale), codes.qmin, codes.qmax)
+    return scale, np.asarray(zero, np.int32)
 
 
 def weight_parameters(
@@ -135,12 +137,14 @@ def quantize_array(
 ) -> Array:
     """The codes of ``x``, as an array of ``dtype`` (4-bit types through ml_dtypes, one element each)."""
     codes = code_range(dtype)
-    steps = x.astype(np.float32, copy=False) / spread(scale, x.shape, axis, block_size)
-    if dtype.is_float:
-        return np.clip(steps, codes.qmin, codes.qmax).astype(dtype.numpy)
-    zero = 0 if zero_point is None else spread(zero_point, x.shape, axis, block_size).astype(np.float32)
-    np.rint(steps, out=steps)
-    return np.clip(steps + zero, codes.qmin, codes.qmax).astype(np.int32).astype(dtype.numpy)
+    steps = np.asarray(x.astype(np.float32, copy=False) / spread(scale, x.shape, axis, block_size))
+    if not dtype.is_float:
+        np.rint(steps, out=steps)
+        if zero_point is not None:
+            steps += spread(zero_point, x.shape, axis, block_size).astype(np.float32)
+    np.clip(steps, codes.qmin, codes.qmax, out=steps)
+    whole = steps if dtype.is_float or dtype.bits > 4 else steps.astype(np.int8)
+    return whole.astype(dtype.numpy)
 
 
 def dequantize_array(q: Array, scale: Array, zero_point: Array | None = None, *, axis: int = 0, block_size: int = 0) -> Array:

@@ -31,8 +31,8 @@ Add a vector: ``y = x + c * vector`` with ``c = scale * strength * mask`` per to
 ``"relative"``: ``y = x + c * (|x| / |vector|) * vector``, so that the shift is a fraction of the norm of ``x``. Norms are
 taken over ``norm_axes`` (default: the channel axis); a norm below 1e-8 counts as 1e-8.
 
-Exactness: where ``c`` is 0 the result is ``x`` bit for bit (also for -0.0, infinities and vectors with NaN): the addend
-becomes -0.0, the neutral element of IEEE addition. NaN and infinity in ``x`` otherwise follow IEEE addition.
+Exactness: where ``c`` is 0 the result is ``x`` bit for bit (also for -0.0, infinities and vectors with NaN). NaN and
+infinity in ``x`` otherwise follow IEEE addition.
 float16 and bfloat16 are computed in float32 and rounded once.
 
 Sources: Turner et al., *Activation Addition*, 2023; Rimsky et al., *Contrastive Activation Addition*, 2023; norm
@@ -72,12 +72,10 @@ def _shift(
     for factor in (strength, mask):
         if factor is not None:
             c = c * layout.torch_tokens(factor.to(h.dtype), axis)
-    neutral = torch.full((), -0.0, dtype=h.dtype, device=x.device)
     size = _torch_norm(h, axes) / _torch_norm(v, axes).clamp_min(_TINY) if norm == "relative" else 1.0
-    delta = c * size * v
-    y = h + torch.where(c != 0, delta, neutral)
+    y = layout.torch_edit(h, size * v, c)
     if norm == "restore":
-        y = torch.where(c != 0, y * (_torch_norm(h, axes) / _torch_norm(y, axes).clamp_min(_TINY)), h)
+        y = y * torch.where(c != 0, _torch_norm(h, axes) / _torch_norm(y, axes).clamp_min(_TINY), torch.ones_like(c))
     return y.to(x.dtype)
 
 
@@ -103,16 +101,13 @@ def _shift_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes
     for factor in (strength, mask):
         if factor is not None:
             c = c * layout.body_tokens(b, b.cast(factor, h.dtype), axis)
-    on = b.op("Not", c.equal(0))
     if attributes["norm"] == "relative":
         size = _at_least(b, _norm(b, v, axes), _TINY)
-        delta = c * (_norm(b, h, axes) / size) * v
-    else:
-        delta = c * v
-    y = h + b.where(on, delta, -0.0)
+        v = (_norm(b, h, axes) / size) * v
+    y = layout.body_edit(b, h, v, c)
     if attributes["norm"] == "restore":
         after = _at_least(b, _norm(b, y, axes), _TINY)
-        y = b.where(on, y * (_norm(b, h, axes) / after), h)
+        y = y * b.where(c.equal(0), 1.0, _norm(b, h, axes) / after)
     return [b.cast(y, x.dtype)]
 
 
@@ -169,7 +164,8 @@ register(
 _SCALE_DOC = """
 Scale channels: ``y = x * gamma``, ``gamma`` being one number per channel, one number, or anything that broadcasts to ``x``.
 
-A mask blends: 0 or false gives ``x`` bit for bit, 1 or true the scaled value, a fraction interpolates. ``gamma = 1`` is the
+A mask scales the factor: false or 0 gives ``x`` bit for bit, true or 1 ``x * gamma``, a fraction m ``x * (1 + m (gamma -
+1))``. ``gamma = 1`` is the
 identity bit for bit; infinity times 0 is NaN, as in IEEE arithmetic. float16 and bfloat16 are computed in float32 and
 rounded once.
 
@@ -186,9 +182,16 @@ def _scale_infer(types: Sequence[TensorType | None], attributes: Attributes) -> 
 
 
 def _scale(x: torch.Tensor, gamma: torch.Tensor, mask: torch.Tensor | None = None, *, axis: int = -1) -> torch.Tensor:
+    import torch
+
     axis = layout.from_end(axis, x.dim())
     h = layout.torch_compute(x)
-    return layout.torch_blend(h, h * layout.torch_channels(gamma.to(h.dtype), axis), mask, axis).to(x.dtype)
+    factor = layout.torch_channels(gamma.to(h.dtype), axis)
+    if mask is not None:
+        m = layout.torch_tokens(mask.to(h.dtype), axis)
+        mixed = torch.where(m == 0, torch.ones((), dtype=h.dtype, device=x.device), 1 + m * (factor - 1))
+        factor = torch.where(m == 1, factor, mixed)
+    return (h * factor).to(x.dtype)
 
 
 def _scale_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
@@ -196,8 +199,12 @@ def _scale_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes
     assert x is not None and gamma is not None
     axis = layout.body_axis(b, attributes["axis"], x)
     h = b.up(x)
-    scaled = h * layout.body_channels(b, b.cast(gamma, h.dtype), axis)
-    return [b.cast(layout.body_blend(b, h, scaled, mask, axis), x.dtype)]
+    factor = layout.body_channels(b, b.cast(gamma, h.dtype), axis)
+    if mask is not None:
+        m = layout.body_tokens(b, b.cast(mask, h.dtype), axis)
+        mixed = b.where(m.equal(0), 1.0, m * (factor - 1) + 1)
+        factor = b.where(m.equal(1), factor, mixed)
+    return [b.cast(h * factor, x.dtype)]
 
 
 register(

@@ -27,8 +27,8 @@ With an orthonormal ``basis`` [channels, r]: ``matrix = -I`` projects the direct
 their part by 1 + s, ``-2 I`` reflects, and ``(R - I)^T`` with a 2 x 2 rotation ``R`` turns the plane (row vectors). Costs
 2 r multiplications per channel; never build the channels x channels matrix.
 
-A mask blends: 0 or false gives ``x`` bit for bit, 1 or true the edit, a fraction interpolates. NaN and infinity spread
-over the channels of their token. float16 and bfloat16 are computed in float32 and rounded once.
+A mask scales the change: false or 0 gives ``x`` bit for bit, true or 1 the edit. NaN and infinity spread over the
+channels of their token. float16 and bfloat16 are computed in float32 and rounded once.
 
 Sources: Arditi et al., *Refusal in Language Models Is Mediated by a Single Direction*, 2024 (ablation); *Selective
 Steering*, 2026 (rotation).
@@ -62,8 +62,9 @@ def _lowrank(
     h = layout.torch_compute(x)
     base = basis.to(h.dtype)
     part = (h.movedim(axis, -1) @ base) @ matrix.to(h.dtype)
-    edited = h + (part @ base.transpose(0, 1)).movedim(-1, axis)
-    return layout.torch_blend(h, edited, mask, axis).to(x.dtype)
+    delta = (part @ base.transpose(0, 1)).movedim(-1, axis)
+    weight = None if mask is None else layout.torch_tokens(mask.to(h.dtype), axis)
+    return layout.torch_edit(h, delta, weight).to(x.dtype)
 
 
 def _to_last(b: BodyBuilder, h: BodyValue, axis: int) -> tuple[BodyValue, list[int]]:
@@ -85,8 +86,9 @@ def _lowrank_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attribut
     rows, back = _to_last(b, h, axis)
     part = b.op("MatMul", b.op("MatMul", rows, base), b.cast(matrix, h.dtype))
     delta = b.op("MatMul", part, b.transpose(base, [1, 0]))
-    edited = h + (b.transpose(delta, back) if back else delta)
-    return [b.cast(layout.body_blend(b, h, edited, mask, axis), x.dtype)]
+    delta = b.transpose(delta, back) if back else delta
+    weight = None if mask is None else layout.body_tokens(b, b.cast(mask, h.dtype), axis)
+    return [b.cast(layout.body_edit(b, h, delta, weight), x.dtype)]
 
 
 register(
@@ -166,11 +168,12 @@ def _angle(
     a = angle.to(h.dtype).unsqueeze(-1)
     length = torch.linalg.vector_norm(c, dim=-1, keepdim=True)
     target = length * torch.cat([torch.cos(a), torch.sin(a)], -1)
-    edited = h + ((target - c) @ base.transpose(0, 1)).movedim(-1, axis)
+    delta = ((target - c) @ base.transpose(0, 1)).movedim(-1, axis)
+    weight = None if mask is None else layout.torch_tokens(mask.to(h.dtype), axis)
     if when == "above":
-        above = (c.select(-1, 0) > single(threshold)).unsqueeze(axis)
-        edited = torch.where(above, edited, h)
-    return layout.torch_blend(h, edited, mask, axis).to(x.dtype)
+        above = (c.select(-1, 0) > single(threshold)).unsqueeze(axis).to(h.dtype)
+        weight = above if weight is None else above * weight
+    return layout.torch_edit(h, delta, weight).to(x.dtype)
 
 
 def _angle_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
@@ -185,12 +188,13 @@ def _angle_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes
     length = b.op("Sqrt", b.reduce("ReduceSum", c * c, [-1]))
     target = length * b.concat([b.op("Cos", a), b.op("Sin", a)], axis=-1)
     delta = b.op("MatMul", target - c, b.transpose(base, [1, 0]))
-    edited = h + (b.transpose(delta, back) if back else delta)
+    delta = b.transpose(delta, back) if back else delta
+    weight = None if mask is None else layout.body_tokens(b, b.cast(mask, h.dtype), axis)
     if attributes["when"] == "above":
         first = b.op("Gather", c, b.const(0, DType.I64), rank=b.rank_of(c) - 1, attributes={"axis": -1})
-        above = b.unsqueeze(first > b.attribute("threshold", h.dtype), [axis])
-        edited = b.where(above, edited, h)
-    return [b.cast(layout.body_blend(b, h, edited, mask, axis), x.dtype)]
+        above = b.cast(b.unsqueeze(first > b.attribute("threshold", h.dtype), [axis]), h.dtype)
+        weight = above if weight is None else above * weight
+    return [b.cast(layout.body_edit(b, h, delta, weight), x.dtype)]
 
 
 register(

@@ -213,7 +213,7 @@ def same_bits(actual: Array, expected: Array) -> bool:
 def assert_conforms(case: Case, actual: Sequence[Array], expected: Sequence[Array], who: str) -> None:
     """Compare two results of a case.
 
-    Exact ops: the same bits or values. Others: NaN and infinities in the same places, and a difference of at most one rounding of
+    Exact ops: the same bits or values. Others: NaN and infinities in the same places, and at most one rounding of
     the result's type plus 16 roundings of the type computed in, relative to the largest finite result (sums cancel).
     """
     assert len(actual) == len(expected)
