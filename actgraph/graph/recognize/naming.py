@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actgraph.graph.anchors import Anchor, SiteKind, edge_anchor, role_of, value_anchor
 from actgraph.graph.graph import Graph, Node, Value
@@ -21,17 +21,28 @@ _ROLE_ORDER = (
 
 @dataclass(frozen=True)
 class Named:
-    """One name found for one place. kind: ``ROLE``, ``STRUCTURAL`` or ``MODULE``."""
+    """One name found for one place.
+
+    kind: ``ROLE``, ``STRUCTURAL`` or ``MODULE``. at: the result beside which the site is listed, where the anchor's own
+    place depends on how a file spells an operator (the parts of an attention stand beside its result).
+    """
 
     name: str
     anchor: Anchor
     kind: int
+    at: Value | None = None
 
 
-def reads(value: Value, nodes: Iterable[Node]) -> Anchor | None:
-    """The edge through which ``nodes`` read ``value``; ``None`` when they do not."""
-    edges = [(node, index) for node in nodes for index, operand in enumerate(node.operands) if operand == value]
-    return edge_anchor(edges) if edges else None
+def reads(s: Semantics, value: Value, nodes: Iterable[Node]) -> Anchor | None:
+    """The edge through which ``nodes`` read ``value`` (or a copy of it); ``None`` when they do not."""
+    edges = [
+        (node, index)
+        for node in nodes
+        for index, operand in enumerate(node.operands)
+        if operand is not None and s.root(operand) == s.root(value)
+    ]
+    seen = {node.operands[index] for node, index in edges}
+    return edge_anchor(edges) if len(seen) == 1 else None
 
 
 def earliest(s: Semantics, value: Value) -> Value:
@@ -50,23 +61,22 @@ def build_table(s: Semantics, found: Iterable[Named]) -> SiteTable:
         if named.name not in taken:
             taken.add(named.name)
             if named.anchor.value is not None:
-                named = Named(named.name, value_anchor(earliest(s, named.anchor.value)), named.kind)
+                named = replace(named, anchor=value_anchor(earliest(s, named.anchor.value)))
             places.setdefault(named.anchor.key, []).append(named)
-    position = {node: place for place, node in enumerate(graph.nodes())}
     inputs = {value: place for place, value in enumerate(graph.inputs())}
 
     def order(names: list[Named]) -> tuple[int, int, int, str]:
         anchor, best = names[0].anchor, min(names, key=_preference).name
-        if anchor.kind is SiteKind.VALUE:
-            assert anchor.value is not None
-            maker = anchor.value.producer
-            if maker is None:
-                return (-1, 0, inputs.get(anchor.value, 0), best)
-            return (position.get(maker, -1), 2, maker.outputs.index(anchor.value), best)
-        if anchor.kind is SiteKind.VIRTUAL:
-            assert anchor.node is not None
-            return (position[anchor.node], 1, 0, best)
-        return (min(position[node] for node, _ in anchor.edges), 0, anchor.index, best)
+        beside = next((named.at for named in names if named.at is not None), None)
+        if anchor.kind is SiteKind.EDGE:
+            place = min(s.place(node) for node, _ in anchor.edges) if beside is None else s.position(beside)
+            return (place, 0, anchor.index if beside is None else 0, best)
+        if anchor.kind is SiteKind.VIRTUAL or beside is not None:
+            assert beside is not None or anchor.node is not None
+            return (s.position(beside) if beside is not None else s.place(anchor.node), 1, 0, best)
+        value = anchor.value
+        assert value is not None
+        return (s.position(value), 2, inputs.get(value, 0), best)
 
     table = SiteTable()
     for names in sorted(places.values(), key=order):

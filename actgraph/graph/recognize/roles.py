@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from actgraph.graph.anchors import virtual_anchor
+from actgraph.graph.anchors import value_anchor, virtual_anchor
 from actgraph.graph.graph import Kind, Node, Role, Value
 from actgraph.graph.recognize.blocks import Flow, unflattened
 from actgraph.graph.recognize.naming import ROLE, Named, at_value
@@ -82,7 +82,7 @@ class _Finder:
         for part, value in (("q", attention.q), ("k", attention.k), ("v", attention.v)):
             yield from at_value(f"{name}.{part}", value, ROLE)
         if attention.pattern is not None:
-            yield from at_value(f"{name}.pattern", attention.pattern, ROLE)
+            yield Named(f"{name}.pattern", value_anchor(attention.pattern), ROLE, at=attention.output)
         else:
             yield from _virtual_pattern(f"{name}.pattern", self.s, attention)
         if attention.out_projection is not None:

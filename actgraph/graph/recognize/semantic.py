@@ -34,6 +34,7 @@ class Semantics:
         self.graph = graph
         self.nodes: list[Node] = list(graph.nodes())
         self.prims: list[Prim | None] = [graph.prim(node) for node in self.nodes]
+        self._place: dict[Node, int] = {node: position for position, node in enumerate(self.nodes)}
         self._maker: dict[Value, int] = {}
         self._readers: dict[Value, list[int]] = {}
         self._alias: dict[Value, Value] = {}
@@ -79,6 +80,10 @@ class Semantics:
     def position(self, value: Value) -> int:
         """Where the value's producer stands in the order of nodes; -1 for inputs and parameters."""
         return self._maker.get(value, -1)
+
+    def place(self, node: Node) -> int:
+        """Where a node stands in the order of nodes."""
+        return self._place[node]
 
     def prim(self, value: Operand) -> Prim | None:
         """What makes the value."""

@@ -22,13 +22,13 @@ def structural_sites(views: Views) -> Iterator[Named]:
             yield from _site(f"{kind}.{i}", each.output, _edge(each.input))
     for kind, pointwise in (("norm", views.norms()), ("activation", views.activations())):
         for i, unary in enumerate(pointwise):
-            yield from _site(f"{kind}.{i}", unary.output, reads(unary.input, unary.nodes))
+            yield from _site(f"{kind}.{i}", unary.output, reads(views.semantics, unary.input, unary.nodes))
     for i, attention in enumerate(views.attentions()):
         yield Named(f"attention.{i}", value_anchor(attention.output), STRUCTURAL)
         for index, operand in enumerate((attention.query, attention.key, attention.value)):
-            edge = reads(operand, attention.nodes)
+            edge = reads(views.semantics, operand, attention.nodes)
             if edge is not None:
-                yield Named(f"attention.{i}:in[{index}]", edge, STRUCTURAL)
+                yield Named(f"attention.{i}:in[{index}]", edge, STRUCTURAL, at=attention.output)
 
 
 def _site(name: str, output: Value, edge: Anchor | None) -> Iterator[Named]:
