@@ -103,12 +103,8 @@ class Pass(BaseModel, abc.ABC):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrite ``graph`` in place. Raises PassError when what was asked for matches nothing."""
 
-    @property
-    def text(self) -> str:
+    def __str__(self) -> str:
         """The pass as pipeline text, with the options that differ from their defaults: ``sparsify{sparsity=0.4}``."""
         from actgraph.pipeline.options import pass_text
 
         return pass_text(self)
-
-    def __str__(self) -> str:
-        return self.text

@@ -110,7 +110,7 @@ def bisect(
         low, high = (reached, high) if good else (low, reached)
         probe = (low + high) // 2
     if high <= len(steps):
-        report.index, report.culprit = high - 1, steps.passes[high - 1].text
+        report.index, report.culprit = high - 1, str(steps.passes[high - 1])
         report.reason = next(trial.detail for trial in reversed(report.trials) if trial.passes == high)
     if folder is not None:
         _write(Path(folder), report, search.graphs.get(low), search.graphs.get(high))

@@ -177,7 +177,7 @@ class PrintIR(Instrument):
             name = f"{run.index + 1:03d}-{step.name}{remark.replace(' ', '-').replace('(', '').replace(')', '')}.txt"
             (self.folder / name).write_text(text, encoding="utf-8")
         else:
-            print(f"// after {run.index + 1}. {step.text}{remark}\n{text}", file=self.stream or sys.stderr)
+            print(f"// after {run.index + 1}. {step}{remark}\n{text}", file=self.stream or sys.stderr)
 
 
 class Progress(Instrument):
@@ -187,4 +187,4 @@ class Progress(Instrument):
         self.write = write or (lambda line: print(line, file=sys.stderr))
 
     def before(self, run: Run, step: Pass) -> None:
-        self.write(f"[{run.index + 1}/{len(run.pipeline)}] {step.text}")
+        self.write(f"[{run.index + 1}/{len(run.pipeline)}] {step}")

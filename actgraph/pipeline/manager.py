@@ -87,7 +87,7 @@ class PassManager:
         """
         begun = time.perf_counter()
         stop = len(self.pipeline) if stop is None else stop
-        self._check(graph, start, stop)
+        self._check(graph, start)
         report = Report(graph.name, graph.dialect, str(self.pipeline), seed=self.seed, versions=versions())
         run = Run(graph, graph.clone(), self.pipeline, report, self.seed)
         instruments = self._instruments()
@@ -96,7 +96,7 @@ class PassManager:
             instrument.start(run)
         for index in range(start, stop):
             step = self.pipeline.passes[index]
-            run.index, run.row = index, PassRow(step.name, step.text)
+            run.index, run.row = index, PassRow(step.name, str(step))
             report.rows.append(run.row)
             self._step(run, step, calibrator, instruments)
         for instrument in reversed(instruments):
@@ -126,7 +126,7 @@ class PassManager:
                 instrument.before(run, step)
             context = PassContext(seed=self.seed, statistics=statistics, text=row.text, name=step.name)
             result = step.run(run.graph, context)
-            self._take(row, step, result)
+            self._take(run, step, result)
             for instrument in reversed(instruments):
                 instrument.after(run, step, result)
         except Exception as error:
@@ -134,14 +134,18 @@ class PassManager:
                 instrument.failed(run, step, error)
             raise self._explained(run, step, error) from error
         calibrator.ran(step)
-        run.graph.history.append(PassRecord(step.name, row.text, dict(row.counts), run.report.versions.get("actgraph", "")))
 
     @staticmethod
-    def _take(row: PassRow, step: Pass, result: PassResult) -> None:
+    def _take(run: Run, step: Pass, result: PassResult) -> None:
+        """The result into the report and the graph's history, where a pass that did nothing leaves no line."""
+        row = run.row
         row.counts = {rule: int(count) for rule, count in result.counts.items()}
         row.declined, row.details, row.messages = list(result.declined), list(result.details), list(result.messages)
         row.expected_change = result.expected_change
-        if not any(row.counts.values()) and not step.may_do_nothing:
+        if any(row.counts.values()):
+            record = PassRecord(step.name, row.text, dict(row.counts), run.report.versions["actgraph"])
+            run.graph.history.append(record)
+        elif not step.may_do_nothing:
             why = f": {result.declined[0].site}: {result.declined[0].reason}" if result.declined else ""
             raise PassError(f"nothing matched, so nothing was changed{why}", "widen `site`, or leave the pass out")
 
@@ -171,21 +175,20 @@ class PassManager:
             return failure.message
         return f"reproducer in {folder}" + (f", without all: {problems[0]}" if problems else "")
 
-    def _check(self, graph: Graph, start: int, stop: int) -> None:
-        """What can be refused before anything runs."""
-        history = graph.history[: max(0, len(graph.history) - start)] if start else graph.history
-        done = {record.text for record in history}
+    def _check(self, graph: Graph, start: int) -> None:
+        """What can be refused before anything runs. On a continued run the history holds this pipeline's own passes."""
+        done = set() if start else {record.text for record in graph.history}
         seen: set[str] = set()
-        for number, step in enumerate(self.pipeline.passes[:stop], 1):
+        for number, step in enumerate(self.pipeline, 1):
             where = f"pass {number} ({step.name})"
             if graph.dialect not in step.dialects:
                 raise PassError(
                     f"{where} takes {' and '.join(sorted(step.dialects))} graphs, and {graph.name} is {graph.dialect}",
                     "apply it to the model in its other form",
                 )
-            text = step.text
+            text = str(step)
             if not step.may_do_nothing:
-                if text in done and number > start:
+                if text in done:
                     raise PassError(f"{where}: {text} was applied to {graph.name} before", "start from the original model")
                 if text in seen and not step.repeatable:
                     raise PassError(f"{where}: {text} is in the pipeline twice", "remove one of the two")

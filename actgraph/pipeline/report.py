@@ -6,6 +6,7 @@ import html
 import json
 import math
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -213,8 +214,12 @@ def versions() -> dict[str, str]:
     """Versions of what shapes the result, for reports and reproducers. Nothing is imported for it."""
     import importlib.metadata
 
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("actgraph", "torch", "onnx", "onnx-ir", "onnxruntime", "numpy", "transformers"):
+    found = {
+        "actgraph": str(getattr(sys.modules.get("actgraph"), "__version__", "")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for package in ("torch", "onnx", "onnx-ir", "onnxruntime", "numpy", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

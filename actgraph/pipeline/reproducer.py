@@ -74,7 +74,7 @@ def write(folder: Path, graph: Graph, pipeline: Pipeline, error: BaseException, 
         suffix = ""
         (folder / "graph.txt").write_text(_text(graph), encoding="utf-8")
     if setting.inputs:
-        np.savez(folder / "inputs.npz", **{name: np.asarray(array) for name, array in setting.inputs.items()})  # type: ignore[arg-type]
+        _save_arrays(folder / "inputs.npz", setting.inputs)
     record = {
         "pipeline": str(pipeline),
         "seed": setting.seed,
@@ -100,21 +100,43 @@ def _text(graph: Graph) -> str:
         return f"(cannot be printed: {failure})"
 
 
-def _corpus(folder: Path, corpus: Any, problems: list[str]) -> str | None:
-    """The corpus as a file in the folder (texts), or its path; ``None`` for the packaged one."""
+def _corpus(folder: Path, corpus: Any, problems: list[str]) -> str | list[str] | None:
+    """The corpus as files in the folder (texts, arrays), or its path; ``None`` for the packaged one."""
     from actgraph.calibrate.corpora import Corpus
 
     if corpus is None:
         return None
     if isinstance(corpus, (str, Path)):
         return str(Path(corpus).resolve())
-    documents = corpus.documents if isinstance(corpus, Corpus) else corpus
-    if isinstance(documents, (list, tuple)) and all(isinstance(document, str) for document in documents):
+    try:
+        documents = Corpus.of(corpus).documents
+    except InputError as error:
+        problems.append(f"the corpus is not part of the reproducer: {error}")
+        return None
+    if all(isinstance(document, str) for document in documents):
         lines = [json.dumps({"text": document}) for document in documents]
         (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
         return "corpus.jsonl"
-    problems.append("the corpus was given as arrays and is not part of the reproducer")
-    return None
+    names: list[str] = []
+    for document in documents:
+        if not isinstance(document, Mapping):
+            problems.append("the corpus has images or chats, which are not part of the reproducer")
+            return None
+        names.append(f"corpus-{len(names):04d}.npz")
+        _save_arrays(folder / names[-1], document)
+    return names
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    np.savez(path, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
+
+
+def _load_arrays(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def rerun(folder: str | Path) -> RunResult:
@@ -131,10 +153,11 @@ def rerun(folder: str | Path) -> RunResult:
         raise InputError(f"{folder} holds no reproducer: {error}", f"name the folder that has {_FILE} in it") from error
     if name is None:
         raise InputError(f"the reproducer {folder} has no graph: {'; '.join(record['problems'])}")
-    if corpus is not None and not Path(corpus).is_absolute():
-        corpus = folder / corpus
+    if isinstance(corpus, list):
+        corpus = [_load_arrays(folder / part) for part in corpus]
+    elif corpus is not None:
+        corpus = folder / corpus  # an absolute path stays what it is
     if record.get("inputs"):
-        with np.load(folder / record["inputs"], allow_pickle=False) as file:
-            settings["inputs"] = {key: file[key] for key in file.files}
+        settings["inputs"] = _load_arrays(folder / record["inputs"])
     graph = load(folder / name)
     return PassManager(text, corpus, seed=seed, reproducer=False, **settings).run(graph)
