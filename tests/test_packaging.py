@@ -103,14 +103,19 @@ def test_wheel_and_sdist_hold_everything(distributions: tuple[Path, Path], clone
         assert not [member.name for member in archive if member.issym()]
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = set(archive.namelist())
-    modules = [path.relative_to(clone).as_posix() for top in ("actgraph", "passes", "runtime") for path in (clone / top).rglob("*.py")]
+    modules = [
+        path.relative_to(clone).as_posix() for top in ("actgraph", "passes", "runtime") for path in (clone / top).rglob("*.py")
+    ]
     modules = [m if m.startswith("actgraph/") else f"actgraph/{m}" for m in modules]
     data = [p.relative_to(clone).as_posix() for p in (clone / "actgraph" / "data").rglob("*") if p.is_file()]
     assert any(name.endswith("model.safetensors") for name in data)
     for name in [*modules, *data, "actgraph/py.typed"]:
         assert name in in_wheel, name
         assert name in in_sdist, name
-    assert {name.partition("/")[0] for name in in_wheel} == {"actgraph", next(n for n in in_wheel if n.endswith("/METADATA")).split("/")[0]}
+    assert {name.partition("/")[0] for name in in_wheel} == {
+        "actgraph",
+        next(n for n in in_wheel if n.endswith("/METADATA")).split("/")[0],
+    }
 
 
 @pytest.mark.slow
@@ -120,7 +125,9 @@ def test_regular_install_from_wheel_and_clone(distributions: tuple[Path, Path], 
         for place in ("/", str(ROOT / "docs")):
             assert f"{tmp_path / str(number)}/lib" in python(WHERE, executable=executable, cwd=place)
             assert python(NO_TOP_LEVEL, executable=executable, cwd=place) == "None None"
-        loaded = python("import actgraph as ag; print(len(ag.load('stories260k').sites('blocks.*.resid_post')))", executable=executable)
+        loaded = python(
+            "import actgraph as ag; print(len(ag.load('stories260k').sites('blocks.*.resid_post')))", executable=executable
+        )
         assert loaded.splitlines()[-1] == "5"
         command = subprocess.run([str(Path(executable).parent / "actgraph"), "--version"], capture_output=True, text=True)
         assert command.returncode == 0 and command.stdout.startswith("actgraph ")
@@ -130,5 +137,8 @@ def test_regular_install_from_wheel_and_clone(distributions: tuple[Path, Path], 
 def test_editable_install(clone: Path, tmp_path: Path) -> None:
     executable = environment(tmp_path / "editable", "-e", str(clone))
     for place in ("/", str(clone)):
-        assert python(WHERE, executable=executable, cwd=place) == f"{clone}/actgraph/__init__.py {clone}/actgraph/passes/__init__.py"
+        assert (
+            python(WHERE, executable=executable, cwd=place)
+            == f"{clone}/actgraph/__init__.py {clone}/actgraph/passes/__init__.py"
+        )
     assert python(NO_TOP_LEVEL, executable=executable, cwd="/") == "None None"

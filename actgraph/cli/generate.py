@@ -48,8 +48,9 @@ def generate(
             }
         )
         return
+    steps = ag.stream(graph, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     print(prompt, end="", flush=True)
-    for step in ag.stream(graph, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed):
+    for step in steps:
         print(step.text, end="", flush=True)
     print()
 

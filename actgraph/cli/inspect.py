@@ -90,7 +90,8 @@ def _onnx_facts(graph: Graph) -> dict[str, Any]:
         "functions": {"::".join(part for part in key if part): calls[key] for key in model.functions},
         "session options": {},
     }
-    if calls[("", "DequantizeLinear", "")] and not quantizes_activations(graph):
+    int8_weights = any(node.op_type in ("DequantizeLinear", "Dequantize") for node in model.graph.all_nodes())
+    if int8_weights and not quantizes_activations(graph):
         facts["session options"] = {_ACCURACY: "1"}
     return facts
 
