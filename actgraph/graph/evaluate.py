@@ -67,10 +67,10 @@ def _evaluate_fx(graph: FxGraph, node: Node, operands: list[Array | None]) -> li
     import torch
     from torch.fx.node import map_arg
 
-    from actgraph.graph.fx_types import to_numpy, to_torch
+    from actgraph.graph.fx_types import array_of, tensor_of
 
     values = {
-        operand.key: to_torch(array) for operand, array in zip(node.operands, operands, strict=True) if operand is not None and array is not None
+        operand.key: tensor_of(array) for operand, array in zip(node.operands, operands, strict=True) if operand is not None and array is not None
     }
 
     def concrete(n: Any) -> Any:
@@ -82,7 +82,7 @@ def _evaluate_fx(graph: FxGraph, node: Node, operands: list[Array | None]) -> li
     with torch.no_grad():
         result = node.key.target(*args, **kwargs)
     several = result if isinstance(result, (list, tuple)) else (result,)
-    return [to_numpy(torch.as_tensor(item)) for item in several if item is not None]
+    return [array_of(torch.as_tensor(item)) for item in several if item is not None]
 
 
 def _evaluate_onnx(graph: OnnxGraph, node: Node, operands: list[Array | None]) -> list[Array]:
@@ -99,8 +99,11 @@ def _evaluate_onnx(graph: OnnxGraph, node: Node, operands: list[Array | None]) -
         output.name = f"o{index}"
         output.type = original.type
     functions = [f for f in graph.model.functions.values() if f.domain == native.domain]
+    opsets = dict(graph.model.opset_imports)
+    if native.domain == "" and native.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        opsets[""] = max(opsets.get("", 0), 21)  # the reference has no older version; the meaning is the same
     model = ir.Model(
-        ir.Graph([v for v in inputs if v is not None], list(copy.outputs), nodes=[copy], opset_imports=dict(graph.model.opset_imports), name="one"),
+        ir.Graph([v for v in inputs if v is not None], list(copy.outputs), nodes=[copy], opset_imports=opsets, name="one"),
         ir_version=max(graph.model.ir_version, 10),
         functions=functions,
     )

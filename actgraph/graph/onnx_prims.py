@@ -69,8 +69,9 @@ class _Call:
         return self.operands[index] if index < len(self.operands) else None
 
     def get(self, name: str, default: Any = None) -> Any:
+        """An attribute; a float without the rounding of its file."""
         value = self.attributes.get(name, default)
-        return value.decode() if isinstance(value, bytes) else value
+        return as_scalar(np.asarray(value, np.float32)) if isinstance(value, float) else value
 
     @property
     def opset(self) -> int:
@@ -313,10 +314,10 @@ def _skip_norm(name: str) -> Rule:
     """A norm fused with the residual add before it: readable where the sum is an output too."""
 
     def rule(c: _Call) -> Reading | None:
-        outputs = c.node.outputs
-        total = outputs[3] if len(outputs) > 3 else None
-        if total is None or not total.name:
+        outputs = c.node.key.outputs  # the native ones: absent outputs keep their places there
+        if len(outputs) < 4 or not outputs[3].name:
             return None
+        total = Value(c.graph, outputs[3])
         eps, rank = c.get("epsilon", 1e-12), c.rank()
         axes = (rank - 1,) if rank is not None else (-1,)
         operands = [total, c[2]] if name == "rms_norm" else [total, c[2], c[3]]

@@ -190,7 +190,7 @@ class Numbers:
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         if a.pattern is not None:
-            assert np.allclose(self(a.pattern), weights, atol=1e-5)
+            assert np.allclose(self(a.pattern).reshape(weights.shape), weights, atol=1e-5)
         return np.asarray(weights @ value)
 
 

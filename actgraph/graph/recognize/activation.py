@@ -110,7 +110,7 @@ def _activation(s: Semantics, prim: Prim) -> Activation | None:
     if prim.op in _WHOLE and prim.op not in _PARTS:
         return Activation((prim.node,), _WHOLE[prim.op], s.root(x), prim.output)
     larger = _expression(s, prim)
-    if larger is not None and larger.output != prim.output:
+    if larger is not None and (larger.output != prim.output or prim.op not in _WHOLE):
         return larger
     if prim.op not in _WHOLE or _is_softcap(s, prim):
         return None
@@ -204,8 +204,9 @@ class _Cone:
 
     def evaluate(self, operand: Operand) -> Any:
         """The operand's values; ``None`` when it is not an expression of the source alone."""
-        if not isinstance(operand, Value):
-            return operand
+        number = self.s.number(operand)
+        if number is not None or not isinstance(operand, Value):
+            return number
         value = self.s.root(operand)
         if value not in self.values:
             self.values[value] = None  # also ends the walk on anything that is visited again

@@ -86,7 +86,8 @@ def _statistic(s: Semantics, value: Operand) -> tuple[Value, Value, str, float, 
         return None
     if maker.op == "var" and maker.attributes["correction"] == 0:
         x = maker.operands[0]
-        return (x, s.root(x, casts=True), "layer_norm", eps, [*nodes, maker.node]) if isinstance(x, Value) else None
+        # the variance stands for the centred input that it is computed from
+        return (maker.output, s.root(x, casts=True), "layer_norm", eps, [*nodes, maker.node]) if isinstance(x, Value) else None
     if maker.op != "mean" or not maker.attributes["axes"]:
         return None
     square = s.source(maker.operands[0], casts=True)
@@ -141,16 +142,14 @@ def _other_is(s: Semantics, prim: Prim, known: Value, centred: Value) -> bool:
 
 
 def _is_centred(s: Semantics, value: Operand, centred: Value) -> bool:
-    """Whether a value is the centred input (old exporters compute the difference twice)."""
+    """Whether a value is the centred input: the very same, or the difference computed once more (old exporters do)."""
     if not isinstance(value, Value):
         return False
     if s.same(value, centred, casts=True):
         return True
-    ours, theirs = _difference(s, value), _difference(s, centred)
-    if theirs is None:
-        maker = s.source(centred, casts=True)
-        return ours is not None and maker is None and s.same(ours[0], centred, casts=True)
-    return ours is not None and s.same(ours[0], theirs[0], casts=True)
+    ours, maker = _difference(s, value), s.source(centred, casts=True)
+    theirs = maker.operands[0] if maker is not None and maker.op in ("sub", "var") else None
+    return ours is not None and s.same(ours[0], theirs, casts=True)
 
 
 def _weight(s: Semantics, tail: _Tail) -> tuple[Value | None, float]:
