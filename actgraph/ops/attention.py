@@ -1,0 +1,215 @@
+"""The two halves of an attention, for graphs that look inside a fused one: its pattern, and the mixing of values by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from actgraph.errors import VerifyError
+from actgraph.ops import layout
+from actgraph.ops.drawing import boolean, draws, normal
+from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
+from actgraph.ops.shapes import Shape, TensorType
+
+if TYPE_CHECKING:
+    import torch
+
+    from actgraph.ops.body import BodyBuilder, BodyValue
+
+# --- attention_pattern ------------------------------------------------------------------------------------------------------
+
+_PATTERN_DOC = """
+Attention probabilities: ``softmax(scale * query key^T + mask)`` over keys, and zeros in a row that may see no key.
+
+``query`` [batch, heads, queries, head]; ``key`` [batch, kv_heads, keys, head], where kv_heads divides heads and query head
+``h`` reads key head ``h * kv_heads / heads`` (grouped-query attention). ``mask`` broadcasts to [batch, heads, queries,
+keys]: boolean (true: may be seen) or numbers that are added to the scores. ``is_causal`` also hides every key after the
+query's own index. The result is [batch, heads, queries, keys] in the type of ``query``. A row whose scores are all
+-infinity gives zeros and not NaN, as torch's scaled_dot_product_attention does; NaN among the scores gives NaN. float16 and
+bfloat16 are computed in float32 and rounded once.
+
+Source: *Attention Is All You Need*, 2017; grouped queries: *GQA*, 2023.
+"""
+
+
+def _rank_four(op: str, **operands: TensorType | None) -> None:
+    for name, operand in operands.items():
+        if operand is not None and operand.shape is not None and len(operand.shape) != 4:
+            raise VerifyError(f"actgraph.{op}: {name} {operand} must have rank 4")
+
+
+def _shape_of(kind: TensorType) -> Shape:
+    return kind.shape if kind.shape is not None else (None, None, None, None)
+
+
+def _check_groups(op: str, heads: object, kv_heads: object) -> None:
+    if isinstance(heads, int) and isinstance(kv_heads, int) and (kv_heads < 1 or heads % kv_heads):
+        raise VerifyError(f"actgraph.{op}: {kv_heads} key heads do not divide {heads} query heads")
+
+
+def _pattern_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    query, key, mask = types
+    assert query is not None and key is not None
+    _rank_four("attention_pattern", query=query, key=key)
+    (batch, heads, queries, width), (_, kv_heads, keys, key_width) = _shape_of(query), _shape_of(key)
+    if isinstance(width, int) and isinstance(key_width, int) and width != key_width:
+        raise VerifyError(f"actgraph.attention_pattern: query {query} and key {key} differ in the last axis")
+    _check_groups("attention_pattern", heads, kv_heads)
+    shape = (batch, heads, queries, keys)
+    if mask is not None:
+        layout.check_into("attention_pattern", "mask", mask.shape, shape)
+    return [TensorType(query.dtype, shape)]
+
+
+def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x
+
+
+def _pattern(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float, is_causal: bool = False
+) -> torch.Tensor:
+    import torch
+
+    q = layout.torch_compute(query)
+    scores = (q * single(scale)) @ _repeated(layout.torch_compute(key), query.shape[1]).transpose(-1, -2)
+    hidden = torch.full((), -math.inf, dtype=q.dtype, device=q.device)
+    if mask is not None:
+        scores = torch.where(mask, scores, hidden) if mask.dtype == torch.bool else scores + mask.to(q.dtype)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = torch.where(allowed, scores, hidden)
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    pattern = torch.where(blind, torch.zeros((), dtype=q.dtype, device=q.device), torch.softmax(scores, -1))
+    return pattern.to(query.dtype)
+
+
+def _pattern_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    query, key, mask = operands
+    assert query is not None and key is not None
+    q = b.up(query) * b.attribute("scale", b.up(query).dtype)
+    scores = _grouped_product(b, q, b.transpose(b.up(key), [0, 1, 3, 2]), query, key)
+    if mask is not None:
+        scores = b.where(mask, scores, -math.inf) if mask.dtype is DType.BOOL else scores + b.cast(mask, q.dtype)
+    if attributes["is_causal"]:
+        square = b.fill(b.concat([b.size(query, 2), b.size(key, 2)]), 1.0, DType.F32, 2)
+        allowed = b.cast(b.op("Trilu", square, attributes={"upper": 0}), DType.BOOL)
+        scores = b.where(allowed, scores, -math.inf)
+    seen = b.cast(b.op("Not", scores.equal(-math.inf), dtype=DType.BOOL), DType.F32)
+    blind = b.reduce("ReduceMax", seen, [3]).equal(0)
+    pattern = b.where(blind, 0.0, b.op("Softmax", scores, attributes={"axis": -1}))
+    return [b.cast(pattern, query.dtype)]
+
+
+def _grouped_product(b: BodyBuilder, left: BodyValue, right: BodyValue, many: BodyValue, few: BodyValue) -> BodyValue:
+    """``left @ right`` per head, where ``right`` has the heads of ``few`` and ``left`` those of ``many``, a multiple."""
+    if _known_heads(many) is not None and _known_heads(many) == _known_heads(few):
+        b.specialise("mha")
+        return b.op("MatMul", left, right)
+    shape = b.shape(left)
+    rest = b.slice(shape, b.ints([2]), b.ints([4]), 0)
+    grouped = b.reshape(left, b.concat([b.size(few, 0), b.size(few, 1), b.ints([-1]), rest]), 5)
+    product = b.op("MatMul", grouped, b.unsqueeze(right, [2]))
+    return b.reshape(product, b.concat([b.slice(shape, b.ints([0]), b.ints([3]), 0), b.size(right, 3)]), 4)
+
+
+def _known_heads(x: BodyValue) -> int | None:
+    heads = x.shape[1] if x.shape is not None else None
+    return heads if isinstance(heads, int) else None
+
+
+register(
+    OpDef(
+        name="attention_pattern",
+        doc=_PATTERN_DOC,
+        inputs=(
+            Operand("query", "[batch, heads, queries, head]"),
+            Operand("key", "[batch, kv_heads, keys, head]", same_as="query"),
+            Operand("mask", "keys that may be seen, or numbers to add", dtypes=COMPUTE_FLOATS | {DType.BOOL}, optional=True),
+        ),
+        outputs=("pattern",),
+        infer=_pattern_infer,
+        reference=_pattern,
+        body=_pattern_body,
+        attributes=(
+            Attribute("scale", "float", "what products of query and key are multiplied by", structural=False),
+            Attribute("is_causal", "bool", "hide the keys after the query's own index", default=False),
+        ),
+        traits=frozenset({Trait.PER_SAMPLE}),
+        min_opset=14,
+        samples=(
+            Sample(((2, 3, 5, 4), (2, 3, 5, 4), None), {"scale": 0.5}),
+            Sample(((2, 4, 3, 8), (2, 2, 7, 8), None), {"scale": 0.35}, note="grouped queries"),
+            Sample(((2, 3, 5, 4), (2, 3, 5, 4), (2, 1, 5, 5)), {"scale": 0.5}, draw=draws(normal, normal, boolean)),
+            Sample(((2, 3, 5, 4), (2, 3, 6, 4), (5, 6)), {"scale": 0.5}, draw=draws(normal, normal, normal)),
+            Sample(((1, 6, 5, 4), (1, 2, 5, 4), None), {"scale": 0.5, "is_causal": True}),
+            Sample(((2, 2, 3, 4), (2, 2, 3, 4), (2, 1, 3, 3)), {"scale": 1.0, "is_causal": True},
+                   draw=draws(normal, normal, lambda rng, shape, dtype: boolean(rng, shape, dtype) & (rng.random(shape) < 0.3)),
+                   note="rows that may see no key"),
+            Sample(((1, 1, 1, 2), (1, 1, 1, 2), None), {"scale": -2.0}),
+            Sample(((2, 2, 0, 4), (2, 2, 3, 4), None), {"scale": 0.5}, note="no queries"),
+            Sample(((1, 2, 3, 4), (1, 2, 3, 4), (1, 1, 1, 3)), {"scale": 0.5},
+                   draw=draws(normal, normal, lambda rng, shape, dtype: boolean(rng, shape, dtype) & False), note="no key"),
+        ),
+    )
+)  # fmt: skip
+
+
+# --- attention_mix ----------------------------------------------------------------------------------------------------------
+
+_MIX_DOC = """
+Values mixed by an attention pattern: ``pattern value`` per head.
+
+``pattern`` [batch, heads, queries, keys]; ``value`` [batch, kv_heads, keys, head], where kv_heads divides heads and head
+``h`` reads value head ``h * kv_heads / heads``. The result is [batch, heads, queries, head]. float16 and bfloat16 are
+computed in float32 and rounded once.
+
+Source: *Attention Is All You Need*, 2017; grouped queries: *GQA*, 2023.
+"""
+
+
+def _mix_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    pattern, value = types
+    assert pattern is not None and value is not None
+    _rank_four("attention_mix", pattern=pattern, value=value)
+    (batch, heads, queries, keys), (_, kv_heads, value_keys, width) = _shape_of(pattern), _shape_of(value)
+    if isinstance(keys, int) and isinstance(value_keys, int) and keys != value_keys:
+        raise VerifyError(f"actgraph.attention_mix: pattern {pattern} and value {value} differ in their keys")
+    _check_groups("attention_mix", heads, kv_heads)
+    return [TensorType(pattern.dtype, (batch, heads, queries, width))]
+
+
+def _mix(pattern: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    mixed = layout.torch_compute(pattern) @ _repeated(layout.torch_compute(value), pattern.shape[1])
+    return mixed.to(pattern.dtype)
+
+
+def _mix_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    pattern, value = operands
+    assert pattern is not None and value is not None
+    return [b.cast(_grouped_product(b, b.up(pattern), b.up(value), pattern, value), pattern.dtype)]
+
+
+register(
+    OpDef(
+        name="attention_mix",
+        doc=_MIX_DOC,
+        inputs=(
+            Operand("pattern", "[batch, heads, queries, keys]"),
+            Operand("value", "[batch, kv_heads, keys, head]", same_as="pattern"),
+        ),
+        outputs=("y",),
+        infer=_mix_infer,
+        reference=_mix,
+        body=_mix_body,
+        traits=frozenset({Trait.PER_SAMPLE}),
+        min_opset=13,
+        samples=(
+            Sample(((2, 3, 5, 4), (2, 3, 4, 8))),
+            Sample(((2, 4, 3, 7), (2, 2, 7, 5)), note="grouped queries"),
+            Sample(((1, 1, 1, 1), (1, 1, 1, 2))),
+            Sample(((2, 2, 0, 3), (2, 2, 3, 4)), note="no queries"),
+        ),
+    )
+)
