@@ -8,9 +8,12 @@ from actgraph.graph import Graph, Value
 from actgraph.graph.prims import Prim
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 
+#: Copies that give a tensor the layout that later views rely on.
+_LAYOUT = frozenset({"aten.clone", "aten.contiguous"})
+
 
 class RemoveIdentities(Pass):
-    """Remove copies, no-op slices, casts to the same type, reshapes to the same shape, ``x + 0`` on integers and ``x * 1``.
+    """Remove aliases, no-op slices, casts to the same type, reshapes to the same shape, ``x + 0`` on integers and ``x * 1``.
 
     ``x + 0`` on floats stays: it turns -0.0 into 0.0.
     """
@@ -26,7 +29,7 @@ class RemoveIdentities(Pass):
             for node in graph.nodes():
                 prim = node.prim
                 source = passes_through(prim) if prim is not None else None
-                if prim is None or source is None or source.kind != source.kind.RESULT:
+                if prim is None or node.op in _LAYOUT or source is None or source.kind != source.kind.RESULT:
                     continue
                 if source.dtype != prim.output.dtype or source.shape is None or source.shape != prim.output.shape:
                     continue

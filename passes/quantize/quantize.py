@@ -19,6 +19,7 @@ from actgraph.errors import PassError
 from actgraph.graph import Editor, Graph, Use, Value
 from actgraph.graph.graph import Array, parameter_bytes
 from actgraph.graph.views import Convolution, Linear
+from actgraph.ops.quantizer import symmetric_parameters
 from actgraph.passes.linears import chosen, edge_name
 from actgraph.passes.places import Selector
 from actgraph.passes.quantize.weights import embeddings, pack, packable, symmetric_int8
@@ -143,10 +144,9 @@ class Quantize(Pass):
                 attributes = {"dtype": "i8", "source": "dynamic", "granularity": "token", "symmetric": True}
             else:
                 assert context.statistics is not None
-                absmax = float(context.statistics[names[place.output], "absmax"])
-                scale = absmax / 127 if absmax > 0 else 1.0
+                scale = float(symmetric_parameters(context.statistics[names[place.output], "absmax"])[0])
                 key = (value, scale)
-                operands = [value, np.asarray(scale, value.dtype.numpy if value.dtype else np.float32), None]
+                operands = [value, np.asarray(scale, np.float32), np.asarray(0, np.int8)]
                 attributes = {"dtype": "i8", "source": "static", "granularity": "tensor", "symmetric": True}
             if key not in nodes:
                 made = editor.insert("actgraph.fake_quant", operands, attributes, after=value.producer)

@@ -9,24 +9,23 @@ from actgraph.graph import Editor, Graph, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.prims import Prim
 from actgraph.graph.views import Convolution, Linear
+from actgraph.ops.quantizer import quantize_array, symmetric_parameters
 
 
 def symmetric_int8(weight: Array, axis: int) -> tuple[Array, Array]:
     """``(q, scale)`` with ``weight ~ q * scale`` along ``axis``: scale = absmax / 127, codes in -127..127.
 
-    A channel of zeros gets scale 1. ``q`` is int8 of the weight's shape, ``scale`` float32 ``[channels]``.
+    A channel of zeros gets scale 1. ``q`` is int8 of the weight's shape, ``scale`` float32 ``[channels]``. Works block by
+    block, so that the peak stays near the size of the model. Raises InputError for NaN or infinity.
     """
     axis %= weight.ndim
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    absmax = np.abs(weight).max(axis=others).astype(np.float32) if weight.size else np.zeros(weight.shape[axis], np.float32)
-    scale = np.where(absmax > 0, absmax / np.float32(127), np.float32(1)).astype(np.float32)
-    column = [1] * weight.ndim
-    column[axis] = -1
-    scales = scale.reshape(column)
+    blocks = _row_blocks(weight)
+    maxima = [np.abs(weight[rows]).astype(np.float32, copy=False).max(axis=others) for rows in blocks]
+    scale, _ = symmetric_parameters(np.concatenate(maxima) if axis == 0 else np.max(maxima, axis=0))
     q = np.empty(weight.shape, np.int8)
-    for rows in _row_blocks(weight):  # block by block, so that the peak stays near the size of the model
-        block = weight[rows].astype(np.float32) / (scales[rows] if axis == 0 else scales)
-        q[rows] = np.clip(np.rint(block), -127, 127).astype(np.int8)
+    for rows in blocks:
+        q[rows] = quantize_array(weight[rows], scale[rows] if axis == 0 else scale, axis=axis)
     return q, scale
 
 
@@ -79,6 +78,9 @@ def pack(editor: Editor, weight: Value, axis: int, readers: list[Use]) -> tuple[
     q, scale = symmetric_int8(data, axis)
     packed = editor.add_parameter(f"{weight.name}_int8", q)
     scales = editor.add_parameter(f"{weight.name}_scale", scale.astype(data.dtype if data.dtype != np.float64 else np.float32))
+    # An explicit zero point: onnxruntime takes a missing one for uint8 when it moves quantizers about.
+    zero = editor.add_parameter(f"{weight.name}_zero_point", np.zeros(scale.shape, np.int8))
+    dtype = str(weight.dtype)
     made: dict[Value, Value] = {}  # the float operand -> its dequantized form
     for node, index in readers:
         assert node is not None
@@ -91,7 +93,7 @@ def pack(editor: Editor, weight: Value, axis: int, readers: list[Use]) -> tuple[
                 source = editor.copy_region([step.node], {step.node.operands[0] or weight: source})[step.output]
                 stored_axis = list(step.attributes["perm"]).index(stored_axis)
             made[operand] = editor.insert(
-                "actgraph.dequantize", [source, scales], {"axis": stored_axis}, before=node, like=node
+                "actgraph.dequantize", [source, scales, zero], {"axis": stored_axis, "dtype": dtype}, before=node, like=node
             ).output
         editor.redirect(operand, made[operand], [Use(node, index)])
     others = [use.node.name for use in weight.uses if use.node is not None and use.node.outputs and use.node.output.uses]
