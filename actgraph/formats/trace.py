@@ -82,7 +82,12 @@ def _keep_names(graph: FxGraph, arguments: Mapping[str, Any]) -> None:
     taken = {value.name for value in graph.inputs()}
     for value in graph.inputs():
         stem, _, number = value.name.rpartition("_")
-        if number.isdigit() and value.name not in arguments and isinstance(arguments.get(stem), torch.Tensor) and stem not in taken:
+        if (
+            number.isdigit()
+            and value.name not in arguments
+            and isinstance(arguments.get(stem), torch.Tensor)
+            and stem not in taken
+        ):
             graph.public[value.key.name] = stem
     graph._index()
 

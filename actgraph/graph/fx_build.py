@@ -29,6 +29,12 @@ _ASSERTIONS = (
 #: Calls whose result is their first operand, once the graph is functional and runs without autograd.
 _PASS_THROUGH = ("lift_fresh_copy", "lift_fresh", "lift", "detach", "detach_", "alias")
 
+#: A view is legal for some strides only, and an edit upstream (or another attention kernel) changes strides.
+_FREE_OF_STRIDES: dict[Any, Any] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
+
 
 def share_module(module: nn.Module) -> nn.Module:
     """A copy of the module tree as plain containers that share all tensors (branches of control flow stay whole)."""
@@ -108,13 +114,7 @@ def import_tensors(gm: fx.GraphModule) -> nn.Module:
         if isinstance(found, torch.Tensor):
             store(root, node.target, found, buffer=True, persistent=False)
         else:
-            *parents, leaf = node.target.split(".")
-            holder = root
-            for part in parents:
-                if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
-                holder = getattr(holder, part)
-            setattr(holder, leaf, found)
+            attach(root, node.target, found)
     return root
 
 
@@ -128,6 +128,7 @@ def normalise(graph: fx.Graph, root: nn.Module) -> FakeTensorMode:
     _hoist_parameters(graph, root, fake_mode)
     for node in graph.nodes:
         if node.op == "call_function":
+            node.target = _FREE_OF_STRIDES.get(node.target, node.target)
             _tidy_keywords(node)
             if "custom" not in node.meta or KEY not in node.meta["custom"]:
                 set_origin(node, Origin(sources=(node.name,), scope=module_scope(node)))
@@ -284,18 +285,33 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy with equal node names and order; ``meta`` is copied one level deep."""
     twin = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    used = twin._graph_namespace._used_names
     for node in graph.nodes:
         args = fx.node.map_arg(node.args, mapping.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)
         made = twin.create_node(node.op, node.target, args, kwargs, name=node.name, type_expr=node.type)
-        if made.name != node.name:
-            used.discard(made.name)
-            made.name = node.name
-            used.add(node.name)
+        rename(twin, made, node.name)
         made.meta = dict(node.meta)
         mapping[node] = made
     return twin
+
+
+def rename(graph: fx.Graph, node: fx.Node, name: str) -> None:
+    """Give a new node exactly this name, where torch has made up another."""
+    if node.name != name:
+        used = graph._graph_namespace._used_names
+        used.discard(node.name)
+        node.name = name
+        used.add(name)
+
+
+def attach(root: nn.Module, path: str, child: Any) -> None:
+    """Set what is no tensor (a branch of control flow) at a dotted path, making the containers on the way."""
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    setattr(root, leaf, child)
 
 
 def copy_companions(companions: Companions) -> Companions:

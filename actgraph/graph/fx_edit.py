@@ -14,7 +14,7 @@ from torch import fx
 from actgraph.errors import InputError
 from actgraph.graph import fx_build, fx_ops
 from actgraph.graph.fx_args import bind, operand_paths, rebuild, replace_at
-from actgraph.graph.fx_types import same_type, tensor_of
+from actgraph.graph.fx_types import new_symbol, same_type, tensor_of
 from actgraph.graph.graph import Array, Node, Role, Use, Value
 from actgraph.graph.provenance import Origin
 from actgraph.ops.shapes import TensorType
@@ -234,8 +234,6 @@ def add_input(graph: FxGraph, name: str, type: TensorType, role: Role, default: 
 def _symbolic_size(graph: FxGraph, name: str) -> Any:
     """torch's size for a dimension name of the inputs (or an expression of them); a new symbol for a new name."""
     import sympy
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     for value in graph.inputs():
         for axis, size in enumerate(value.shape or ()):
@@ -249,7 +247,7 @@ def _symbolic_size(graph: FxGraph, name: str) -> Any:
         expression = sympy.sympify(name, locals={str(symbol): symbol for symbol in scope}).xreplace(scope)
         return env.create_symintnode(expression, hint=None)
     hint = 19 + 2 * len(graph.dims.names)
-    symbol = env.create_symbol(hint, ConstantSource(f"actgraph_{name}"), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    symbol = new_symbol(env, name, hint, 2)
     graph.dims.set(symbol, name)
     return env.create_symintnode(symbol, hint=hint)
 

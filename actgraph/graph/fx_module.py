@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,13 +34,16 @@ class SignatureCodeGen(fx.graph.CodeGen):
         return text
 
     def generate_output(self, output_args: Any, **options: Any) -> str:
-        items = [repr(item) for item in output_args]
-        if self.names == ["output"]:
-            return f"return {items[0]}"
-        if all(name == "output" or name.startswith("output_") for name in self.names):
-            return f"return ({', '.join(items)},)"
-        pairs = ", ".join(f"{name!r}: {item}" for name, item in zip(self.names, items, strict=True))
-        return f"return {{{pairs}}}"
+        return f"return {output_structure(self.names, list(output_args))!r}"
+
+
+def output_structure(names: Sequence[str], values: Sequence[Any]) -> Any:
+    """``values`` as a forward returns them: one unnamed bare, several unnamed as a tuple, else a dict by name."""
+    if list(names) == ["output"]:
+        return values[0]
+    if all(name == "output" or name.startswith("output_") for name in names):
+        return tuple(values)
+    return dict(zip(names, values, strict=True))
 
 
 def as_module(graph: FxGraph) -> nn.Module:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.fx_args import signature
@@ -112,22 +114,40 @@ def evaluate(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
     args = fx.node.map_arg(node.args, value_of)
     kwargs = fx.node.map_arg(node.kwargs, value_of)
     env = fake_mode.shape_env
-    before = dict(env.replacements) if env is not None else {}
     target: Any = node.target
     try:
-        with fake_mode, torch.no_grad():
+        with _no_new_guards(env, op_name(target)), fake_mode, torch.no_grad():
             result = target(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().splitlines()
         said = reason[0] if reason else type(error).__name__
         raise InputError(f"{op_name(target)} cannot take these operands: {said}") from error
-    if env is not None and len(env.replacements) != len(before):
-        forced = {symbol: value for symbol, value in env.replacements.items() if symbol not in before}
-        for symbol in forced:
-            del env.replacements[symbol]
-        facts = ", ".join(f"{symbol} = {value}" for symbol, value in forced.items())
-        raise InputError(f"{op_name(target)} would only work for {facts}", "use operands whose sizes agree for every input")
     return result
+
+
+@contextlib.contextmanager
+def _no_new_guards(env: ShapeEnv | None, op: str) -> Iterator[None]:
+    """Refuse what would make two sizes equal, or a symbolic size a constant. Raises InputError and forgets the equation."""
+    if env is None:
+        yield
+        return
+    before, guards, frozen = dict(env.replacements), len(env.guards), env.frozen
+    env.frozen = False  # a frozen environment would believe the example sizes
+    try:
+        yield
+    finally:
+        env.frozen = frozen
+        forced = {symbol: value for symbol, value in env.replacements.items() if before.get(symbol) != value}
+        new = [symbol for symbol in forced if symbol not in before]
+        if new:
+            for symbol in new:
+                del env.replacements[symbol]
+            env.replacements.update(before)
+            env._update_version_counter()
+        del env.guards[guards:]
+    if new:
+        facts = ", ".join(f"{symbol} = {forced[symbol]}" for symbol in new)
+        raise InputError(f"{op} would only work for {facts}", "use operands whose sizes agree for every input")
 
 
 def build_size(expression: str, symbol_node: Callable[[str], fx.Node], graph: fx.Graph) -> fx.Node | int:

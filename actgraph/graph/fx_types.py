@@ -63,6 +63,24 @@ class DimNames:
         return UNKNOWN
 
 
+def new_symbol(env: ShapeEnv, name: str, hint: int | None, low: int = 0, high: int | None = None) -> sympy.Symbol:
+    """A new size symbol between ``low`` and ``high``; without a ``hint`` one that depends on data."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    if hint is None:
+        symbol: sympy.Symbol = env.create_unbacked_symint().node.expr
+    else:
+        source = ConstantSource(f"actgraph_{name}")
+        symbol = env.create_symbol(
+            hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=True
+        )
+    env.var_to_range[symbol] = ValueRanges(low, int_oo if high is None else high)
+    return symbol
+
+
 def find_fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     """The fake mode that the graph was traced with, found on its values; a new one where there is none."""
     for value in values:
