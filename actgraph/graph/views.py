@@ -184,6 +184,7 @@ class Attention:
     read all three as ``[batch, seq, heads * head]``).
     mask: boolean (true: allowed; with ``mask_excludes``, true: not allowed) or numbers that are added to the scores.
     softcap: scores are ``softcap * tanh(scores / softcap)`` before the mask.
+    biases: further numbers added to the scores where a file adds them one by one (a bias by relative position).
     q/k/v: the projections' outputs these come from (a fused projection's slice), which role sites denote.
     pattern: the softmax result, ``None`` inside a fused op. output: the result per head, ``[batch, heads, seq, head]``.
     out_projection: the linear that reads the result; its input is ``head_out``, ``[batch, seq, heads * head]``.
@@ -208,6 +209,7 @@ class Attention:
     softcap: float | None = None
     mask_excludes: bool = False
     key_by_token: bool = False
+    biases: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)

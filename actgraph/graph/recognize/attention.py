@@ -37,6 +37,7 @@ class _Core:
     pattern: Value | None = None
     softcap: float | None = None
     mask_excludes: bool = False
+    biases: tuple[Value, ...] = ()
     heads: int | None = None
     kv_heads: int | None = None
     key_by_token: bool = False  # the key is [batch, seq, heads, head]: its transposes were merged
@@ -296,8 +297,10 @@ def _product(
     if len(masks) > 1:
         masks = [m for m in masks if not _is_causal_mask(s, m[0])]
         core.is_causal = len(masks) <= 1
-        if len(masks) > 1:
-            return None  # a sum of several masks has no single value
+        # Of several terms the outermost is the mask; the others must be numbers, such as a bias by relative position.
+        if any(excludes or value.dtype is None or not value.dtype.is_float for value, excludes in masks[1:]):
+            return None
+        core.biases = tuple(value for value, _ in masks[1:])
     if masks:
         core.mask_excludes = masks[0][1]
         _set_mask(s, core, masks[0][0])
@@ -403,6 +406,7 @@ def _complete(
         heads=heads, kv_heads=kv_heads if kv_heads is not None else heads, head_dim=head_dim, q=q, k=k, v=v,
         pattern=core.pattern, output=core.output, out_projection=_out_projection(s, core.output, inputs),
         softcap=core.softcap, mask_excludes=core.mask_excludes, key_by_token=core.key_by_token,
+        biases=core.biases,
     )  # fmt: skip
 
 
