@@ -294,7 +294,8 @@ def slice_size(size: Dim, start: Dim, end: Dim, step: int) -> Dim:
         last = dim_add(size, end) if end < 0 else size
     else:
         beyond = dim_sub(size, end)
-        if not isinstance(beyond, int) or beyond < 0:
+        table = isinstance(size, int) and isinstance(end, str) and end.isidentifier()
+        if not table and (not isinstance(beyond, int) or beyond < 0):
             return None  # clamped, perhaps
-        last = end
+        last = end  # a table cut to the length of an input: beyond the table the model could not run at all
     return dim_sub(last, first)
