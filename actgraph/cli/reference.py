@@ -34,35 +34,9 @@ def passes_page() -> str:
 
 def ops_page() -> str:
     """docs/ops.md: every op with its operands, attributes and traits."""
-    from actgraph.ops import all_ops
+    from actgraph.ops.reference_docs import ops_markdown
 
-    lines = [
-        _NOTICE,
-        "",
-        "# Ops",
-        "",
-        "The dialect that actgraph adds to ATen and ONNX. Each op has a torch reference and a body in",
-    ]
-    lines.append("standard ONNX ops, which exported files carry as a model-local function.")
-    for op in all_ops():
-        lines += ["", f"## `{op.qualified_name}`", "", inspect.cleandoc(op.doc), ""]
-        lines.append(f"ONNX: `actgraph::{op.onnx_name}`, from opset {op.min_opset}. Outputs: {', '.join(op.outputs)}.")
-        if op.traits:
-            lines[-1] += f" Traits: {', '.join(sorted(trait.value for trait in op.traits))}."
-        rows = []
-        for operand in op.inputs:
-            kind = " ".join(word for word, on in (("optional", operand.optional), ("variadic", operand.variadic)) if on)
-            types = f"as `{operand.same_as}`" if operand.same_as else ", ".join(sorted(operand.dtypes))
-            rows.append((f"`{operand.name}`", types, kind, operand.doc))
-        lines += ["", *_table(["operand", "types", "", "what it is"], rows)]
-        rows = []
-        for attribute in op.attributes:
-            default = "required" if repr(attribute.default) == "required" else f"`{attribute.default}`"
-            kind = ", ".join(attribute.choices) or attribute.kind
-            rows.append((f"`{attribute.name}`", kind, default, attribute.doc))
-        if rows:
-            lines += ["", *_table(["attribute", "type", "default", "what it means"], rows)]
-    return "\n".join(lines) + "\n"
+    return f"{_NOTICE}\n\n{ops_markdown()}"
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
