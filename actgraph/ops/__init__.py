@@ -12,7 +12,10 @@ from actgraph.ops.shapes import Dim, Shape, TensorType
 __all__ = ["DType", "Dim", "OpDef", "Shape", "TensorType", "all_ops", "get_op"]
 
 #: The files that define ops. An op family is found by the name of its file.
-FAMILIES = ("steering", "subspace", "sparsity", "clipping", "quantization", "fake_quantization", "linear", "attention", "experts")
+FAMILIES = (
+    "steering", "subspace", "sparsity", "clipping", "quantization", "fake_quantization", "linear",
+    "attention", "experts",
+)  # fmt: skip
 
 
 @functools.cache

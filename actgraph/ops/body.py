@@ -355,10 +355,11 @@ def body_function(
 
     Its inputs are all operands of the op (absent ones stay unused: a call passes ``""``), its attributes are all
     attributes of the op with their values here as defaults. Raises UnsupportedError for an opset that is too old or for
-    operands whose dtype is unknown.
+    operands whose dtype is unknown, VerifyError for operands that do not fit.
     """
     complete = op.complete(attributes)
     types = _padded(op, operand_types)
+    op.result_types(types, complete)
     builder = BodyBuilder(op, _checked_opset(op, opset))
     inputs = [ir.Value(name=name) for name in _operand_names(op, len(types))]
     for value, kind in zip(inputs, types, strict=True):

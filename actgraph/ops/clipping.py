@@ -56,17 +56,17 @@ def _clip(
     axis = layout.from_end(axis, x.dim()) if x.dim() else -1
     h = layout.torch_compute(x)
 
-    def bound(operand: torch.Tensor | None, attribute: float) -> torch.Tensor:
-        if operand is None:
-            return torch.full((), single(attribute), dtype=h.dtype, device=x.device)
-        return layout.torch_channels(operand.to(h.dtype), axis)
+    def bound(operand: torch.Tensor | None, attribute: float) -> torch.Tensor | float:
+        return single(attribute) if operand is None else layout.torch_channels(operand.to(h.dtype), axis)
 
     low, high = bound(lo, min), bound(hi, max)
-    zero = torch.zeros((), dtype=h.dtype, device=x.device)
-    y = torch.where(h < low, low if policy == "saturate" else zero, h)
-    y = torch.where((y if policy == "saturate" else h) > high, high if policy == "saturate" else zero, y)
+    if policy == "saturate":
+        y = torch.where(h < low, low, h)
+        y = torch.where(y > high, high, y)
+    else:
+        y = h.masked_fill((h < low) | (h > high), 0.0)
     if nan == "zero":
-        y = torch.where(torch.isnan(h), zero, y)
+        y = y.masked_fill(h.isnan(), 0.0)
     return y.to(x.dtype)
 
 

@@ -77,9 +77,7 @@ class DType(enum.StrEnum):
 
 
 FLOATS = frozenset({DType.F64, DType.F32, DType.F16, DType.BF16, DType.F8E4M3, DType.F8E5M2})
-INTEGERS = frozenset(
-    {DType.I64, DType.I32, DType.I16, DType.I8, DType.U64, DType.U32, DType.U16, DType.U8, DType.I4, DType.U4}
-)
+INTEGERS = frozenset({DType.I64, DType.I32, DType.I16, DType.I8, DType.U64, DType.U32, DType.U16, DType.U8, DType.I4, DType.U4})
 #: The float types that arithmetic ops take.
 COMPUTE_FLOATS = frozenset({DType.F64, DType.F32, DType.F16, DType.BF16})
 

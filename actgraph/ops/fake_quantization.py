@@ -252,7 +252,7 @@ register(
             Attribute("group_size", "int", "length of a group along axis", default=0),
             Attribute("calibration", "str", "how the scales were found: a record", default="", structural=False),
         ),
-        traits=frozenset({Trait.PER_TOKEN}),
+        traits=frozenset({Trait.BATCH_COUPLED}),  # a dynamic range may be taken from the whole tensor
         min_opset=13,
         exact="values",
         samples=(

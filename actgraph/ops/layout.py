@@ -31,7 +31,7 @@ MASK = Operand(
     "mask",
     "one value per token (shape of x without its channel axis, or broadcastable to it); false or 0 leaves the token "
     "bit for bit as it is",
-    dtypes=COMPUTE_FLOATS | {DType.BOOL},
+    dtypes=COMPUTE_FLOATS | {DType.BOOL, DType.I64, DType.I32},
     optional=True,
 )
 
@@ -64,15 +64,15 @@ def torch_tokens(operand: torch.Tensor, axis: int) -> torch.Tensor:
     return operand.unsqueeze(axis) if operand.dim() >= -axis else operand
 
 
-def torch_edit(h: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+def torch_edit(h: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor | float | None) -> torch.Tensor:
     """``h + weight * delta``, and ``h`` bit for bit where the weight is 0 (whatever ``delta`` holds).
 
     Subtracting +0.0 is the one neutral step of IEEE arithmetic that keeps -0.0 and needs no signed zero to be made.
     """
     import torch
 
-    if weight is None:
-        return h + delta
+    if weight is None or isinstance(weight, float):
+        return h if weight == 0 else h + (delta if weight is None else weight * delta)
     return h - torch.where(weight != 0, -weight * delta, torch.zeros((), dtype=h.dtype, device=h.device))
 
 

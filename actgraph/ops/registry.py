@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actgraph.errors import OptionError
+from actgraph.errors import OptionError, VerifyError
 from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.shapes import TensorType
 
@@ -140,6 +140,28 @@ class OpDef:
                 f"its attributes are {', '.join(a.name for a in self.attributes) or 'none'}",
             )
         return {a.name: _check(self, a, attributes.get(a.name, a.default)) for a in self.attributes}
+
+    def result_types(self, operand_types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+        """The output types of a call, after checking it: operand count, presence and element types, then ``infer``.
+
+        attributes: complete ones (see ``complete``). Raises VerifyError naming the operand that does not fit.
+        """
+        types = list(operand_types)
+        variadic = bool(self.inputs) and self.inputs[-1].variadic
+        if not variadic:
+            if len(types) > len(self.inputs):
+                raise VerifyError(f"{self.qualified_name} takes {len(self.inputs)} operands, not {len(types)}")
+            types += [None] * (len(self.inputs) - len(types))
+        for index, kind in enumerate(types):
+            operand = self.inputs[min(index, len(self.inputs) - 1)]
+            if kind is None and not operand.optional:
+                raise VerifyError(f"{self.qualified_name} needs its operand {operand.name!r}", operand.doc)
+            if kind is not None and kind.dtype is not None and kind.dtype not in operand.dtypes:
+                raise VerifyError(
+                    f"operand {operand.name!r} of {self.qualified_name} cannot be {kind.dtype}",
+                    f"it takes {', '.join(sorted(operand.dtypes))}",
+                )
+        return self.infer(types, attributes)
 
 
 _KINDS: dict[str, Callable[[Any], AttributeValue]] = {

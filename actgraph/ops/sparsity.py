@@ -46,16 +46,13 @@ def _gate_infer(types: Sequence[TensorType | None], attributes: Attributes) -> l
 def _gate(
     x: torch.Tensor, thresholds: torch.Tensor | None = None, *, threshold: float = 0.0, keep: str = "abs>", axis: int = -1
 ) -> torch.Tensor:
-    import torch
-
     axis = layout.from_end(axis, x.dim()) if x.dim() else -1
     h = layout.torch_compute(x)
-    if thresholds is None:
-        t = torch.full((), single(threshold), dtype=h.dtype, device=x.device)
-    else:
+    t: torch.Tensor | float = single(threshold)
+    if thresholds is not None:
         t = layout.torch_channels(thresholds.detach().to(h.dtype), axis)
     dropped = h.abs() <= t if keep == "abs>" else h < t
-    return torch.where(dropped, torch.zeros((), dtype=x.dtype, device=x.device), x)
+    return x.masked_fill(dropped, 0.0)
 
 
 def _gate_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
@@ -139,10 +136,11 @@ def _topk(x: torch.Tensor, *, k: int, group_size: int = 0, axis: int = -1) -> to
     h = x.movedim(axis, -1)
     if group_size:
         h = h.reshape((*h.shape[:-1], h.shape[-1] // group_size, group_size))
-    size = torch.where(h.isnan(), torch.full((), torch.inf, dtype=h.dtype, device=h.device), h.abs()).detach()
+    size = h.detach().abs()
+    size = size.masked_fill(size.isnan(), torch.inf)
     order = torch.sort(size, dim=-1, descending=True, stable=True).indices
-    keep = torch.zeros_like(h, dtype=torch.bool).scatter(-1, order.narrow(-1, 0, min(k, h.shape[-1])), True)
-    y = torch.where(keep, h, torch.zeros((), dtype=h.dtype, device=h.device))
+    dropped = torch.ones_like(h, dtype=torch.bool).scatter(-1, order.narrow(-1, 0, min(k, h.shape[-1])), False)
+    y = h.masked_fill(dropped, 0.0)
     return (y.flatten(-2) if group_size else y).movedim(-1, axis).contiguous()
 
 
@@ -227,16 +225,16 @@ def _index(x: torch.Tensor, indices: torch.Tensor, *, axis: int = -1) -> torch.T
     axis = layout.from_end(axis, x.dim())
     channels = x.shape[axis]
     listed = indices.to(torch.int64)
-    listed = torch.where(listed < 0, torch.full((), channels, dtype=torch.int64, device=x.device), listed)
-    keep = torch.zeros((*indices.shape[:-1], channels + 1), dtype=torch.bool, device=x.device).scatter(-1, listed, True)
-    keep = keep.narrow(-1, 0, channels)
-    if keep.dim() == 1:
-        keep = layout.torch_channels(keep, axis)
-    elif keep.dim() >= -axis:
-        keep = keep.movedim(-1, axis)
+    listed = listed.masked_fill(listed < 0, channels)
+    dropped = torch.ones((*indices.shape[:-1], channels + 1), dtype=torch.bool, device=x.device).scatter(-1, listed, False)
+    dropped = dropped.narrow(-1, 0, channels)
+    if dropped.dim() == 1:
+        dropped = layout.torch_channels(dropped, axis)
+    elif dropped.dim() >= -axis:
+        dropped = dropped.movedim(-1, axis)
     else:
-        keep = keep.reshape((1,) * (-axis - keep.dim()) + keep.shape).movedim(-1, axis)
-    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        dropped = dropped.reshape((1,) * (-axis - dropped.dim()) + dropped.shape).movedim(-1, axis)
+    return x.masked_fill(dropped, 0.0)
 
 
 def _index_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from actgraph.ops import layout
-from actgraph.ops.drawing import boolean, draws, fraction, nan_vector, normal, special, zeros
+from actgraph.ops.drawing import boolean, draws, fraction, integers, nan_vector, normal, special, zeros
+from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
 from actgraph.ops.shapes import TensorType
 
@@ -68,14 +69,16 @@ def _shift(
     axes = tuple(norm_axes) or (axis,)
     h = layout.torch_compute(x)
     v = layout.torch_channels(vector.to(h.dtype), axis)
-    c = torch.full((), single(scale), dtype=h.dtype, device=x.device)
+    c: torch.Tensor | float = single(scale)
     for factor in (strength, mask):
         if factor is not None:
-            c = c * layout.torch_tokens(factor.to(h.dtype), axis)
-    size = _torch_norm(h, axes) / _torch_norm(v, axes).clamp_min(_TINY) if norm == "relative" else 1.0
-    y = layout.torch_edit(h, size * v, c)
-    if norm == "restore":
-        y = y * torch.where(c != 0, _torch_norm(h, axes) / _torch_norm(y, axes).clamp_min(_TINY), torch.ones_like(c))
+            c = layout.torch_tokens(factor.to(h.dtype), axis) * c
+    if norm == "relative":
+        v = _torch_norm(h, axes) / _torch_norm(v, axes).clamp_min(_TINY) * v
+    y = layout.torch_edit(h, v, c)
+    if norm == "restore" and not (isinstance(c, float) and c == 0):
+        ratio = _torch_norm(h, axes) / _torch_norm(y, axes).clamp_min(_TINY)
+        y = y * (ratio if isinstance(c, float) else torch.where(c != 0, ratio, torch.ones_like(c)))
     return y.to(x.dtype)
 
 
@@ -153,6 +156,9 @@ register(
                 draw=draws(normal, normal, None, fraction),
             ),
             Sample(((2, 3, 8), (), None, None), {"scale": 0.5}, note="one number for all channels"),
+            Sample(
+                ((2, 3, 8), (8,), None, (2, 3)), draw=draws(normal, normal, None, integers(0, 2, DType.I64)), note="i64 mask"
+            ),
             Sample(((2, 3, 8), (8,), None, None), {"scale": 0.0}, draw=draws(special, nan_vector, None, None), note="off"),
         ),
     )

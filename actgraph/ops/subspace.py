@@ -109,7 +109,7 @@ register(
         traits=frozenset({Trait.PER_TOKEN, Trait.FOLDS_AS_LINEAR_MAP}),
         min_opset=13,
         samples=(
-            Sample(((2, 3, 8), (8, 2), (2, 2), None), draw=draws(normal, orthonormal, normal, None)),
+            Sample(((4, 3, 8), (8, 2), (2, 2), None), draw=draws(normal, orthonormal, normal, None)),
             Sample(((0, 3, 8), (8, 1), (1, 1), None), draw=draws(normal, orthonormal, normal, None), note="no tokens"),
             Sample(((1, 1), (1, 1), (1, 1), None)),
             Sample(((2, 17, 259), (259, 3), (3, 3), (2, 17)), draw=draws(normal, orthonormal, normal, boolean), note="large"),

@@ -107,7 +107,7 @@ def _define(library: torch.library.Library, op: OpDef) -> None:
 
     @functools.wraps(op.reference)
     def implementation(*operands: Any, **attributes: Any) -> Any:
-        _check(op, operands, attributes)
+        _check_once(op, operands, attributes)
         return _fresh(compute(*operands, **attributes), operands)
 
     def fake(*operands: Any, **attributes: Any) -> Any:
@@ -122,17 +122,26 @@ def _define(library: torch.library.Library, op: OpDef) -> None:
 
 
 def _check(op: OpDef, operands: Sequence[Any], attributes: dict[str, Any]) -> None:
-    """Refuse what ``infer`` refuses, instead of letting torch broadcast it to something unmeant."""
+    """Refuse what the op's rules refuse, instead of letting torch broadcast it to something unmeant."""
     types = operand_types(operands)
-    missing = len(op.inputs) - len(types)
-    frozen = tuple((k, tuple(v) if isinstance(v, (list, tuple)) else v) for k, v in sorted(attributes.items()))
-    _infer_once(op.name, (*types, *[None] * missing), frozen)
+    op.result_types(types, op.complete(attributes))
 
 
-@functools.lru_cache(maxsize=4096)
-def _infer_once(name: str, types: tuple[TensorType | None, ...], attributes: tuple[tuple[str, Any], ...]) -> None:
-    op = get_op(name)
-    op.infer(types, op.complete(dict(attributes)))
+#: Calls that passed ``_check`` already: eager code calls an op with the same few shapes over and over.
+_CHECKED: set[Any] = set()
+
+
+def _check_once(op: OpDef, operands: Sequence[Any], attributes: dict[str, Any]) -> None:
+    try:
+        key = (op.name, *[t if t is None else (t.dtype, t.shape) for t in operands], *map(str, attributes.items()))
+    except AttributeError:  # a list of tensors
+        return _check(op, operands, attributes)
+    if key not in _CHECKED:
+        _check(op, operands, attributes)
+        if len(_CHECKED) > 4096:
+            _CHECKED.clear()
+        _CHECKED.add(key)
+    return None
 
 
 def _fresh(result: Any, operands: Sequence[Any]) -> Any:
