@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,16 @@ _FILLED = ("attention_mask", "position_ids", "token_type_ids")
 
 @dataclass(frozen=True)
 class Signature:
-    """The user inputs of a graph, read once. batch: the dimension that counts rows (``None``: the graph has no batch axis)."""
+    """The user inputs of a graph, read once.
+
+    batch: the dimension that counts rows (``None``: the graph has no batch axis).
+    padded: sequence dimensions that may be padded without a mask, because nothing that is read depends on the padding (right
+    padding under a causal model).
+    """
 
     inputs: tuple[Value, ...]
     batch: Dim
+    padded: frozenset[Dim] = frozenset()
 
     @staticmethod
     def of(graph: Graph) -> Signature:
@@ -55,9 +61,14 @@ class Signature:
         return self.batch is not None and bool(value.shape) and value.shape is not None and value.shape[0] == self.batch
 
     def maskable(self) -> set[Dim]:
-        """The dimensions that may be padded, because an attention mask says which positions count."""
+        """The dimensions that may be padded, because an attention mask says which positions count (or nothing looks)."""
         masks = [value for value in self.inputs if value.name.endswith("attention_mask")]
-        return {mask.shape[1] for mask in masks if mask.shape is not None and len(mask.shape) == 2}
+        return {mask.shape[1] for mask in masks if mask.shape is not None and len(mask.shape) == 2} | self.padded
+
+    def causal(self) -> Signature:
+        """The same for a causal language model of which only outputs before the padding are read."""
+        length = self.fixed_length()
+        return self if length is None else replace(self, padded=frozenset({length}))
 
     def fixed_length(self) -> int | None:
         """The number of tokens of a graph that takes exactly that many (``None``: any number)."""
@@ -107,9 +118,10 @@ def samples(graph: Graph, corpus: Corpus, *, limit: int | None = None, pack: boo
     """One sample after the other. Raises InputError for what the graph cannot take.
 
     limit: cut texts to that many tokens. pack: for a graph of fixed length, join the texts and cut the stream into windows of
-    that length (what is left over at the end is not used), so that nothing is padded.
+    that length (what is left over at the end is not used), so that nothing is padded; without it texts stay whole, and shorter
+    than the graph takes (see ``Signature.causal``).
     """
-    signature = Signature.of(graph)
+    signature = Signature.of(graph) if pack else Signature.of(graph).causal()
     longest = max_length(graph, limit)
     window = signature.fixed_length() if pack else None
     pending: list[int] = []

@@ -67,9 +67,10 @@ def log_likelihoods(
     causal model does not see. Raises InputError when the graph is no causal language model.
     """
     opened = Corpus.of(corpus)
-    signature = Signature.of(graph)
+    signature = Signature.of(graph).causal()
     output = logits_output(graph)
     length = signature.fixed_length()
+    axis = (signature.by_name()["input_ids"].shape or (None,))[-1]
     source = samples(graph, opened, limit=max_length if length is None else min(length, max_length or length), pack=False)
     runner = executor_for(graph).open(graph)
     totals: dict[int, float] = {}
@@ -80,7 +81,7 @@ def log_likelihoods(
             ids = batch.inputs["input_ids"]
             if logits.ndim != 3 or logits.shape[:2] != ids.shape:
                 raise InputError(f"{output} is {list(logits.shape)} for input_ids {list(ids.shape)}: no logits per token")
-            mask = next(iter(batch.masks.values()), np.ones(ids.shape, bool))
+            mask = batch.masks[axis]
             for row, index in enumerate(batch.indices):
                 valid = int(mask[row].sum())
                 totals[index] = _total(logits[row, : valid - 1], ids[row, 1:valid])

@@ -100,6 +100,8 @@ def _check(cls: object, name: str) -> None:
         raise PassError(f"{name!r} cannot be the name of a pass", "use letters, digits, '-' and '_', beginning with a letter")
     taken = [option for option in cls.model_fields if hasattr(Pass, option)]
     if taken:
-        raise PassError(f"pass {name!r} has an option called {taken[0]!r}, which every pass has as a member", "rename the option")
+        raise PassError(
+            f"pass {name!r} has an option called {taken[0]!r}, which every pass has as a member", "rename the option"
+        )
     if cls.name != name:
         raise PassError(f"pass {name!r} calls itself {cls.name!r}", "its `name` must be the one that it is registered under")

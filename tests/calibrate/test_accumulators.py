@@ -76,7 +76,9 @@ def test_moments_are_within_1e_9_for_any_split(
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=_data, cuts=st.tuples(st.integers(0, 40), st.integers(0, 40)), kind=st.sampled_from(EXACT + MOMENTS), layout=_layouts)
+@given(
+    data=_data, cuts=st.tuples(st.integers(0, 40), st.integers(0, 40)), kind=st.sampled_from(EXACT + MOMENTS), layout=_layouts
+)
 def test_merging_is_associative_and_commutative(
     data: Array, cuts: tuple[int, int], kind: str, layout: tuple[int | None, bool]
 ) -> None:
@@ -124,7 +126,7 @@ def test_each_layout_is_numpys_answer(kind: str, direct: Any) -> None:
         request = request_of(kind, axis, positions)
         found = collected(request, parts).array(request)
         if positions:
-            groups = [WIDE[POSITIONS == p] for p in range(6)]
+            groups = [WIDE[p == POSITIONS] for p in range(6)]
             wanted = np.stack([direct(group, 0 if axis is not None else None) for group in groups])
         else:
             wanted = np.asarray(direct(WIDE, 0 if axis is not None else None))

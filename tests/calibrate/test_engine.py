@@ -37,7 +37,10 @@ def alone(graph: Graph, site: str, rows: Sequence[Sequence[int]]) -> list[Array]
 
 
 def as_arrays(statistics: Statistics) -> dict[Request, Array]:
-    return {r: statistics.sketch(r).quantile(np.linspace(0, 1, 5)) if "quantile" in r.kind else statistics.array(r) for r in statistics}
+    return {
+        r: statistics.sketch(r).quantile(np.linspace(0, 1, 5)) if "quantile" in r.kind else statistics.array(r)
+        for r in statistics
+    }
 
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
@@ -128,10 +131,14 @@ def test_rows_joined_with_positions_are_masked() -> None:
     value = graph.site("inner").value
     assert value.shape == ("batch*seq", 4)
     run = executor_for(graph).open(graph, [value])
-    single = [run({"input_ids": np.array([row]), "attention_mask": np.ones((1, len(row)), np.int64)})[value.name] for row in rows]
+    single = [
+        run({"input_ids": np.array([row]), "attention_mask": np.ones((1, len(row)), np.int64)})[value.name] for row in rows
+    ]
     for size in (1, 3):
         found = collect(graph, [request], corpus, batch_size=size, cache=False)
-        np.testing.assert_allclose(found.array(request), np.concatenate(single).astype(np.float64).mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            found.array(request), np.concatenate(single).astype(np.float64).mean(0), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_plain_rows_and_image_channels() -> None:
@@ -161,7 +168,9 @@ def test_shards_merge_into_the_whole_and_survive_the_disk(tmp_path: Path) -> Non
     graph = models.stories()
     rows = [models.padded([row]) for row in ROWS]
     whole = collect(graph, REQUESTS, rows, batch_size=1, cache=False)
-    shards = [collect(graph, REQUESTS, rows, batch_size=1, start=a, stop=b, cache=False) for a, b in ((0, 2), (2, 3), (3, None))]
+    shards = [
+        collect(graph, REQUESTS, rows, batch_size=1, start=a, stop=b, cache=False) for a, b in ((0, 2), (2, 3), (3, None))
+    ]
     kept = [load(save(shard, tmp_path / f"{i}.safetensors")) for i, shard in enumerate(shards)]
     merged = kept[0].merge(kept[1]).merge(kept[2])
     assert (merged.documents, merged.tokens) == (whole.documents, whole.tokens)
@@ -265,7 +274,9 @@ def test_bad_requests_and_corpora_are_errors() -> None:
 
 def test_a_value_that_is_equal_for_all_rows_is_refused() -> None:
     graph = models.stories()
-    constant = next(node.output for node in graph.nodes() if node.output.shape == ("seq", "seq") or node.output.shape == ("seq",))
+    constant = next(
+        node.output for node in graph.nodes() if node.output.shape == ("seq", "seq") or node.output.shape == ("seq",)
+    )
     with pytest.raises(InputError, match="same for every row"):
         collect(graph, [Request(f"%{constant.name}", "mean")], models.padded(ROWS), cache=False)
 

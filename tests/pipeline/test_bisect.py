@@ -19,7 +19,9 @@ from tests.pipeline.toys import Crash, Measure, Scale, Tidy
 
 def steps(bad: int, total: int) -> Pipeline:
     """Harmless passes, and one at ``bad`` that triples an output."""
-    passes: list[Pass] = [Scale(factor=3, site="linear.1") if i == bad else Scale(factor=1 + 1e-7 * (i + 1)) for i in range(total)]
+    passes: list[Pass] = [
+        Scale(factor=3, site="linear.1") if i == bad else Scale(factor=1 + 1e-7 * (i + 1)) for i in range(total)
+    ]
     return Pipeline(passes)
 
 

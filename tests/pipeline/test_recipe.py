@@ -58,12 +58,15 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     assert Pipeline.of(folder / "r.yaml") == Pipeline([step])
 
 
+HEAD = "actgraph: 1\npasses:\n"
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("actgraph: 1\npasses:\n  - toy_scal: {factor: 2}\n", "recipe, line 3: there is no pass 'toy_scal' (did you mean toy_scale"),
-        ("actgraph: 1\npasses:\n  - toy_scale:\n      site: a\n      facto: 2\n", "recipe, line 5: toy_scale has no option 'facto'"),
-        ("actgraph: 1\npasses:\n  - toy_scale:\n      site: a\n      factor: x\n", "recipe, line 5: option 'factor' of toy_scale must be a number"),
+        (HEAD + "  - toy_scal: {factor: 2}\n", "recipe, line 3: there is no pass 'toy_scal' (did you mean toy_scale"),
+        (HEAD + "  - toy_scale:\n      site: a\n      facto: 2\n", "recipe, line 5: toy_scale has no option 'facto'"),
+        (HEAD + "  - toy_scale:\n      site: a\n      factor: x\n", "line 5: option 'factor' of toy_scale must be a number"),
         ("actgraph: 1\npasses:\n  - toy_scale: {factor: '2'}\n", "must be a number, not \"2\""),
         ("actgraph: 1\npasses:\n  - toy_scale: {factor: 2, factor: 3}\n", "line 3: 'factor' is given twice"),
         ("actgraph: 1\npasses:\n  - toy_scale: 4\n", "line 3: the options of toy_scale are not a mapping"),
@@ -76,7 +79,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
         ("- a\n", "it is not a mapping"),
         ("", "it is not a mapping"),
         ("actgraph: 1\npasses: [\n", "recipe, line 3: "),
-        ("actgraph: 1\npasses:\n  - toy_options: {source: !!python/object/apply:os.getcwd []}\n", "recipe, line 3: could not determine a constructor"),
+        (HEAD + "  - toy_options: {source: !!python/object/apply:os.getcwd []}\n", "line 3: could not determine a constructor"),
     ],
 )  # fmt: skip
 def test_errors_name_the_line(recipe: str, message: str) -> None:

@@ -14,8 +14,9 @@ from actgraph.pipeline import Pipeline
 from actgraph.pipeline.text import Entry, parse, write
 from tests.pipeline.toys import Options, Scale
 
+_globs = st.from_regex(r"[a-z.*{},:%\[\]=]+", fullmatch=True)
 _values: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.from_regex(r"[a-z.*{},:%\[\]=]+", fullmatch=True),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | _globs,
     lambda inner: st.lists(inner, max_size=4),
     max_leaves=8,
 )  # fmt: skip
@@ -31,7 +32,7 @@ def same(left: Any, right: Any) -> bool:
     return type(left) is type(right) and bool(left == right)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(entries=_entries)
 def test_what_is_written_reads_back_and_is_canonical(entries: list[Entry]) -> None:
     text = write(entries)
@@ -44,7 +45,7 @@ def test_what_is_written_reads_back_and_is_canonical(entries: list[Entry]) -> No
     assert "\n" not in text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet=" \n{}[]=,\"'\\abc1.-:*", max_size=24))
 def test_any_text_parses_or_gives_one_clear_line(text: str) -> None:
     try:
@@ -60,7 +61,8 @@ _options = st.builds(
     Options,
     text=st.text(), number=st.floats(allow_nan=False), count=st.integers(1, 9), flag=st.booleans(),
     choice=st.sampled_from(["one", "two"]), maybe=st.none() | st.floats(allow_nan=False),
-    either=st.text() | st.lists(st.text(), max_size=3).map(tuple), numbers=st.lists(st.floats(allow_nan=False), max_size=3).map(tuple),
+    either=st.text() | st.lists(st.text(), max_size=3).map(tuple),
+    numbers=st.lists(st.floats(allow_nan=False), max_size=3).map(tuple),
     grid=st.lists(st.lists(st.integers(), max_size=2).map(tuple), max_size=2).map(tuple),
     path=st.none() | st.sampled_from(["a/b.txt", "/c d.bin"]),
 )  # fmt: skip
@@ -85,7 +87,8 @@ def test_pipelines_read_back_from_their_text(passes: list[Options]) -> None:
         ("p{a=[x, 'y z', 3, true, [1.5]]}", {"a": ["x", "y z", 3, True, [1.5]]}),
         ("p{a=[]}", {"a": []}),
         ('p{a="q\\"uo\\\\te" b=\'it\\\'s "so"\'}', {"a": 'q"uo\\te', "b": 'it\'s "so"'}),
-        ("p{a=1e-5 b=-3 c=.5 d=inf e=null f='null' g='1'}", {"a": 1e-5, "b": -3, "c": 0.5, "d": float("inf"), "e": None, "f": "null", "g": "1"}),
+        ("p{a=1e-5 b=-3 c=.5 d=inf}", {"a": 1e-5, "b": -3, "c": 0.5, "d": float("inf")}),
+        ("p{e=null f='null' g='1'}", {"e": None, "f": "null", "g": "1"}),
         ("p{a=1.2.3 b=1e c=--x d=True}", {"a": "1.2.3", "b": "1e", "c": "--x", "d": "True"}),
         ("p{\n  a=1\n}", {"a": 1}),
     ],
@@ -155,7 +158,7 @@ def test_arrays_have_no_text_but_a_name_for_provenance() -> None:
 
     step = Vector(vector=np.arange(3, dtype=np.float32))
     other = Vector(vector=np.arange(3, dtype=np.float32) + 1)
-    assert str(step).startswith("toy_scale{vector=\"array:float32[3]:")
+    assert str(step).startswith('toy_scale{vector="array:float32[3]:')
     assert str(step) != str(other)
     with pytest.raises(OptionError, match="holds ndarray data"):
         Pipeline([step]).to_text()
