@@ -32,6 +32,7 @@ class Editor:
         self.counts: Counter[str] = Counter()
         self.touched: set[str] = set()  # names of nodes and parameters that were made or changed
         self.messages: list[str] = []  # what happened that a user should know, such as an untied weight
+        self._erase_at_end = False
         self._snapshot: Graph | None = None
         self._names: set[str] | None = None  # node names when the first op was named
         self._numbers: Counter[str] = Counter()
@@ -44,6 +45,8 @@ class Editor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             self.rollback()
+        elif self._erase_at_end:
+            self.erase_dead()
         self._snapshot = None
 
     def rollback(self) -> None:
@@ -147,6 +150,10 @@ class Editor:
         self.graph.site_table.mark_removed(self.graph, removed, self.by)
         self.counts["erased"] += len(removed)
         return len(removed)
+
+    def erase_later(self) -> None:
+        """``erase_dead`` when the transaction ends: until then, what was inserted may not have a reader yet."""
+        self._erase_at_end = True
 
     def retype(self, nodes: Iterable[Node], *, propagate: bool = True) -> None:
         """Infer types again from ``nodes`` on (after a parameter changed its shape); without ``propagate`` for them only."""

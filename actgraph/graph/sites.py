@@ -357,7 +357,8 @@ class SiteTable:
         values, nodes = values or {}, nodes or {}
         listed = []
         for name, anchor in self.anchors.items():
-            row: dict[str, Any] = {"name": name, "role": self.roles.get(name, "")}
+            own = f"%{_translate(values, name[1:])}" if name.startswith("%") else name
+            row: dict[str, Any] = {"name": own, "role": self.roles.get(name, "")}
             if name in self._aliases_of:
                 row["aliases"] = list(self._aliases_of[name])
             if anchor.value is not None:
@@ -366,7 +367,8 @@ class SiteTable:
                 row["edges"] = [[_translate(nodes, node.name), index] for node, index in anchor.edges]
             elif anchor.node is not None:
                 row["node"] = _translate(nodes, anchor.node.name)
-                row["recipe"] = anchor.recipe
+                kind, *rest = anchor.recipe.split("|")  # an expert's recipe names values
+                row["recipe"] = "|".join([kind, *rest[:1], *(_translate(values, part) for part in rest[1:])])
                 shape = anchor.type.shape
                 row["type"] = [anchor.type.dtype.value if anchor.type.dtype else None, None if shape is None else list(shape)]
             listed.append(row)

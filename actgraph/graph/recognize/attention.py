@@ -16,6 +16,7 @@ from actgraph.graph.prims import Prim
 from actgraph.graph.recognize.linear import by_output, input_of
 from actgraph.graph.recognize.semantic import Operand, Semantics
 from actgraph.graph.views import Attention, Linear
+from actgraph.ops.registry import DOMAIN
 
 #: Numbers this far below zero mean "not allowed" in an additive mask.
 _FORBIDDEN = -1e4
@@ -48,10 +49,13 @@ def attentions(semantics: Semantics, linears: list[Linear]) -> list[Attention]:
     outputs = by_output(semantics, linears)
     inputs = {(linear.input.node, linear.input.index): linear for linear in linears}
     found = []
-    for prim in semantics.prims:
-        if prim is None or prim.op not in ("sdpa", "softmax"):
+    for node, prim in zip(semantics.nodes, semantics.prims, strict=True):
+        if node.op == f"{DOMAIN}.attention_pattern":
+            core = _taken_apart(semantics, node)
+        elif prim is not None and prim.op in ("sdpa", "softmax"):
+            core = _fused(semantics, prim) if prim.op == "sdpa" else _written_out(semantics, prim)
+        else:
             continue
-        core = _fused(semantics, prim) if prim.op == "sdpa" else _written_out(semantics, prim)
         attention = _complete(semantics, core, outputs, inputs) if core is not None else None
         if attention is not None:
             found.append(attention)
@@ -76,6 +80,30 @@ def _fused(s: Semantics, prim: Prim) -> _Core | None:
     if isinstance(mask, Value):
         _set_mask(s, core, mask)
     return core
+
+
+def _taken_apart(s: Semantics, node: Node) -> _Core | None:
+    """An attention whose pattern a pass has materialised (``actgraph.attention_pattern``)."""
+    query, key, mask = (*node.operands, None)[:3]
+    assert query is not None and key is not None
+    nodes, current = [node], node.output
+    for _ in range(8):
+        step: Value | None = None
+        for read in s.readers(current):
+            mixed = read.node.op == f"{DOMAIN}.attention_mix" or (read.prim is not None and read.prim.op == "matmul")
+            value = read.node.operands[1] if mixed and len(read.node.operands) > 1 else None
+            if value is not None and value != read.value:
+                nodes.append(read.node)
+                scale, causal = tidy(node.attributes["scale"]), bool(node.attributes.get("is_causal", False))
+                core = _Core(nodes, query, key, value, None, scale, causal, read.node.output, pattern=current)
+                if mask is not None:
+                    _set_mask(s, core, mask)
+                return core
+            step = s.edits(read) or step
+        if step is None:
+            return None
+        current = step
+    return None
 
 
 def _unscaled(s: Semantics, value: Value, nodes: list[Node]) -> tuple[Value, float]:

@@ -56,7 +56,9 @@ def blocks(views: Views) -> list[Block]:
     """All blocks, stream by stream in topological order."""
     s = views.semantics
     flow = Flow(views)
-    inside = {node for view in (*views.attentions(), *views.norms(), *views.activations()) for node in view.nodes}
+    inside = {node for attention in views.attentions() for node in attention.nodes}
+    inside |= {node for norm in views.norms() for node in norm.nodes}
+    inside |= {node for activation in views.activations() for node in activation.nodes}
     parts = [_part(views, s, residual) for residual in residuals(s, inside)]
     streams = _streams(flow, parts)
     _name(s, streams)
@@ -162,12 +164,13 @@ class Flow:
 
     def after(self, output: Value, post: str) -> Value:
         """What the stream is after the norm or activation that follows each of its sums."""
-        table = {"norm": self.norms_of, "activation": self.activations_of}.get(post, {})
-        view = table.get(self.s.root(output))
-        if view is None:
-            edited = next((r.node.output for r in self.s.readers(output) if self.s.edits(r) is not None), None)
-            return self.after(edited, post) if edited is not None else output
-        return view.output
+        root = self.s.root(output)
+        if post == "norm" and root in self.norms_of:
+            return self.norms_of[root].output
+        if post == "activation" and root in self.activations_of:
+            return self.activations_of[root].output
+        edited = next((r.node.output for r in self.s.readers(output) if self.s.edits(r) is not None), None)
+        return self.after(edited, post) if edited is not None else output
 
 
 def _streams(flow: Flow, parts: list[_Part]) -> list[_Stream]:
@@ -271,15 +274,14 @@ def _post_of(flow: Flow, stream: _Stream) -> str:
 
 def _block(s: Semantics, index: int, prefix: str, parts: Sequence[_Part], post: Value) -> Block:
     sources = [unflattened(s, part.unit.source) for part in parts if part.unit.source is not None]
-
-    def one(attribute: str) -> object:
-        return next((found for part in parts if (found := getattr(part, attribute)) is not None), None)
-
     return Block(
         index=index, prefix=prefix, units=tuple(part.unit for part in parts), resid_pre=sources[0],
         resid_mid=sources[1] if len(parts) > 1 else None, resid_post=unflattened(s, post),
-        attention=one("attention"), cross_attention=one("cross_attention"), feed_forward=one("feed_forward"), moe=one("moe"),
-    )  # type: ignore[arg-type]  # fmt: skip
+        attention=next((part.attention for part in parts if part.attention is not None), None),
+        cross_attention=next((part.cross_attention for part in parts if part.cross_attention is not None), None),
+        feed_forward=next((part.feed_forward for part in parts if part.feed_forward is not None), None),
+        moe=next((part.moe for part in parts if part.moe is not None), None),
+    )  # fmt: skip
 
 
 def unflattened(s: Semantics, value: Value) -> Value:

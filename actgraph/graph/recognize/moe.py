@@ -153,10 +153,19 @@ def _mixed(s: Semantics, rows: Value) -> tuple[Value, Value | None]:
             if prim.op == "scatter" and prim.operands[-1] != read.value and summed:
                 break
             summed = True
+        elif prim.op == "add" and not summed:
+            if not any(_is_looked_up(s, operand) for operand in prim.operands):
+                break
         elif prim.op not in ("reshape", "transpose") and (summed or prim.op not in ("index", "gather")):
             break
         current = prim.output
     return current, gates
+
+
+def _is_looked_up(s: Semantics, operand: Operand) -> bool:
+    """Whether an operand is taken from a stored table, as the biases of the rows' experts are."""
+    prim = s.source(operand, casts=True)
+    return prim is not None and prim.op in ("index", "gather") and s.is_constant_operand(prim.operands[0])
 
 
 def _gates(s: Semantics, value: Value) -> Value:

@@ -72,8 +72,10 @@ def build_table(s: Semantics, found: Iterable[Named]) -> SiteTable:
             place = min(s.place(node) for node, _ in anchor.edges) if beside is None else s.position(beside)
             return (place, 0, anchor.index if beside is None else 0, best)
         if anchor.kind is SiteKind.VIRTUAL or beside is not None:
-            assert beside is not None or anchor.node is not None
-            return (s.position(beside) if beside is not None else s.place(anchor.node), 1, 0, best)
+            if beside is not None:
+                return (s.position(beside), 1, 0, best)
+            assert anchor.node is not None
+            return (s.place(anchor.node), 1, 0, best)
         value = anchor.value
         assert value is not None
         return (s.position(value), 2, inputs.get(value, 0), best)

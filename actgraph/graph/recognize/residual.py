@@ -83,9 +83,7 @@ def _residual(s: Semantics, search: _Search, position: int, prim: Prim, found: d
         shortcut = _projection(s, skip)
         path = search.path(shortcut, branch) if shortcut is not None else []
         if shortcut is not None and path:
-            return Residual(
-                prim.node, position, skip, shortcut, [branch], prim.output, path, projected=True, nodes={position}
-            )
+            return Residual(prim.node, position, skip, shortcut, [branch], prim.output, path, projected=True, nodes={position})
     return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from actgraph.graph.anchors import value_anchor, virtual_anchor
 from actgraph.graph.graph import Kind, Node, Role, Value
 from actgraph.graph.recognize.blocks import Flow, unflattened
+from actgraph.graph.recognize.materialise import PATTERN, expert_recipe
 from actgraph.graph.recognize.naming import ROLE, Named, at_value
 from actgraph.graph.recognize.semantic import Semantics
 from actgraph.graph.views import Attention, Block, FeedForward, Linear, MixtureOfExperts, Unit, Views
@@ -107,7 +108,7 @@ class _Finder:
         yield from at_value(f"{stem}.moe.experts.hidden", moe.hidden, ROLE)
         if moe.hidden is not None and moe.expert_index is not None and moe.hidden.producer is not None:
             for expert in range(moe.experts):
-                recipe = f"expert:{expert}:{moe.hidden.name}:{moe.expert_index.name}"
+                recipe = expert_recipe(expert, moe.hidden, moe.expert_index)
                 anchor = virtual_anchor(moe.hidden.producer, recipe, moe.hidden.type)
                 yield Named(f"{stem}.moe.experts.{expert}.hidden", anchor, ROLE)
 
@@ -331,4 +332,4 @@ def _virtual_pattern(name: str, s: Semantics, attention: Attention) -> Iterator[
     if node is None or query is None or key is None:
         return
     kind = TensorType(attention.query.dtype, (query[0], query[1], query[2], key[2]))
-    yield Named(name, virtual_anchor(node, "attention_pattern", kind), ROLE)
+    yield Named(name, virtual_anchor(node, PATTERN, kind), ROLE)

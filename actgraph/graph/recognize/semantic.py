@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from actgraph.graph.graph import Graph, Node, Value
+from actgraph.graph.graph import Graph, Node, Role, Value
 from actgraph.graph.prims import Prim, Scalar
 from actgraph.ops.registry import DOMAIN
 
@@ -41,6 +41,9 @@ class Semantics:
         self._outputs = {value for _, value in graph.outputs()}
         self.constant: set[Value] = set()
         self.shape_only: set[Value] = set()
+        # lifted graphs take their parameters as inputs
+        stored = (Role.PARAMETER, Role.BUFFER)
+        self.constant.update(value for value in graph.inputs() if graph.role(value.name) in stored)
         for position, (node, prim) in enumerate(zip(self.nodes, self.prims, strict=True)):
             self._record(position, node, prim)
 
@@ -69,6 +72,10 @@ class Semantics:
     def is_constant(self, value: Value) -> bool:
         """Whether the value is stored, or computed from stored data alone."""
         return value in self.constant or value.is_parameter
+
+    def is_constant_operand(self, operand: Operand) -> bool:
+        """Whether an operand is a number or a constant value."""
+        return not isinstance(operand, Value) or self.is_constant(operand)
 
     def is_data(self, value: Value) -> bool:
         """Whether the value depends on an input's elements (not on its sizes only)."""

@@ -17,16 +17,19 @@ from actgraph.graph.views import Views
 
 def structural_sites(views: Views) -> Iterator[Named]:
     """All structural sites of the graph that ``views`` reads."""
-    for kind, found in (("linear", views.linears()), ("conv", views.convs())):
-        for i, each in enumerate(found):
-            yield from _site(f"{kind}.{i}", each.output, _edge(each.input))
-    for kind, pointwise in (("norm", views.norms()), ("activation", views.activations())):
-        for i, unary in enumerate(pointwise):
-            yield from _site(f"{kind}.{i}", unary.output, reads(views.semantics, unary.input, unary.nodes))
+    s = views.semantics
+    for i, linear in enumerate(views.linears()):
+        yield from _site(f"linear.{i}", linear.output, _edge(linear.input))
+    for i, conv in enumerate(views.convs()):
+        yield from _site(f"conv.{i}", conv.output, _edge(conv.input))
+    for i, norm in enumerate(views.norms()):
+        yield from _site(f"norm.{i}", norm.output, reads(s, norm.input, norm.nodes))
+    for i, activation in enumerate(views.activations()):
+        yield from _site(f"activation.{i}", activation.output, reads(s, activation.input, activation.nodes))
     for i, attention in enumerate(views.attentions()):
         yield Named(f"attention.{i}", value_anchor(attention.output), STRUCTURAL)
         for index, operand in enumerate((attention.query, attention.key, attention.value)):
-            edge = reads(views.semantics, operand, attention.nodes)
+            edge = reads(s, operand, attention.nodes)
             if edge is not None:
                 yield Named(f"attention.{i}:in[{index}]", edge, STRUCTURAL, at=attention.output)
 
