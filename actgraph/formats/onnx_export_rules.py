@@ -258,10 +258,11 @@ def grouped_matmul(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     if offsets is None or len(x.shape or ()) != 2 or weight.meta["val"].dim() != 3 or a.get("out_dtype") is not None:
         return None
     swapped = weight.target is aten.transpose.int and {int(str(axis)) % 3 for axis in weight.args[1:3]} == {1, 2}
-    if swapped:
-        weights = t.values[weight.args[0]]  # type: ignore[index]
-    else:
-        weights = t.emit.op("Transpose", t.values[weight], perm=[0, 2, 1])
+    source = weight.args[0] if swapped else weight
+    assert isinstance(source, fx.Node)
+    weights = t.values[source]
+    if not swapped:
+        weights = t.emit.op("Transpose", weights, perm=[0, 2, 1])
     return t.emit.op("GroupedLinear", x, weights, offsets, bias, domain=DOMAIN)
 
 

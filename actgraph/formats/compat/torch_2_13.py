@@ -19,6 +19,7 @@ import torch.fx
 from onnxscript import evaluator, values
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.onnx._internal.exporter import _building, _core, _decomp, _dispatching, _registration
 from torch.onnx._internal.fx.passes import type_promotion
@@ -150,7 +151,7 @@ def decompose(node: torch.fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any
     if mode is None:
         raise RuntimeError(f"{node.name} has no example values")
     with mode, enable_python_dispatcher(), torch.no_grad():
-        return make_fx(call, tracing_mode="real", _allow_non_fake_inputs=True)(*operands)
+        return make_fx(dispatch_functionalize(call), tracing_mode="real", _allow_non_fake_inputs=True)(*operands)
 
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
