@@ -55,7 +55,7 @@ def test_types_of_stock_exports_are_complete_and_true(name, declared):
         del proto.graph.value_info[:]
     graph = OnnxGraph(ir.from_proto(proto), name)
     assert unknown(graph) == []
-    for batch, length in ((2, 8), (3, 5)):
+    for batch, length in ((2, 8), (3, 5)) if declared else ((3, 5),):
         assert differences(graph, zoo.inputs(name, batch, length)) == []
 
 
