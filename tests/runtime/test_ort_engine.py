@@ -1,0 +1,149 @@
+"""The plain onnxruntime engine."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import actgraph  # noqa: F401  # installs the engines
+from actgraph.errors import InputError, UnsupportedError
+from actgraph.formats import onnx_file
+from actgraph.graph.executor import executor_for
+from actgraph.graph.onnx import OnnxGraph
+from actgraph.ops.dtypes import DType
+from actgraph.runtime.ort_engine import OrtExecutor, quantizes_activations, session_options
+from tests.graph import onnx_models as models
+
+
+def test_extra_values_come_under_their_names():
+    graph = models.mlp()
+    inputs = models.feed(graph)
+    result = OrtExecutor().open(graph, [graph.value("h"), graph.value("a"), graph.value("y")])(inputs)
+    np.testing.assert_allclose(result["h"], inputs["x"] @ models.weights(4, 4), rtol=1e-5, atol=1e-6)
+    assert set(result) == {"y", "h", "a"}
+    assert [name for name, _ in graph.outputs()] == ["y"], "the graph itself is unchanged"
+
+
+def test_a_value_wins_over_an_output_of_its_name():
+    graph = models.mlp()
+    with graph.edit("p") as editor:
+        node = editor.insert("mul", [graph.value("y"), 3.0])
+        editor.redirect(graph.value("y"), node.output)
+    inputs = models.feed(graph)
+    run = executor_for(graph)
+    outputs = run.open(graph)(inputs)
+    both = run.open(graph, [graph.value("y"), node.output])(inputs)
+    np.testing.assert_array_equal(both["y"] * 3, outputs["y"])
+    np.testing.assert_array_equal(both[node.output.name], outputs["y"])
+
+
+def test_inputs_and_parameters_as_extra_values():
+    graph = models.mlp()
+    inputs = models.feed(graph)
+    result = executor_for(graph).open(graph, [graph.value("x"), graph.value("w")])(inputs)
+    np.testing.assert_array_equal(result["x"], inputs["x"])
+    np.testing.assert_array_equal(result["w"], models.weights(4, 4))
+
+
+def test_inputs_are_checked_and_cast():
+    graph = models.mlp()
+    run = executor_for(graph).open(graph)
+    x = models.feed(graph)["x"]
+    with pytest.raises(InputError, match="'x' is missing"):
+        run({})
+    with pytest.raises(InputError, match="no input 'z'"):
+        run({"x": x, "z": x})
+    with pytest.raises(InputError, match="onnxruntime cannot run these inputs") as caught:
+        run({"x": x[..., :3]})
+    assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(run({"x": x.astype(np.float64)})["y"], run({"x": x})["y"])
+
+
+def test_what_onnxruntime_lacks_is_one_clear_line():
+    with pytest.raises(UnsupportedError, match="onnxruntime cannot run function_call") as caught:
+        executor_for(models.function_call()).open(models.function_call())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [DType.F16, DType.BF16, DType.F64, DType.F8E4M3])
+def test_element_types(kind):
+    """In and out through OrtValues where numpy has no such type."""
+    graph = models.graph(
+        f"""<ir_version: 9, opset_import: ["": 19]> g ({_NAMES[kind]}[n, 4] x) => ({_NAMES[kind]}[n, 4] y, float[n, 4] wide)
+        {{ wide = Cast <to = 1> (x)  y = Cast <to = {kind.onnx}> (wide) }}"""
+    )
+    x = np.linspace(-2, 2, 12).reshape(3, 4).astype(kind.numpy)
+    result = graph.run({"x": x})
+    assert result["y"].dtype == kind.numpy
+    np.testing.assert_array_equal(result["y"].astype(np.float32), x.astype(np.float32))
+    np.testing.assert_array_equal(result["wide"], x.astype(np.float32))
+    assert graph.run({"x": x[:0]})["y"].shape == (0, 4)
+
+
+_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F64: "double", DType.F8E4M3: "float8e4m3fn"}
+
+
+def quantized(activations: bool) -> OnnxGraph:
+    """A linear layer of int8 weights, with or without quantized activations."""
+    rng = np.random.default_rng(0)
+    source = "q" if activations else "x"
+    graph = models.graph(
+        f"""<ir_version: 10, opset_import: ["": 21]> g (float[n, 256] x) => (float[n, 256] y)
+        <float one = {{0.03125}}, int8 zero = {{0}}>
+        {{
+          {"p = QuantizeLinear(x, one, zero)  q = DequantizeLinear(p, one, zero)" if activations else ""}
+          w = DequantizeLinear <axis = 1> (packed, scale)
+          y = MatMul({source}, w)
+        }}""",
+        packed=rng.integers(-127, 128, (256, 256)).astype(np.int8), scale=(rng.random(256) * 0.01 + 0.001).astype(np.float32),
+    )  # fmt: skip
+    return graph
+
+
+def test_int8_weights_are_multiplied_exactly():
+    """onnxruntime's own default quantizes activations behind our back; our sessions do not."""
+    graph = quantized(False)
+    x = np.random.default_rng(1).standard_normal((7, 256)).astype(np.float32)
+    weight = graph.read(graph.value("packed")).astype(np.float64) * graph.read(graph.value("scale"))
+    exact = x @ weight
+
+    def error(result) -> float:
+        return float(np.abs(result - exact).max() / np.abs(exact).max())
+
+    assert error(graph.run({"x": x})["y"]) < 1e-5
+    assert not quantizes_activations(graph) and quantizes_activations(quantized(True))
+    default = ort.InferenceSession(onnx_file.serialize(graph.clone()), providers=["CPUExecutionProvider"])
+    assert error(default.run(None, {"x": x})[0]) > 1e-4, "the option is still needed"
+    session_options(quantized(True))
+    quantized(True).run({"x": x})
+
+
+def test_large_models_run_from_a_temporary_file(monkeypatch):
+    graph = models.mlp()
+    expected = graph.run(models.feed(graph))
+    monkeypatch.setattr(onnx_file, "SINGLE_FILE_BYTES", 10)
+    np.testing.assert_array_equal(graph.run(models.feed(graph))["y"], expected["y"])
+
+
+def test_runners_are_thread_safe():
+    graph = models.mlp()
+    run = executor_for(graph).open(graph)
+    feeds = [models.feed(graph, seed=seed) for seed in range(16)]
+    expected = [run(feed)["y"] for feed in feeds]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for result, want in zip(pool.map(run, feeds), expected, strict=True):
+            np.testing.assert_array_equal(result["y"], want)
+
+
+def test_control_flow_and_functions_run():
+    for make in (models.branches, models.loop):
+        graph = make()
+        with graph.edit("p") as editor:
+            value = graph.outputs()[0][1]
+            node = editor.insert("actgraph.shift", [value, np.ones(4, np.float32)])
+            editor.redirect(value, node.output)
+        before, after = make().run(models.feed(graph)), graph.run(models.feed(graph))
+        np.testing.assert_allclose(after["y"], before["y"] + 1, rtol=1e-6)
