@@ -141,9 +141,10 @@ class OnnxGraph(Graph):
     @property
     def values_by_name(self) -> dict[str, ir.Value]:
         """Every value of the outermost graph and its bodies, by path name."""
+        graph = self.model.graph  # building a clone forgets what is cached
         if self._by_name is None:
             self._by_name = {}
-            self._collect(self.model.graph, self._by_name)
+            self._collect(graph, self._by_name)
             self._taken_values = {str(value.name) for value in self._by_name.values()}
         return self._by_name
 

@@ -43,7 +43,8 @@ def view_table(graph: Graph) -> list[str]:
     for i, a in enumerate(views.attentions()):
         lines.append(
             f"attention.{i} query {kind(a.query)} key {kind(a.key)} value {kind(a.value)} mask {kind(a.mask)} "
-            f"scale={a.scale:g} causal={a.is_causal} softcap={a.softcap} heads={a.heads}/{a.kv_heads}x{a.head_dim} "
+            f"biases {[kind(bias) for bias in a.biases]} scale={a.scale:g} "
+            f"causal={a.is_causal} softcap={a.softcap} heads={a.heads}/{a.kv_heads}x{a.head_dim} "
             f"-> {kind(a.output)}"
         )
         lines.append(f"attention.{i} q {kind(a.q)} k {kind(a.k)} v {kind(a.v)} out {linear_name(a.out_projection)}")
@@ -181,6 +182,8 @@ class Numbers:
         scores = a.scale * query @ np.swapaxes(key, -1, -2)
         if a.softcap is not None:
             scores = a.softcap * np.tanh(scores / a.softcap)
+        for bias in a.biases:
+            scores = scores + self(bias)
         if a.mask is not None:
             mask = self(a.mask)
             allowed = mask != a.mask_excludes
@@ -204,7 +207,7 @@ def _wanted(graph: Graph) -> list[Value]:
     for activation in views.activations():
         found += [activation.input, activation.output]
     for a in views.attentions():
-        found += [a.query, a.key, a.value, a.mask, a.pattern, a.output, a.q, a.k, a.v]
+        found += [a.query, a.key, a.value, a.mask, a.pattern, a.output, a.q, a.k, a.v, *a.biases]
     for f in views.feed_forwards():
         found += [f.act, f.up_value, f.hidden]
     for m in views.moe():

@@ -323,8 +323,8 @@ def _product(
     query = _with_heads(s, query)
     core = _Core(nodes, query, key, key, None, total, False, prim.output, softcap=softcap, key_by_token=by_token)
     if len(masks) > 1:
-        masks = [m for m in masks if not _is_causal_mask(s, m[0])]
-        core.is_causal = len(masks) <= 1
+        others = [m for m in masks if not _is_causal_mask(s, m[0])]
+        core.is_causal, masks = len(others) < len(masks), others
         # Of several terms the outermost is the mask; the others must be numbers, such as a bias by relative position.
         if any(excludes or value.dtype is None or not value.dtype.is_float for value, excludes in masks[1:]):
             return None

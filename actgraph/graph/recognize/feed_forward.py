@@ -39,6 +39,8 @@ def _feed_forward(
     first = _half(s, activation.input, outputs)
     if first is None:
         return None
+    if len({read.position for read in s.readers(activation.output, casts=True)}) != 1:
+        return None  # others read the activation: a residual stream or several heads, not the neurons of one feed-forward
     for value, factor in _towards_down(s, activation.output):
         down = _reader(s, value, inputs)
         if down is None:

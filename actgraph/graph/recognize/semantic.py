@@ -185,28 +185,37 @@ class Semantics:
     # --- edits that passes made ---------------------------------------------------------------------------------------------
 
     def edited(self, value: Value) -> Value:
-        """What ``value`` was before the edits that passes made in place (``actgraph`` ops of the same shape)."""
+        """What ``value`` was before the edits that passes made in place (``actgraph`` ops, quantize and dequantize)."""
         while True:
             value = self.root(value)
             position = self._maker.get(value)
-            source = _edited(self.nodes[position]) if position is not None else None
+            source = self._edits(position) if position is not None else None
             if source is None:
                 return value
             value = source
 
     def edits(self, read: Read) -> Value | None:
-        """The result when a reader is an edit in place of the value it reads; ``None`` for any other reader."""
-        return read.node.output if _edited(read.node) == read.value else None
+        """The result when a reader edits the value it reads in place; ``None`` for any other reader."""
+        if read.prim is not None and read.prim.op == "quantize":
+            after = self.only_reader(read.prim.output)
+            read_back = after is not None and self._edits(after.position) == read.value
+            return after.node.output if after is not None and read_back else None
+        return read.node.output if self._edits(read.position) == read.value else None
 
-
-def _edited(node: Node) -> Value | None:
-    """The first operand of an ``actgraph`` op whose result has its shape: such ops edit an activation in place."""
-    if not node.op.startswith(f"{DOMAIN}.") or not node.operands or len(node.outputs) != 1:
-        return None
-    source = node.operands[0]
-    if source is None or source.is_parameter or source.shape is None or source.shape != node.output.shape:
-        return None
-    return source
+    def _edits(self, position: int) -> Value | None:
+        """The value that the node at ``position`` edits in place: an activation whose shape it keeps."""
+        node, prim = self.nodes[position], self.prims[position]
+        source: Operand
+        if prim is not None and prim.op == "dequantize":
+            rounded = self.source(prim.operands[0])
+            source = rounded.operands[0] if rounded is not None and rounded.op == "quantize" else None
+        elif node.op.startswith(f"{DOMAIN}.") and len(node.outputs) == 1 and node.operands:
+            source = node.operands[0]
+        else:
+            return None
+        if not isinstance(source, Value) or not self.is_data(source) or source.shape is None:
+            return None
+        return source if source.shape == node.output.shape else None
 
 
 def _unchanged(prim: Prim) -> Value | None:
