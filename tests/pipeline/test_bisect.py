@@ -25,7 +25,7 @@ def steps(bad: int, total: int) -> Pipeline:
     return Pipeline(passes)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(total=st.integers(1, 9), data=st.data())
 def test_the_first_bad_pass_is_found_by_binary_search(total: int, data: st.DataObject) -> None:
     bad = data.draw(st.integers(0, total - 1))
@@ -37,6 +37,13 @@ def test_the_first_bad_pass_is_found_by_binary_search(total: int, data: st.DataO
     tried = [trial.passes for trial in report.trials]
     assert len(set(tried)) == len(tried)
     assert {bad, bad + 1} <= set(tried)  # good before it, bad with it: both were seen
+
+
+def test_the_search_is_logarithmic_in_the_judgements() -> None:
+    graph = toys.net()
+    report = bisect(graph, steps(8, 9), parity(graph, 1e-3))
+    assert [trial.passes for trial in report.trials] == [0, 9, 4, 6, 7, 8]
+    assert report.index == 8
 
 
 def test_a_good_pipeline_is_said_to_be_good() -> None:

@@ -107,3 +107,13 @@ def test_only_what_is_missing_is_collected_later() -> None:
         calibrator.ran(step)
     assert log.asked == [["absmax of linear.0", "max of linear.0"]]
     assert calibrator.forwards == 1
+
+
+def test_nothing_is_collected_ahead_of_a_pass_that_changes_values() -> None:
+    log = _Log()
+    pipeline = Pipeline([Measure(), Scale(factor=2), Measure(kind="max")])
+    calibrator = Calibrator(log.collect)
+    for index, step in enumerate(pipeline):
+        calibrator.statistics(toys.net(), pipeline, index)
+        calibrator.ran(step)
+    assert log.asked == [["absmax of linear.0"], ["max of linear.0"]]
