@@ -74,23 +74,21 @@ class FxGraph(Graph):
         return FxGraph(fx_build.copy_graph(gm.graph), root, name or type(gm).__name__, **signature)
 
     @staticmethod
-    def from_joint(
-        gm: fx.GraphModule,
-        name: str = "joint",
-        *,
-        parameters: Sequence[str] = (),
-        buffers: Sequence[str] = (),
-        forward_outputs: int = 1,
-        output_names: Sequence[str] = (),
-    ) -> FxGraph:
-        """An AOTAutograd joint graph: parameters are its first inputs, tangents its last, gradients its last outputs.
+    def from_joint(gm: fx.GraphModule, signature: Any = None, *, forward_outputs: int = 1, name: str = "joint") -> FxGraph:
+        """An AOTAutograd joint graph of forward and backward, whose parameters are inputs.
 
-        parameters, buffers: names of the lifted inputs, in order. forward_outputs: how many outputs precede the gradients.
-        ``aot_export_module`` gives these as ``signature.parameters`` and ``signature.buffers``.
+        signature: the ``GraphSignature`` that ``aot_export_module`` returned. Without one the graph is read as
+        ``aot_export_joint_simple`` makes it: inputs ``primals_*`` and ``tangents_*``, then ``forward_outputs`` outputs and one
+        gradient (or ``None``) for each primal. Gradients are called ``grad.<input>``.
         """
-        roles, output_roles, names = fx_build.joint_signature(gm, len(parameters), len(buffers), forward_outputs, output_names)
-        result = FxGraph.from_graph_module(gm, name, output_names=names, input_roles=roles, output_roles=output_roles)
-        result.metadata["lifted"] = " ".join([*parameters, *buffers])
+        from actgraph.graph.fx_joint import read_signature
+
+        found = read_signature(gm, signature, forward_outputs)
+        result = FxGraph.from_graph_module(
+            gm, name, output_names=found.output_names, input_roles=found.input_roles, output_roles=found.output_roles
+        )
+        result.public = found.public
+        result._index()
         return result
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actgraph.graph.fx_args import signature
-from actgraph.graph.fx_types import find_fake_mode
-from actgraph.graph.graph import Companions, Role
+from actgraph.graph.fx_types import find_fake_mode, refake
+from actgraph.graph.graph import Companions
 from actgraph.graph.provenance import KEY, Origin
 
 _ASSERTIONS = (
@@ -127,6 +127,8 @@ def normalise(graph: fx.Graph, root: nn.Module) -> FakeTensorMode:
     _complete_tuples(graph, fake_mode)
     _hoist_parameters(graph, root, fake_mode)
     for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = refake(node.meta["val"], fake_mode)
         if node.op == "call_function":
             node.target = _FREE_OF_STRIDES.get(node.target, node.target)
             _tidy_keywords(node)
@@ -323,26 +325,3 @@ def copy_companions(companions: Companions) -> Companions:
         generation_config=dict(companions.generation_config),
         sample_inputs=dict(companions.sample_inputs),
     )
-
-
-def joint_signature(
-    gm: fx.GraphModule, parameters: int, buffers: int, forward_outputs: int, names: Sequence[str]
-) -> tuple[dict[str, Role], dict[str, Role], list[str]]:
-    """Roles of inputs and outputs and names of outputs of a joint graph (see ``FxGraph.from_joint``)."""
-    roles: dict[str, Role] = {}
-    inputs = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    for index, name in enumerate(inputs):
-        if index < parameters:
-            roles[name] = Role.PARAMETER
-        elif index < parameters + buffers:
-            roles[name] = Role.BUFFER
-        elif name.startswith("tangents"):
-            roles[name] = Role.TANGENT
-    outputs: list[Any] = []
-    fx.node.map_arg(gm.graph.output_node().args[0], outputs.append)
-    result = list(names) or [f"output_{i}" if i else "output" for i in range(forward_outputs)]
-    output_roles: dict[str, Role] = {}
-    for index in range(len(result), len(outputs)):
-        result.append(f"grad_{index - forward_outputs}")
-        output_roles[result[-1]] = Role.GRADIENT
-    return roles, output_roles, result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,25 +35,29 @@ def insert(
 ) -> Node:
     """See ``Graph._insert``."""
     keys = [value.key if value is not None else None for value in operands]
-    place = _place(graph, keys, after.key if after is not None else None)
-    moment = graph.graph.inserting_before(before.key) if before is not None else graph.graph.inserting_after(place)
-    made: list[fx.Node] = []
-    with moment:
-        target, args, kwargs = fx_ops.call(op, keys, attributes, lambda size: _size(graph, size, made))
-        node = graph.graph.create_node("call_function", target, args, kwargs, name=_identifier(name))
-        made.append(node)
-    for earlier, later in itertools.pairwise(made):
-        if later < earlier:
-            earlier.append(later)  # ``inserting_after`` reverses the order of several insertions
+    reader = before.key if before is not None else _place(graph, keys, after.key if after is not None else None).next
+    neighbour = reader.prev
     try:
+        with graph.graph.inserting_before(reader):
+            target, args, kwargs = fx_ops.call(op, keys, attributes, lambda size: _size(graph, size))
+            node = graph.graph.create_node("call_function", target, args, kwargs, name=_identifier(name))
         _finish(graph, node, origin)
     except BaseException:
-        for item in reversed(made):
+        for item in _between(neighbour, reader)[::-1]:
             graph.graph.erase_node(item)
         raise
-    for item in made[:-1]:
+    for item in _between(neighbour, node):  # what computes the sizes
         fx_build.set_origin(item, origin)
     return Node(graph, node)
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    node = first.next
+    while node is not last:
+        found.append(node)
+        node = node.next
+    return found
 
 
 def copy_node(graph: FxGraph, node: Node, operands: Sequence[Value | None], *, origin: Origin) -> Node:
@@ -108,7 +111,7 @@ def _identifier(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _size(graph: FxGraph, expression: str, made: list[fx.Node]) -> fx.Node | int:
+def _size(graph: FxGraph, expression: str) -> fx.Node | int:
     """The node that computes a size given as text, read off the graph's inputs."""
 
     def symbol_node(symbol: str) -> fx.Node:
@@ -117,7 +120,6 @@ def _size(graph: FxGraph, expression: str, made: list[fx.Node]) -> fx.Node | int
                 if size == symbol:
                     node = graph.graph.call_function(torch.ops.aten.sym_size.int, (value.key, axis))
                     node.meta["val"] = value.key.meta["val"].shape[axis]
-                    made.append(node)
                     return node
         raise InputError(f"no input of {graph.name} has the dimension {symbol!r}", "use a size the inputs have")
 

@@ -131,7 +131,7 @@ def _no_new_guards(env: ShapeEnv | None, op: str) -> Iterator[None]:
     if env is None:
         yield
         return
-    before, guards, frozen = dict(env.replacements), len(env.guards), env.frozen
+    before, ranges, guards, frozen = dict(env.replacements), dict(env.var_to_range), len(env.guards), env.frozen
     env.frozen = False  # a frozen environment would believe the example sizes
     try:
         yield
@@ -143,6 +143,8 @@ def _no_new_guards(env: ShapeEnv | None, op: str) -> Iterator[None]:
             for symbol in new:
                 del env.replacements[symbol]
             env.replacements.update(before)
+            env.var_to_range.update(ranges)
+            env._replacements_version_counter += 1  # sizes cache what they were replaced by
             env._update_version_counter()
         del env.guards[guards:]
     if new:

@@ -82,12 +82,27 @@ def new_symbol(env: ShapeEnv, name: str, hint: int | None, low: int = 0, high: i
 
 
 def find_fake_mode(values: Iterable[Any]) -> FakeTensorMode:
-    """The fake mode that the graph was traced with, found on its values; a new one where there is none."""
+    """The fake mode of most of the values (the first that has symbolic sizes, if any); a new one where there is none."""
+    counts: dict[FakeTensorMode, int] = {}
     for value in values:
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, FakeTensor):
-                return item.fake_mode
+                if any(isinstance(size, torch.SymInt) for size in item.shape):
+                    return item.fake_mode
+                counts[item.fake_mode] = counts.get(item.fake_mode, 0) + 1
+    if counts:
+        return max(counts, key=counts.__getitem__)
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def refake(value: Any, fake_mode: FakeTensorMode) -> Any:
+    """``value`` (static sizes) in another fake mode: ops refuse operands of different modes."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([refake(item, fake_mode) for item in value])
+    if not isinstance(value, torch.Tensor) or (isinstance(value, FakeTensor) and value.fake_mode is fake_mode):
+        return value
+    with fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def same_type(left: Any, right: Any) -> bool:

@@ -96,7 +96,7 @@ def test_a_constant_dimension_is_kept_static_loudly() -> None:
 
 
 def test_strict_dims_refuses_a_constant_dimension() -> None:
-    with pytest.raises(CaptureError, match="'seq'.*for step in range"):
+    with pytest.raises(CaptureError, match=r"'seq'.*for step in range"):
         trace(Loop(), (torch.randn(2, 5),), dynamic={"x": ("batch", "seq")}, strict_dims=True)
 
 
