@@ -203,7 +203,7 @@ def test_round_trip_through_data_and_clones(graph: ToyGraph) -> None:
 
 
 def test_two_sites_cannot_share_a_name(graph: ToyGraph) -> None:
-    with pytest.raises(ValueError, match="linear.0"):
+    with pytest.raises(ValueError, match=r"linear\.0"):
         graph.site_table.add("linear.0", value_anchor(graph.value("c")), "linear")
 
 

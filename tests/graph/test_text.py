@@ -21,7 +21,7 @@ def small() -> ToyGraph:
     half = g.add_parameter("half", np.float32(0.5))
     axes = g.add_parameter("axes", np.array([1, 2]))
     g.add_parameter("never_read", np.zeros(3, np.float32))
-    h = g.add_node("toy.matmul", x, weight, name="h", transpose=True, alpha=1e-5, mode="abs>")
+    h = g.add_node("toy.matmul", x, weight, name="h", transpose=True, alpha=1e-5)
     s = g.add_node("toy.scale", h, half, axes, None, name="s")
     g.add_result("logits", s)
     g._sites = SiteTable()
@@ -40,7 +40,7 @@ def test_the_whole_text() -> None:
         == f"""\
 graph small(x: f32[batch, seq, 4])
     -> (logits: f32[batch, seq, 4]) {{
-  %h = toy.matmul(%x, %layer.weight) {{alpha = 1e-05, mode = "abs>", transpose = true}} : f32[batch, seq, 4]  @blocks.0.mlp.hidden
+  %h = toy.matmul(%x, %layer.weight) {{alpha = 1e-05, transpose = true}}           : f32[batch, seq, 4]  @blocks.0.mlp.hidden
   %s = toy.scale(%h, 0.5, [1, 2], none)                                          : f32[batch, seq, 4]  by sparsify
   return %s
 }}

@@ -59,7 +59,8 @@ def blocks(views: Views) -> list[Block]:
     inside = {node for attention in views.attentions() for node in attention.nodes}
     inside |= {node for norm in views.norms() for node in norm.nodes}
     inside |= {node for activation in views.activations() for node in activation.nodes}
-    parts = [_part(views, s, residual) for residual in residuals(s, inside)]
+    held = _Held(views)
+    parts = [_part(held, residual) for residual in residuals(s, inside)]
     streams = _streams(flow, parts)
     _name(s, streams)
     return [block for stream in streams for block in _blocks(flow, stream)]
@@ -68,17 +69,30 @@ def blocks(views: Views) -> list[Block]:
 # --- units ------------------------------------------------------------------------------------------------------------
 
 
-def _part(views: Views, s: Semantics, residual: Residual) -> _Part:
+class _Held:
+    """Attentions, feed-forwards and mixtures by the position of their result."""
+
+    def __init__(self, views: Views) -> None:
+        self.s = s = views.semantics
+        self.attentions = {s.position(s.root(a.output)): a for a in views.attentions()}
+        self.feed_forwards = {s.position(s.root(f.down.output)): f for f in views.feed_forwards()}
+        self.mixtures = {s.position(s.root(m.output)): m for m in views.moe()}
+
+
+def _part(held: _Held, residual: Residual) -> _Part:
     """What is between the stream and the sum."""
+    s = held.s
 
     def holds(value: Value) -> bool:
         return residual.has(s.position(s.root(value)))
 
-    attentions = [a for a in views.attentions() if holds(a.output)]
+    attentions = [held.attentions[place] for place in residual.path if place in held.attentions]
     own = next((a for a in attentions if holds(a.key)), None)
     cross = next((a for a in attentions if not holds(a.key) and holds(a.query)), None)
-    moe = next((m for m in views.moe() if holds(m.output) and holds(m.router_logits)), None)
-    feed_forward = next((f for f in views.feed_forwards() if holds(f.down.output) and holds(f.pre_act)), None)
+    mixtures = [held.mixtures[place] for place in residual.path if place in held.mixtures]
+    moe = next((m for m in mixtures if holds(m.router_logits)), None)
+    found = [held.feed_forwards[place] for place in residual.path if place in held.feed_forwards]
+    feed_forward = next((f for f in found if holds(f.pre_act)), None)
     if (own is not None or cross is not None) and (feed_forward is not None or moe is not None):
         kind = "parallel"
     elif own is not None:
@@ -250,9 +264,10 @@ def _grouped(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
 
 def _blocks(flow: Flow, stream: _Stream) -> Iterator[Block]:
     made: list[Block] = []
+    layout = _post_of(flow, stream)
     for index, parts in enumerate(stream.blocks):
         following = stream.blocks[index + 1][0] if index + 1 < len(stream.blocks) else None
-        post = flow.after(parts[-1].unit.output, _post_of(flow, stream))
+        post = flow.after(parts[-1].unit.output, layout)
         if following is not None and "projection" not in following.passed and following.unit.source is not None:
             post = following.unit.source
         made.append(_block(flow.s, index, stream.prefix, parts, post))

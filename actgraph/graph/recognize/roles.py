@@ -5,6 +5,7 @@ What each name means is fixed in docs/sites.md. A part that a model lacks has no
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from actgraph.graph.anchors import value_anchor, virtual_anchor
@@ -43,7 +44,9 @@ class _Finder:
         self.graph = views.graph
         self.s: Semantics = views.semantics
         self.flow = Flow(views)
-        self.edges = {(linear.input.node, linear.input.index): linear for linear in views.linears()}
+        self.linears = list(self.flow.linears.values())  # in the order of their outputs
+        self.places = [self.s.position(linear.output) for linear in self.linears]
+        self.linear_ends = {root: place for place, root in enumerate(self.flow.linears)}
 
     # --- blocks -----------------------------------------------------------------------------------------------------------
 
@@ -191,20 +194,18 @@ class _Finder:
 
     def _linear_before(self, value: Value) -> Linear | None:
         """The linear that a unit's branch ends with, norms and plumbing looked through."""
-        ends = {root: i for i, root in enumerate(self.flow.linears)}
-        found = self.flow.before(value, ends)
-        return list(self.flow.linears.values())[found[0]] if found is not None else None
+        found = self.flow.before(value, self.linear_ends)
+        return self.linears[found[0]] if found is not None else None
 
     def _first_linear(self, unit: Unit) -> Linear | None:
         """The first linear after the stream, by what it reads: the stream itself or its norm."""
         if unit.source is None:
             return None
-        low, high = self.s.position(unit.source), self.s.position(unit.output)
-        for linear in self.flow.linears.values():
-            if low < self.s.position(linear.output) < high:
-                same = self.s.same(_input(linear), unit.source)
-                return linear if same or self._normed(unit, linear) is not None else None
-        return None
+        place = bisect_right(self.places, self.s.position(unit.source))
+        if place == len(self.places) or self.places[place] > self.s.position(unit.output):
+            return None
+        linear = self.linears[place]
+        return linear if self.s.same(_input(linear), unit.source) or self._normed(unit, linear) is not None else None
 
     # --- ends of a stream -----------------------------------------------------------------------------------------------------
 
