@@ -76,6 +76,7 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     execute(page, tmp_path, surroundings(tmp_path, ROOT))
 
 
+@pytest.mark.slow
 def test_walk_throughs_of_contributing_run(tmp_path: Path) -> None:
     """In a copy of the repository, because they add files to it."""
     copy = tmp_path / "repository"

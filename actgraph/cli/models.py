@@ -29,21 +29,17 @@ def open_model(model: str, tokenizer: Path | None = None, *, quiet: bool = False
 
 
 def attach_tokenizer(graph: Graph, folder: Path) -> None:
-    """Give ``graph`` the tokenizer of a folder (or of a ``tokenizer.json``). Raises InputError when there is none."""
-    path = folder / "tokenizer.json" if folder.is_dir() else folder
-    if not path.is_file():
-        raise InputError(f"there is no tokenizer {path}", "--tokenizer takes a folder that holds tokenizer.json")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise InputError("reading a tokenizer needs the package tokenizers", "pip install 'actgraph[hf]'") from error
-    try:
-        graph.companions.tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(f"{path} is not a tokenizer: {error}") from error
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    beside = {name: path.parent / name for name in names if (path.parent / name).is_file()}
-    graph.companions.tokenizer_files = {name: file.read_bytes() for name, file in beside.items()}
+    """Give ``graph`` the tokenizer of a folder, and its generation settings if it has none. Raises InputError."""
+    from actgraph.formats.companions import read_companions
+
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"there is no tokenizer.json in {folder}", "--tokenizer takes the folder that holds it")
+    found = read_companions(folder / "model")
+    if found.tokenizer is None:
+        raise InputError("reading a tokenizer needs the package tokenizers", "pip install 'actgraph[hf]'")
+    graph.companions.tokenizer = found.tokenizer
+    graph.companions.tokenizer_files = found.tokenizer_files
+    graph.companions.generation_config = graph.companions.generation_config or found.generation_config
 
 
 def read_pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
