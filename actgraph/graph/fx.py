@@ -6,6 +6,7 @@ Joint graphs of AOTAutograd, whose parameters are inputs, fit the same form (``F
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actgraph.errors import InputError
 from actgraph.graph import fx_build, fx_check, fx_edit, fx_ops
-from actgraph.graph.fx_args import attributes_of, operand_paths
+from actgraph.graph.fx_args import attributes_of, is_branch, operand_paths
 from actgraph.graph.fx_types import DimNames, array_of
 from actgraph.graph.graph import Array, Graph, Kind, Node, Role, Use, Value
 from actgraph.graph.provenance import KEY, Origin
@@ -247,7 +248,14 @@ class FxGraph(Graph):
         return tuple(map(self._value, items))
 
     def attributes(self, node: Node) -> dict[str, Any]:
-        return attributes_of(node.key, self._native_name)
+        return attributes_of(node.key, self._attribute_name)
+
+    def _attribute_name(self, node: fx.Node) -> str:
+        """How attributes refer to a node: a branch by its path and a hash of what it does."""
+        if not is_branch(node):
+            return self._native_name(node)
+        body = str(fx_build.lookup(self.root, str(node.target)).graph)
+        return f"{node.target} #{hashlib.sha256(body.encode()).hexdigest()[:12]}"
 
     def origin(self, node: Node) -> Origin:
         return Origin.from_dict((node.key.meta.get("custom") or {}).get(KEY, {}))

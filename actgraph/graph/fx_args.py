@@ -108,9 +108,15 @@ def operand_paths(node: fx.Node) -> list[tuple[Path, fx.Node | None]]:
     return found
 
 
+def is_branch(node: fx.Node) -> bool:
+    """Whether a node is the access to a subgraph (a branch of control flow), which is no value."""
+    return node.op == "get_attr" and "val" not in node.meta
+
+
 def _collect(path: Path, value: Any, found: list[tuple[Path, fx.Node | None]], *, absent: bool) -> None:
     if isinstance(value, fx.Node):
-        found.append((path, value))
+        if not is_branch(value):
+            found.append((path, value))
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             if item is None and absent:
@@ -152,7 +158,7 @@ def attributes_of(node: fx.Node, name_of: Callable[[fx.Node], str]) -> dict[str,
         return {
             key: plain(value, name_of)
             for key, value in bound.items()
-            if not isinstance(value, fx.Node) and not _only_nodes(value)
+            if not _is_operand(value)
         }
     result: dict[str, Any] = {}
     for argument in arguments:
@@ -167,8 +173,10 @@ def attributes_of(node: fx.Node, name_of: Callable[[fx.Node], str]) -> dict[str,
     return result
 
 
-def _only_nodes(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, fx.Node) for item in value)
+def _is_operand(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        return not is_branch(value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_operand, value))
 
 
 def plain(value: Any, name_of: Callable[[fx.Node], str]) -> Any:
@@ -176,7 +184,7 @@ def plain(value: Any, name_of: Callable[[fx.Node], str]) -> Any:
     from actgraph.ops.dtypes import DType
 
     if isinstance(value, fx.Node):
-        return f"%{name_of(value)}"
+        return name_of(value) if is_branch(value) else f"%{name_of(value)}"
     if isinstance(value, torch.dtype):
         return DType.of(value).value
     if isinstance(value, (torch.layout, torch.memory_format)):
