@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from actgraph.errors import UnsupportedError
+from actgraph.errors import UnsupportedError, VerifyError
 from actgraph.graph.onnx_dims import carries_sizes
 from actgraph.graph.onnx_native import array_of, native_type, set_native_type, tensor_of
 from actgraph.graph.onnx_normalize import all_nodes, write_origin
@@ -242,7 +243,9 @@ def set_parameter(graph: OnnxGraph, value: ir.Value, data: np.ndarray[Any, Any])
     value.shape = ir.Shape(tensor.shape.numpy())
     if native_type(value) != old:
         for node in dict.fromkeys(use.node for use in value.uses()):
-            refresh_body(graph, node)
+            # An edit of several operands passes through shapes that do not fit each other; `retype` ends and checks it.
+            with contextlib.suppress(VerifyError):
+                refresh_body(graph, node)
 
 
 def free_signature(graph: OnnxGraph) -> None:
