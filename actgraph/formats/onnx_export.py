@@ -8,7 +8,6 @@ the opset of the model, so that any ONNX runtime can run the result.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ def to_onnx(graph: FxGraph, opset: int | None = None) -> OnnxGraph:
     """``graph`` as an ONNX graph of ``opset`` (default: the lowest of 18 and up that serves its ops and types).
 
     Names, weights (shared, not copied), symbolic sizes, provenance, sites, history, notes and companions are kept; each
-    FX value is the ONNX value of the same name, except those that are graph outputs, which have their public name.
+    FX value that still exists is the ONNX value of the same name. Saving gives graph outputs their public names.
     Raises UnsupportedError naming an op that ONNX cannot express.
     """
     needed = lowest_opset(graph)
@@ -57,6 +56,7 @@ def to_onnx(graph: FxGraph, opset: int | None = None) -> OnnxGraph:
     result = OnnxGraph(
         model,
         graph.name,
+        outputs=[name for name, _ in graph.outputs()],
         roles={**graph.input_roles, **graph.output_roles},
         optional=list(graph.defaults),
     )
@@ -145,20 +145,8 @@ def _parameters(graph: FxGraph, translator: Translator) -> list[ir.Value]:
 
 
 def _outputs(graph: FxGraph, translator: Translator) -> list[ir.Value]:
-    """The graph outputs under their public names; a copy where a value is an input, a parameter or output twice."""
-    taken: set[ir.Value] = set()
-    found: list[ir.Value] = []
-    for name, value in graph.outputs():
-        native = translator.values[value.key]
-        if native.producer() is None or native in taken:
-            copy = translator.emit.op("Identity", native)
-            translator.emit.finish(name, [(name, copy, value.type)], functools.partial(_Describer(), value.key))
-            native = copy
-        else:
-            translator.emit.rename(native, name)
-        taken.add(native)
-        found.append(native)
-    return found
+    """The graph outputs, as values; saving gives them their public names."""
+    return [translator.values[value.key] for _, value in graph.outputs()]
 
 
 class _Describer:

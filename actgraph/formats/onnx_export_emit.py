@@ -183,16 +183,6 @@ class Emitter:
         self._names.add(value.name or "")
         self._source_values.add(id(value))
 
-    def rename(self, value: ir.Value, name: str) -> None:
-        """Give ``value`` the public name of a graph output; whoever has that name gets another."""
-        if value.name == name:
-            return
-        if name in self._names:
-            for other in (other for node in self.nodes for other in node.outputs if other.name == name):
-                other.name = self.unique(name)
-        self._names.add(name)
-        value.name = name
-
     def live_nodes(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
         """The nodes that ``outputs`` depend on, in order; the others stop reading their operands."""
         needed = set(outputs)

@@ -4,7 +4,8 @@ A graph gives the one it has (its ``position_ids`` or ``attention_mask`` input, 
 one becomes an *optional* input with a neutral default, so that hosts that know nothing of it still run the file.
 
 The default has size 1 on every axis (``[1, 1]`` for an input of rank 2: onnxruntime checks the rank of a default against
-the declared shape), so whoever computes with a context value must let it broadcast.
+the declared shape), so whoever computes with a context value must let it broadcast, and reshape it with -1 instead of
+``batch`` or ``seq``.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from actgraph.errors import ActgraphError
+from actgraph.graph.onnx_insert import body_of
 from actgraph.graph.onnx_native import plain_attributes, registered
 from actgraph.graph.onnx_normalize import all_nodes
 from actgraph.graph.onnx_state import graph_attributes
@@ -28,9 +29,19 @@ def problems(graph: OnnxGraph) -> Iterator[str]:
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             yield f"initializer {name} has no data"
-        elif value.shape is not None and tuple(value.shape) != tuple(value.const_value.shape):
+        elif value.shape is not None and not _fits(value, name in graph.optional):
             yield f"initializer {name} holds {tuple(value.const_value.shape)} but declares {value.shape}"
     yield from _order(graph)
+
+
+def _fits(value: ir.Value, optional: bool) -> bool:
+    """Whether stored data has the declared shape. The default of an optional input may have size 1 where a name stands."""
+    assert value.shape is not None and value.const_value is not None
+    declared, stored = tuple(value.shape), tuple(value.const_value.shape)
+    if declared == stored:
+        return True
+    free = [optional and size == 1 and not isinstance(dim, int) for dim, size in zip(declared, stored, strict=False)]
+    return len(declared) == len(stored) and all(d == s or f for d, s, f in zip(declared, stored, free, strict=True))
 
 
 def _scopes(graph: OnnxGraph, native: ir.Graph, outside: set[ir.Value], path: str) -> Iterator[str]:
@@ -100,8 +111,18 @@ def _node(graph: OnnxGraph, node: ir.Node) -> Iterator[str]:
         yield f"{node.name}: {error.message}"
     if (node.domain, node.op_type, node.overload) not in graph.model.functions:
         yield f"{node.name}: the model has no body for {node.op_type} {node.overload!r}".rstrip()
+    elif not _has_fitting_body(graph, node):
+        yield f"{node.name}: its function body was made for other operands or attributes"
     elif node.overload and graph.model.ir_version < 10:
         yield f"{node.name}: overloads need IR version 10, the model has {graph.model.ir_version}"
+
+
+def _has_fitting_body(graph: OnnxGraph, node: ir.Node) -> bool:
+    try:
+        body = body_of(graph, node)
+    except ActgraphError:
+        return True  # the operands themselves do not fit, which the shared verifier says
+    return body is None or body.overload == node.overload
 
 
 def _order(graph: OnnxGraph) -> Iterator[str]:

@@ -256,13 +256,14 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
         if declared is not None and declared.shape is not None:
             sizes.update({dim: n for dim, n in zip(declared.shape, np.shape(sample), strict=False) if isinstance(dim, str)})
     sizes.update({"batch": batch, "seq": seq})
+    if padding not in ("none", "left", "right"):
+        raise InputError(f"padding must be none, left or right, not {padding!r}")
     result: dict[str, Array] = {}
-    mask = _mask(batch, seq, padding)
     for value in graph.inputs():
         if graph.role(value.name) not in (Role.USER, Role.CONTEXT) or is_optional(graph, value):
             continue
         shape = tuple(_size(dim, sizes, seq) for dim in value.shape or ())
-        result[value.name] = _plausible(graph, value, shape, mask, rng)
+        result[value.name] = _plausible(graph, value, shape, padding, rng)
     return result
 
 
@@ -290,25 +291,25 @@ def _size(dim: Dim, sizes: Mapping[str, int], fallback: int) -> int:
     return fallback
 
 
-def _mask(batch: int, seq: int, padding: str) -> Array:
-    mask = np.ones((batch, seq), np.int64)
-    pad = seq // 3 + (seq > 1) * (seq < 3)
+def _mask(shape: tuple[int, ...], padding: str) -> Array:
+    """Ones, with about a third of the last row masked on one side."""
+    mask = np.ones(shape, np.int64)
+    length = shape[-1]
+    pad = max(length // 3, int(length == 2))
     if padding == "left" and pad:
         mask[-1, :pad] = 0
     elif padding == "right" and pad:
-        mask[-1, seq - pad :] = 0
-    elif padding not in ("none", "left", "right"):
-        raise InputError(f"padding must be none, left or right, not {padding!r}")
+        mask[-1, length - pad :] = 0
     return mask
 
 
-def _plausible(graph: Graph, value: Value, shape: tuple[int, ...], mask: Array, rng: np.random.Generator) -> Array:
+def _plausible(graph: Graph, value: Value, shape: tuple[int, ...], padding: str, rng: np.random.Generator) -> Array:
     name, dtype = value.name, value.dtype or DType.F32
-    if "mask" in name and not dtype.is_float:
-        return (mask if shape == mask.shape else np.ones(shape)).astype(dtype.numpy)
-    if name == "position_ids" or name.endswith("positions"):
-        counted = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
-        return (counted if shape == counted.shape else np.broadcast_to(np.arange(shape[-1]), shape)).astype(dtype.numpy)
+    if len(shape) == 2 and not dtype.is_float:
+        if "mask" in name:
+            return _mask(shape, padding).astype(dtype.numpy)
+        if "position" in name:
+            return np.maximum(np.cumsum(_mask(shape, padding), axis=-1) - 1, 0).astype(dtype.numpy)
     if name == "token_type_ids" or name.endswith("type_ids"):
         return np.zeros(shape, dtype.numpy)
     if dtype is DType.BOOL:

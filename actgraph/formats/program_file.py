@@ -1,0 +1,127 @@
+"""Programs of several graphs as a folder: ``program.json``, one ``.onnx`` file per graph, one file with all weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from actgraph.errors import InputError
+from actgraph.formats import onnx_finish, onnx_stream
+from actgraph.formats.atomic import atomic_file, clear_errors, temporary_file
+from actgraph.formats.companions import write_companions
+from actgraph.formats.onnx_file import load_onnx
+from actgraph.graph.graph import Graph
+from actgraph.graph.onnx import OnnxGraph
+from actgraph.graph.program import Driver, Program
+from actgraph.graph.text import data_hash
+
+MANIFEST = "program.json"
+_VERSION = 1
+
+_Tensor = tuple[str, ir.TensorProtocol, str]  # name, data, content hash
+
+
+def save_program(program: Program, folder: Path, *, opset: int | None = None) -> Path:
+    """Write ``program`` into ``folder`` (made if missing) and return it. Weights of equal content are stored once.
+
+    The manifest is written last: a folder without one was not finished. Raises InputError where it cannot be written.
+    """
+    with clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    graphs = {name: _as_onnx(graph, opset) for name, graph in program.graphs.items()}
+    opened = {name: graph.clone() for name, graph in graphs.items()}
+    renamed = {name: onnx_finish.finish(graph) for name, graph in opened.items()}
+    tensors = {name: _tensors(graph) for name, graph in opened.items()}
+    location, offsets = _write_weights(folder, [item for listed in tensors.values() for item in listed])
+    files = {}
+    for name, graph in opened.items():
+        path = folder / f"{name}.onnx"
+        record = write_companions(graphs[name].companions, path)
+        onnx_finish.write_metadata(graph, graphs[name], renamed[name], record)
+        _write_graph(graph, path, tensors[name], location, offsets)
+        files[name] = path.name
+    manifest = {
+        "version": _VERSION, "name": program.name, "graphs": files, "driver": program.driver.to_dict(), "weights": location,
+        "slots": [program.slots[name].to_dict() for name in sorted(program.slots)],
+    }  # fmt: skip
+    with atomic_file(folder / MANIFEST) as stream:
+        stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    return folder
+
+
+def load_program(folder: str | Path) -> Program:
+    """The program that ``save_program`` wrote. Raises InputError for a folder that holds none or is damaged."""
+    folder = Path(folder)
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["version"] != _VERSION:
+            raise InputError(f"{folder} was written by another version of actgraph", "save it again with this one")
+        driver, files = Driver.from_dict(manifest["driver"]), dict(manifest["graphs"])
+    except OSError as error:
+        raise InputError(f"{folder} holds no {MANIFEST}", "a program is a folder that Program.save wrote") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged: {error}", "save the program again") from error
+    outside = [file for file in files.values() if Path(file).name != file]
+    if outside:
+        raise InputError(f"{folder / MANIFEST} names a file outside of its folder: {outside[0]}")
+    graphs: dict[str, Graph] = {name: load_onnx(folder / file) for name, file in files.items()}
+    return Program(graphs, driver, manifest["name"])
+
+
+def _as_onnx(graph: Graph, opset: int | None) -> OnnxGraph:
+    if isinstance(graph, OnnxGraph):
+        return graph
+    from actgraph.formats.onnx_export import to_onnx
+    from actgraph.graph.fx import FxGraph
+
+    assert isinstance(graph, FxGraph)
+    return to_onnx(graph, opset)
+
+
+def _tensors(graph: OnnxGraph) -> list[_Tensor]:
+    found = []
+    for value in graph.model.graph.initializers.values():
+        if value.const_value is None:
+            continue
+        name = str(value.name)
+        found.append((name, value.const_value, data_hash(graph.value(name))))
+    return found
+
+
+def _is_external(tensor: ir.TensorProtocol) -> bool:
+    return tensor.nbytes >= onnx_stream.SMALLEST_EXTERNAL and not isinstance(tensor, ir.StringTensor)
+
+
+def _write_weights(folder: Path, tensors: list[_Tensor]) -> tuple[str, dict[str, int]]:
+    """Write each content once; returns the name of the file and where each content is."""
+    distinct = {digest: tensor for _, tensor, digest in tensors if _is_external(tensor)}
+    if not distinct:
+        return "", {}
+    with temporary_file(folder / "weights.data") as (stream, temporary):
+        places, digest = onnx_stream.write_data(stream, distinct.items())
+        stream.close()
+        location = onnx_stream.data_name(folder / "weights.data", digest)
+        os.replace(temporary, folder / location)
+    return location, {content: offset for content, offset, _ in places}
+
+
+def _write_graph(graph: OnnxGraph, path: Path, tensors: list[_Tensor], location: str, offsets: dict[str, int]) -> None:
+    entries: list[onnx_stream.Entry] = []
+    for name, tensor, digest in tensors:
+        if digest in offsets and _is_external(tensor):
+            entries.append((onnx_stream.external_header(name, tensor, location, offsets[digest]), None))
+        else:
+            entries.extend(onnx_stream.headers([(name, tensor)]))
+    native = graph.model.graph
+    declared = {value.name for value in native.inputs}
+    values = [value for value in native.initializers.values() if value.metadata_props and value.name not in declared]
+    native.initializers.clear()
+    proto = ir.to_proto(graph.model)
+    for value in values:
+        ir.serde.serialize_value_into(proto.graph.value_info.add(), value)
+    with atomic_file(path) as stream:
+        onnx_stream.write_model(stream, proto, entries)

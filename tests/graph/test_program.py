@@ -1,0 +1,228 @@
+"""Programs: one graph as before, several over shared weights; context values as their first users."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actgraph.errors import InputError, PassError, VerifyError
+from actgraph.formats.onnx_export import to_onnx
+from actgraph.formats.program_file import load_program
+from actgraph.graph.context import KINDS, counted_positions, graph_context, has_context, input_default
+from actgraph.graph.graph import Graph, Role
+from actgraph.graph.parity import compare
+from actgraph.graph.program import Case, Driver, Program, Slot, declare_slot, diff_programs
+from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import TensorType
+from tests import zoo
+
+
+def two(dialect: str = "fx") -> Program:
+    """A full graph and one that stops after the first block, over the same weights."""
+    full = zoo.captured("llama")
+    short = full.clone()
+    with short.edit("cut") as editor:
+        editor.redirect(short.site("blocks.1.resid_post").value, short.site("blocks.0.resid_post").value)
+        editor.erase_dead()
+    graphs: dict[str, Graph] = {"full": full, "short": short}
+    if dialect == "onnx":
+        graphs = {name: to_onnx(graph) for name, graph in graphs.items()}  # type: ignore[arg-type]
+    return Program(graphs, Driver("short", (Case("full", every=3),)), "early exit")
+
+
+def test_a_program_of_one_behaves_like_its_graph(tmp_path: Path) -> None:
+    graph = zoo.captured("llama")
+    program = Program.of(graph)
+    assert program.text() == graph.text() and program.content_hash() == graph.content_hash()
+    assert program.graph is graph and len(program) == 1 and repr(program) == repr(graph)
+    program.verify()
+    assert program.save(tmp_path / "m.onnx") == tmp_path / "m.onnx"
+    assert (tmp_path / "m.onnx").is_file()
+    with graph.edit("test") as editor:
+        editor.insert_at(graph.site("blocks.0.resid_post"), "mul", [np.float32(2)])
+    assert not diff_programs(program, program.clone()) and diff_programs(Program.of(zoo.captured("llama")), program)
+
+
+def test_driver_is_data() -> None:
+    driver = Driver.prefill_then_decode()
+    assert [driver.graph_at(step) for step in range(3)] == ["prefill", "decode", "decode"]
+    cached = Driver("cheap", (Case("full", steps=(1, 4), every=5),))
+    assert [cached.graph_at(step) for step in range(7)] == ["full", "full", "cheap", "cheap", "full", "full", "cheap"]
+    assert Driver.from_dict(json.loads(json.dumps(cached.to_dict()))) == cached
+    assert str(cached) == "step 1, 4 and every 5 steps -> full; else -> cheap"
+    with pytest.raises(InputError, match="lacks"):
+        Program({"a": zoo.captured("mlp")}, Driver("b"))
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_weights_are_edited_once_and_graphs_each(dialect: str) -> None:
+    program = two(dialect)
+    program.verify()
+    shared = program.shared()
+    assert "model.layers.0.mlp.up_proj.weight" in shared and "model.layers.1.mlp.up_proj.weight" not in shared
+    before = program.content_hash()
+    original = program.graphs["full"].read(program.graphs["full"].views.linears()[0].weight).copy()
+
+    def edit(graph: Graph) -> int:
+        """Relative to the old weight, so that doing it twice would show; and a node in every graph."""
+        with graph.edit("scale") as editor:
+            linear = graph.views.linears()[0]
+            linear.write_weight(editor, linear.read_weight() * 2)
+            editor.insert_at(graph.site("blocks.0.resid_post"), "mul", [np.float32(1.5)])
+            return len(graph.nodes())
+
+    counts = program.apply(edit)
+    assert counts["full"] > counts["short"]
+    program.verify()
+    assert program.content_hash() != before
+    weights = [graph.views.linears()[0].weight for graph in program]
+    arrays = [graph.read(weight) for graph, weight in zip(program, weights, strict=True)]
+    assert np.shares_memory(*arrays), "one result, stored once"
+    assert np.array_equal(arrays[0], original * 2)
+    alone = zoo.captured("llama")
+    edit(alone)
+    compare(alone, program.graphs["full"], [zoo.inputs("llama")], rtol=1e-4).check()
+
+
+def test_a_failing_or_disagreeing_edit_rolls_everything_back() -> None:
+    program = two()
+    before = program.content_hash()
+
+    def fails_on_the_second(graph: Graph) -> None:
+        with graph.edit("bad") as editor:
+            if len(graph.views.linears()) < 10:
+                raise PassError("no")
+            editor.insert_at(graph.site("blocks.0.resid_post"), "mul", [np.float32(2)])
+
+    with pytest.raises(PassError, match="no"):
+        program.apply(fails_on_the_second)
+    assert program.content_hash() == before
+
+    def depends_on_the_graph(graph: Graph) -> None:
+        with graph.edit("bad") as editor:
+            linear = graph.views.linears()[0]
+            linear.write_weight(editor, linear.read_weight() * len(graph.nodes()))
+
+    with pytest.raises(PassError, match="differs between full and short"):
+        program.apply(depends_on_the_graph)
+    assert program.content_hash() == before
+    program.verify()
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_several_graphs_are_saved_with_one_file_of_weights(dialect: str, tmp_path: Path) -> None:
+    program = two(dialect)
+    folder = program.save(tmp_path / "program")
+    data = list(folder.glob("*.data"))
+    assert len(data) == 1 and sorted(p.name for p in folder.glob("*.onnx")) == ["full.onnx", "short.onnx"]
+    full = program.graphs["full"]
+    total = sum(full.read(p).nbytes for p in full.parameters())
+    assert data[0].stat().st_size < 1.3 * total, "shared weights are stored once"
+    loaded = load_program(folder)
+    assert loaded.driver == program.driver and loaded.name == program.name
+    loaded.verify()
+    for name, graph in program.graphs.items():
+        compare(graph, loaded.graphs[name], [zoo.inputs("llama")], rtol=1e-4).check()
+    if dialect == "onnx":
+        assert loaded.content_hash() == program.content_hash()
+        assert not diff_programs(program, loaded)
+    (folder / "program.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        load_program(folder)
+    with pytest.raises(InputError, match="holds no"):
+        load_program(tmp_path)
+
+
+def test_text_and_diff_of_several_graphs() -> None:
+    left, right = two(), two()
+    text = left.text()
+    assert "driver every 3 steps -> full; else -> short" in text and "# short" in text and "shared model.norm.weight" in text
+    assert left.content_hash() == right.content_hash()
+    right.graphs["short"].history.clear()
+    with right.graphs["short"].edit("test") as editor:
+        editor.insert_at(right.graphs["short"].site("blocks.0.mlp.out"), "mul", [np.float32(2)])
+    right.driver = Driver("short", (Case("full", every=4),))
+    kinds = {change.kind for change in diff_programs(left, right)}
+    assert kinds == {"driver", "short: node"}
+
+
+def test_slots_are_paired() -> None:
+    graph = zoo.captured("mlp")
+    slot = Slot("mean", DType.F32, ("batch", 7), update="replace", reset="session")
+    with graph.edit("test") as editor:
+        state = editor.add_input("state_in.mean", slot.type, role=Role.SLOT, default=np.zeros((1, 7), np.float32))
+        result = editor.insert("add", [graph.outputs()[0][1], state]).output
+        editor.add_output(result, "state_out.mean", role=Role.SLOT)
+    declare_slot(graph, slot)
+    program = Program.of(graph)
+    assert program.slots == {"mean": slot} and Slot.from_dict(json.loads(json.dumps(slot.to_dict()))) == slot
+    program.verify()
+    assert Program.of(to_onnx(graph)).slots == program.slots
+    with graph.edit("test") as editor:
+        editor.remove_output("state_out.mean")
+    with pytest.raises(VerifyError, match="mean"):
+        Program.of(graph).verify()
+    with pytest.raises(InputError, match="reset"):
+        Slot("s", DType.F32, (), reset="sometimes")
+
+
+# --- context values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_a_causal_model_gives_its_own_positions_and_mask(dialect: str) -> None:
+    graph: Graph = zoo.captured("llama")
+    graph = to_onnx(graph) if dialect == "onnx" else graph  # type: ignore[arg-type]
+    names = [value.name for value in graph.inputs()]
+    with graph.edit("test") as editor:
+        assert graph_context(graph, editor, "positions") == graph.input("position_ids")
+        valid = graph_context(graph, editor, "valid_tokens")
+        assert valid.type == TensorType(DType.BOOL, ("batch", "seq"))
+        assert graph_context(graph, editor, "valid_tokens") == valid
+    assert [value.name for value in graph.inputs()] == names
+    graph.verify()
+
+
+def test_positions_that_the_graph_counts_itself() -> None:
+    graph = zoo.captured("opt")
+    assert counted_positions(zoo.captured("mlp")) is None
+    if "position_ids" not in {value.name for value in graph.inputs()}:
+        assert has_context(graph, "positions")
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_missing_value_becomes_an_optional_input_that_changes_nothing(name: str, dialect: str) -> None:
+    graph: Graph = zoo.captured("vit") if name == "step" else zoo.captured("llama")
+    source = graph.clone()
+    graph = to_onnx(graph) if dialect == "onnx" else graph  # type: ignore[arg-type]
+    inputs = zoo.inputs(source.name)
+    owned = has_context(graph, name)
+    with graph.edit("test") as editor:
+        value = graph_context(graph, editor, name)
+        if not owned:
+            assert graph_context(graph, editor, name) == value
+            assert graph.role(name) is Role.CONTEXT
+            default = input_default(graph, name)
+            assert default is not None and default.size == 1 and default.ndim == len(value.shape or ())
+            number = editor.insert("cast", [value], {"to": DType.F32}).output
+            wide = editor.insert("reshape", [number], {"shape": (-1, 1, 1)}).output
+            factor = editor.insert("add", [wide, np.float32(1)]).output
+            editor.insert_at(graph.site("blocks.0.resid_post"), "mul", [factor])
+    graph.verify()
+    if owned:
+        return
+    compare(source, graph, [inputs], rtol=1e-4).check()  # the input is left out
+    rows = next(iter(inputs.values())).shape[0]
+    given = np.zeros(rows if KINDS[name].axes else 1, KINDS[name].dtype.numpy)
+    compare(source, graph, [{**inputs, name: given}], rtol=1e-4).check()
+    assert not compare(source, graph, [{**inputs, name: given + 3}], rtol=1e-3).ok
+
+
+def test_context_needs_tokens() -> None:
+    graph = zoo.captured("mlp")
+    with graph.edit("test") as editor, pytest.raises(InputError, match="no context value"):
+        graph_context(graph, editor, "weather")
