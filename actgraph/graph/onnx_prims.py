@@ -6,6 +6,7 @@ both. Contrib ops of onnxruntime (domain ``com.microsoft``) are read where they 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,10 @@ class _Call:
         self.graph = graph
         self.node = node
         self.operands = node.operands
-        self.attributes = node.attributes
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, Any]:
+        return self.node.attributes
 
     def __getitem__(self, index: int) -> Value | None:
         return self.operands[index] if index < len(self.operands) else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from actgraph.graph.graph import Node, Use, Value
 from actgraph.graph.prims import Prim
+from actgraph.graph.recognize.experts import expert_parts
 from actgraph.graph.recognize.semantic import Operand, Read, Semantics
 from actgraph.graph.views import Linear
 from actgraph.ops.shapes import Shape
@@ -22,7 +23,9 @@ class Stored:
 
 def linears(semantics: Semantics) -> list[Linear]:
     """All linear layers, in the order of the nodes that produce their outputs."""
-    found = [linear for prim in semantics.prims if prim is not None for linear in _linear(semantics, prim)]
+    parts = expert_parts(semantics)
+    prims = [prim for prim in semantics.prims if prim is not None and prim.node not in parts]
+    found = [linear for prim in prims for linear in _linear(semantics, prim)]
     return sorted(found, key=lambda linear: semantics.position(linear.output))
 
 

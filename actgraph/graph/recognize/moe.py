@@ -6,37 +6,23 @@ or a batched matmul whose weights were gathered by expert index. Two of them wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from actgraph.graph.graph import Value
-from actgraph.graph.prims import Prim
+from actgraph.graph.recognize.experts import ExpertProduct, expert_products, looked_up
 from actgraph.graph.recognize.linear import by_output
-from actgraph.graph.recognize.semantic import Operand, Semantics
+from actgraph.graph.recognize.semantic import Semantics
 from actgraph.graph.views import Linear, MixtureOfExperts
 
 _REACH = 24
 #: What stands between the products of an expert: an activation, however it is spelled, a gate, and the halves of a fused one.
 _BETWEEN = frozenset({
     "reshape", "split", "slice", "clip", "add", "sub", "mul", "div", "pow", "neg", "erf", "tanh", "exp", "relu", "gelu",
-    "silu", "sigmoid",
-    "softplus", "hardswish", "mish", "where", "min", "max",
+    "silu", "sigmoid", "softplus", "hardswish", "mish", "where", "min", "max",
 })  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One expert product. rows: its input, ``[rows, in]``; index: expert indices or group ends; output: ``[rows, out]``."""
-
-    prim: Prim
-    rows: Value
-    index: Value
-    output: Value
-    experts: int
 
 
 def mixtures(semantics: Semantics, linears: list[Linear]) -> list[MixtureOfExperts]:
     """All mixtures of experts, in the order of their outputs."""
-    products = [p for prim in semantics.prims if prim is not None and (p := _product(semantics, prim)) is not None]
+    products = expert_products(semantics)
     by_value = {semantics.root(p.output): p for p in products}
     outputs = by_output(semantics, linears)
     found = []
@@ -48,67 +34,7 @@ def mixtures(semantics: Semantics, linears: list[Linear]) -> list[MixtureOfExper
     return sorted(found, key=lambda m: semantics.position(m.output))
 
 
-def _product(s: Semantics, prim: Prim) -> _Product | None:
-    if prim.op == "grouped_matmul":
-        x, weights, index = prim.operands[:3]
-        if not (isinstance(x, Value) and isinstance(weights, Value) and isinstance(index, Value) and s.is_constant(weights)):
-            return None
-        experts = weights.shape[0] if weights.shape is not None and len(weights.shape) == 3 else None
-        return _Product(prim, s.root(x), index, prim.output, experts) if isinstance(experts, int) else None
-    if prim.op != "matmul":
-        return None
-    for weights, x in (prim.operands[:2], prim.operands[1::-1]):
-        gathered = _gathered(s, weights)
-        if gathered is not None and isinstance(x, Value):
-            index, experts = gathered
-            return _Product(prim, _flat(s, x), index, _squeezed(s, prim.output), experts)
-    return None
-
-
-def _gathered(s: Semantics, operand: Operand) -> tuple[Value, int] | None:
-    """``(index, experts)`` of weights ``[experts, ., .]`` gathered by expert index."""
-    current = operand
-    for _ in range(6):
-        prim = s.source(current, casts=True)
-        if prim is None or not prim.operands:
-            return None
-        source = prim.operands[0]
-        if prim.op == "transpose":
-            current = source
-            continue
-        if prim.op not in ("index", "gather") or prim.attributes.get("axis", 0) != 0 or not isinstance(source, Value):
-            return None
-        index = prim.operands[1] if len(prim.operands) == 2 else None
-        shape = source.shape
-        if not s.is_constant(source) or not isinstance(index, Value) or s.is_constant(index):
-            return None
-        if shape is None or len(shape) != 3:
-            return None
-        return (_flat(s, index), shape[0]) if isinstance(shape[0], int) else None
-    return None
-
-
-def _flat(s: Semantics, value: Value) -> Value:
-    """The value without the axis of one that a batched product or a gather needs."""
-    value = s.root(value)
-    prim = s.prim(value)
-    source = prim.operands[0] if prim is not None and prim.op == "reshape" else None
-    if not isinstance(source, Value) or source.shape is None or value.shape is None:
-        return value
-    dropped = tuple(d for d in value.shape if d != 1) == source.shape and len(source.shape) < len(value.shape)
-    return s.root(source) if dropped else value
-
-
-def _squeezed(s: Semantics, output: Value) -> Value:
-    read = s.only_reader(output)
-    if read is None or read.prim is None or read.prim.op != "reshape":
-        return output
-    shape = output.shape
-    result = read.prim.output
-    return result if shape is not None and result.shape == tuple(d for d in shape if d != 1) else output
-
-
-def _feeds(s: Semantics, product: _Product, by_value: dict[Value, _Product]) -> bool:
+def _feeds(s: Semantics, product: ExpertProduct, by_value: dict[Value, ExpertProduct]) -> bool:
     """Whether the rows of a product come from another expert product through an activation: it is a down projection."""
     stack = [product.rows]
     seen: set[Value] = set()
@@ -125,7 +51,7 @@ def _feeds(s: Semantics, product: _Product, by_value: dict[Value, _Product]) -> 
     return False
 
 
-def _mixture(s: Semantics, down: _Product, outputs: dict[Value, Linear]) -> MixtureOfExperts | None:
+def _mixture(s: Semantics, down: ExpertProduct, outputs: dict[Value, Linear]) -> MixtureOfExperts | None:
     output, gates = _mixed(s, down.output)
     router = _router(s, gates if gates is not None else down.index, outputs)
     if router is None:
@@ -154,18 +80,12 @@ def _mixed(s: Semantics, rows: Value) -> tuple[Value, Value | None]:
                 break
             summed = True
         elif prim.op == "add" and not summed:
-            if not any(_is_looked_up(s, operand) for operand in prim.operands):
+            if not any(looked_up(s, operand) is not None for operand in prim.operands):
                 break
         elif prim.op not in ("reshape", "transpose") and (summed or prim.op not in ("index", "gather")):
             break
         current = prim.output
     return current, gates
-
-
-def _is_looked_up(s: Semantics, operand: Operand) -> bool:
-    """Whether an operand is taken from a stored table, as the biases of the rows' experts are."""
-    prim = s.source(operand, casts=True)
-    return prim is not None and prim.op in ("index", "gather") and s.is_constant_operand(prim.operands[0])
 
 
 def _gates(s: Semantics, value: Value) -> Value:
@@ -197,7 +117,7 @@ def _router(s: Semantics, value: Value, outputs: dict[Value, Linear]) -> Linear 
     return None
 
 
-def _expert_index(s: Semantics, down: _Product) -> Value | None:
+def _expert_index(s: Semantics, down: ExpertProduct) -> Value | None:
     """The expert of each row: the gather's index, or what the group ends were counted from."""
     rows = down.rows.shape[0] if down.rows.shape else None
     stack = [down.index]
