@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from actgraph.errors import CaptureError, InputError
 from actgraph.formats.trace_dims import (
@@ -110,7 +111,20 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     result = {**named, **{key: value for key, value in kwargs.items() if value is not None}}
     if not result:
         raise InputError(f"{type(module).__name__} needs example inputs", "pass args or kwargs")
-    return result
+    return _distinct(result)
+
+
+def _distinct(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A tensor that is passed twice as two tensors: torch.export would read both arguments from one input."""
+    seen: set[int] = set()
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in seen:
+            return tensor.clone()
+        seen.add(id(tensor))
+        return tensor
+
+    return dict(tree_map_only(torch.Tensor, once, arguments))
 
 
 @contextlib.contextmanager

@@ -98,10 +98,10 @@ class SiteTable:
         return next((name for name in self.names_of(value) if name in self.role_names), "")
 
     def edge_name(self, node: Node, index: int) -> str:
-        """The canonical name of the edge that is operand ``index`` of ``node``, or ``""``."""
+        """The canonical name of the edge that is operand ``index`` of ``node`` and no other, or ``""``."""
         for name in self._on_node.get(node, ()):
             anchor = self.anchors[name]
-            if anchor.kind is SiteKind.EDGE and (node, index) in anchor.edges:
+            if anchor.kind is SiteKind.EDGE and anchor.edges == ((node, index),):
                 return name
         return ""
 

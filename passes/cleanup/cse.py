@@ -15,6 +15,7 @@ class CommonSubexpressions(Pass):
 
     name: ClassVar[str] = "cse"
     family: ClassVar[str] = "cleanup"
+    preserves: ClassVar[frozenset[str]] = frozenset({"values"})
     repeatable: ClassVar[bool] = True
     may_do_nothing: ClassVar[bool] = True
 

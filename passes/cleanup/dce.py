@@ -13,6 +13,7 @@ class DeadCode(Pass):
 
     name: ClassVar[str] = "dce"
     family: ClassVar[str] = "cleanup"
+    preserves: ClassVar[frozenset[str]] = frozenset({"values"})
     repeatable: ClassVar[bool] = True
     may_do_nothing: ClassVar[bool] = True
 

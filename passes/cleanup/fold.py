@@ -21,6 +21,7 @@ class FoldConstants(Pass):
 
     name: ClassVar[str] = "fold"
     family: ClassVar[str] = "cleanup"
+    preserves: ClassVar[frozenset[str]] = frozenset({"values"})
     repeatable: ClassVar[bool] = True
     may_do_nothing: ClassVar[bool] = True
 

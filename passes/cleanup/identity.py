@@ -20,6 +20,7 @@ class RemoveIdentities(Pass):
 
     name: ClassVar[str] = "identity"
     family: ClassVar[str] = "cleanup"
+    preserves: ClassVar[frozenset[str]] = frozenset({"values"})
     repeatable: ClassVar[bool] = True
     may_do_nothing: ClassVar[bool] = True
 

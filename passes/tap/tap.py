@@ -17,6 +17,7 @@ class Tap(SitePass):
 
     name: ClassVar[str] = "tap"
     family: ClassVar[str] = "tap"
+    preserves: ClassVar[frozenset[str]] = frozenset({"values"})
 
     prefix: str = Field(default="", description="Text put before the site's name in the output's name.")
 

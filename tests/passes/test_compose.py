@@ -85,3 +85,10 @@ def test_dynamic_sizes_survive(stories: Graph) -> None:
     rewritten = apply(stories, PIPELINES[0])
     for batch, length in ((1, 1), (1, 7), (3, 17)):
         assert run(rewritten, token_inputs(batch, length)).shape == (batch, length, 512)
+
+
+def test_gated_edges_are_calibrated_after(stories: Graph) -> None:
+    """Static activation scales at edges that a gate was put on: the edge, not the module, is what is measured."""
+    both = apply(stories, "sparsify{method=teal threshold=0.05}, quantize{weights=none activations=static}")
+    assert sum(node.op == "actgraph.fake_quant" for node in both.nodes()) >= 5 * 7
+    assert relative(run(apply(stories, "sparsify{method=teal threshold=0.05}")), run(both)) < 0.5  # random tokens
