@@ -147,7 +147,10 @@ def make_tokenizer(files: dict[str, bytes]) -> Any:
         import tokenizers
     except ImportError:
         return None
-    return tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    try:
+        return tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(f"the model's tokenizer.json cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
