@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from actgraph import __version__
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.formats import onnx_finish, onnx_stream
 from actgraph.formats.atomic import atomic_file, temporary_file
@@ -23,6 +24,7 @@ from actgraph.formats.companions import read_companions, write_companions
 from actgraph.graph.graph import Graph
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.onnx_native import array_of, tensor_of
+from actgraph.graph.onnx_opset import renew_bodies
 from actgraph.graph.onnx_state import collector_paused
 
 #: The oldest standard opset that is read.
@@ -64,6 +66,8 @@ def _load(path: Path) -> OnnxGraph:
         optional=found.get("optional", []) if ours else None, typed=typed,
     )  # fmt: skip
     onnx_finish.restore(graph, found)
+    if found.get("version") != __version__:
+        renew_bodies(graph)  # ops may have changed since the file was written
     graph.companions = read_companions(path, found.get("companions", {}) if ours else None)
     return graph
 

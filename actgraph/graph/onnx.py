@@ -113,10 +113,11 @@ class OnnxGraph(Graph):
     @property
     def owners(self) -> dict[ir.Graph, tuple[ir.Node | None, str]]:
         """The node that each body belongs to (none for model functions), and the path under which its nodes are named."""
+        model = self.model  # building a clone forgets what is cached
         if self._owners is None:
             self._owners = {}
-            self._find_owners(self.model.graph, "")
-            for (domain, name, overload), function in self.model.functions.items():
+            self._find_owners(model.graph, "")
+            for (domain, name, overload), function in model.functions.items():
                 path = f"{domain}::{name}{':' + overload if overload else ''}/"
                 self._owners[function.graph] = (None, path)
                 self._find_owners(function.graph, path)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from actgraph.errors import UnsupportedError, VerifyError
+from actgraph.errors import ActgraphError, UnsupportedError
 from actgraph.graph.onnx_dims import carries_sizes
 from actgraph.graph.onnx_native import array_of, native_type, set_native_type, tensor_of
 from actgraph.graph.onnx_normalize import all_nodes, write_origin
@@ -243,9 +243,7 @@ def set_parameter(graph: OnnxGraph, value: ir.Value, data: np.ndarray[Any, Any])
     value.shape = ir.Shape(tensor.shape.numpy())
     if native_type(value) != old:
         for node in dict.fromkeys(use.node for use in value.uses()):
-            # An edit of several operands passes through shapes that do not fit each other; `retype` ends and checks it.
-            with contextlib.suppress(VerifyError):
-                refresh_body(graph, node)
+            refresh_body(graph, node)
 
 
 def free_signature(graph: OnnxGraph) -> None:
@@ -375,11 +373,16 @@ def retype(graph: OnnxGraph, nodes: Sequence[ir.Node], propagate: bool = True) -
 
 
 def refresh_body(graph: OnnxGraph, node: ir.Node) -> None:
-    """Give an actgraph node the function body that fits its operands now."""
+    """Give an actgraph node the function body that fits its operands now.
+
+    Between two edits operands may not fit each other (a vector is cut before the activation it is added to). Then the body
+    stays; inferring the types of the node, which comes after the last of such edits, looks again.
+    """
     if node.domain == DOMAIN and node.graph is not None:
         from actgraph.graph.onnx_insert import attach_body
 
-        attach_body(graph, node)
+        with contextlib.suppress(ActgraphError):
+            attach_body(graph, node)
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray[Any, Any] | None:

@@ -71,12 +71,9 @@ _ZEROS: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": "", "int
 
 def attach_body(graph: OnnxGraph, node: ir.Node) -> None:
     """Make the model hold the function body of an actgraph node, and the node name its overload."""
-    definition = registered(node.op_type)
-    if definition is None:
+    function = body_of(graph, node)
+    if function is None:
         return  # an op of another version of actgraph: the body that came with the file stays
-    given = plain_attributes(node)
-    structural = tuple((a.name, given[a.name]) for a in definition.attributes if a.structural)
-    function = _body(definition.name, structural, tuple(operand_types(definition, node)), graph.opset)
     model = graph.model
     node.overload = function.overload
     if function.identifier() not in model.functions:
@@ -85,6 +82,16 @@ def attach_body(graph: OnnxGraph, node: ir.Node) -> None:
         graph._owners = None
     for domain, version in function.opset_imports.items():
         model.opset_imports.setdefault(domain, version)
+
+
+def body_of(graph: OnnxGraph, node: ir.Node) -> ir.Function | None:
+    """The function body that fits an actgraph node as it is; ``None`` for an op that the registry does not have."""
+    definition = registered(node.op_type)
+    if definition is None:
+        return None
+    given = plain_attributes(node)
+    structural = tuple((a.name, given[a.name]) for a in definition.attributes if a.structural)
+    return _body(definition.name, structural, tuple(operand_types(definition, node)), graph.opset)
 
 
 def operand_types(definition: OpDef, node: ir.Node) -> list[TensorType | None]:

@@ -56,7 +56,9 @@ def lift(graph: OnnxGraph, opset: int) -> None:
     model.opset_imports[""] = opset
     model.ir_version = max(model.ir_version, 10)
     graph._forget()
-    _renew_bodies(graph)
+    for key in [key for key in graph.model.functions if key[0] == DOMAIN]:
+        del graph.model.functions[key]
+    renew_bodies(graph)
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
@@ -208,12 +210,13 @@ class _Graft:
         return name
 
 
-def _renew_bodies(graph: OnnxGraph) -> None:
-    """Function bodies of actgraph nodes are built for one opset."""
-    from actgraph.graph.onnx_insert import attach_body
+def renew_bodies(graph: OnnxGraph) -> None:
+    """Build the function bodies of all actgraph nodes again, for the opset and the ops of now."""
+    from actgraph.graph.onnx_edit import refresh_body
 
-    for key in [key for key in graph.model.functions if key[0] == DOMAIN]:
+    nodes = [node for node in graph.model.graph.all_nodes() if node.domain == DOMAIN]
+    for node in nodes:
+        refresh_body(graph, node)
+    used = {(node.domain, node.op_type, node.overload) for node in nodes}
+    for key in [key for key in graph.model.functions if key[0] == DOMAIN and key not in used]:
         del graph.model.functions[key]
-    for node in graph.model.graph.all_nodes():
-        if node.domain == DOMAIN:
-            attach_body(graph, node)

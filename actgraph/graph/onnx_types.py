@@ -378,11 +378,12 @@ def _pad(self: Inference, node: ir.Node, operands: Types) -> Types | None:
         pads = self.shapes.of(node.inputs[1])
     if shape is None or pads is None:
         return [TensorType(operands[0].dtype, (None,) * len(shape) if shape is not None else None)]
-    axes: Sequence[int] | None = range(len(shape))
+    axes: Sequence[int] = range(len(shape))
     if len(node.inputs) > 3 and node.inputs[3] is not None:
-        axes = self.shapes.ints(node.inputs[3])
-        if axes is None:
+        given = self.shapes.ints(node.inputs[3])
+        if given is None:
             return [TensorType(operands[0].dtype, (None,) * len(shape))]
+        axes = given
     result = list(shape)
     half = len(pads) // 2
     for place, axis in enumerate(axes):

@@ -566,3 +566,44 @@ def test_work_grows_linearly_in_nodes():
 def test_metadata_is_plain_json():
     graph = models.mlp()
     json.dumps({node.name: node.origin.to_dict() for node in graph.nodes()})
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_fresh_clone_answers_every_question_first(make):
+    """A clone is built when it is first looked at, whatever the look is."""
+    graph = make()
+    questions = {
+        "inputs": lambda g: [v.name for v in g.inputs()],
+        "outputs": lambda g: [name for name, _ in g.outputs()],
+        "parameters": lambda g: [v.name for v in g.parameters()],
+        "nodes": lambda g: [n.name for n in g.nodes()],
+        "subgraph nodes": lambda g: [n.name for n in g.subgraph_nodes()],
+        "values": lambda g: list(g.values_by_name),
+        "owners": lambda g: [path for _, path in g.owners.values()],
+        "names": lambda g: sorted(g.node_names),
+        "opset": lambda g: g.opset,
+        "sites": lambda g: [site.name for site in g.sites()],
+        "text": lambda g: g.text(),
+        "clone": lambda g: g.clone().text(),
+        "problems": lambda g: list(g.structural_problems()),
+    }
+    for name, ask in questions.items():
+        assert ask(graph.clone()) == ask(graph), name
+
+
+def test_parameters_and_operands_may_not_fit_between_two_edits():
+    graph = models.graph(
+        """<ir_version: 9, opset_import: ["": 18]> g (float[n, 4] x) => (float[n, 4] y) { h = MatMul(x, up)  y = MatMul(h, down) }""",
+        up=models.weights(4, 6), down=models.weights(6, 4),
+    )  # fmt: skip
+    with graph.edit("steer") as editor:
+        node = editor.insert("actgraph.shift", [graph.value("h"), np.ones(6, np.float32)])
+        editor.redirect(graph.value("h"), node.output)
+    with graph.edit("prune") as editor:
+        editor.set_parameter(node.operands[1], np.ones(3, np.float32))
+        editor.set_parameter(graph.value("up"), models.weights(4, 3))
+        editor.set_parameter(graph.value("down"), models.weights(3, 4))
+        editor.retype([graph.value("h").producer])
+    graph.verify()
+    assert node.output.shape == ("n", 3)
+    graph.run(models.feed(graph))
