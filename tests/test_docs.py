@@ -113,3 +113,25 @@ def test_reference_pages_are_up_to_date() -> None:
 def test_the_readme_begins_with_the_two_commands() -> None:
     first = blocks("README.md")[0].text
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
+
+
+def test_the_pictures_of_the_readme_are_what_is_printed(tmp_path: Path) -> None:
+    """The first block as the embedded model is printed, the second after the pipeline that the text names."""
+    import numpy as np
+
+    import actgraph as ag
+    from tests import zoo
+
+    def lines(text: str) -> list[str]:
+        return [" ".join(line.split()) for line in text.splitlines()]
+
+    before, after = (block.text for block in blocks("README.md") if block.language == "text")
+    graph = zoo.captured("stories260k")
+    ag.SteeringVector({"": np.ones(64, np.float32)}).save(tmp_path / "happy.safetensors")
+    named = re.search(r"and after `(.*?)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert named is not None
+    out = ag.run(graph, named.group(1).replace("happy.safetensors", str(tmp_path / "happy.safetensors")), parity="none")
+    for text, picture in ((graph.text(), before), (out.graph.text(), after)):
+        printed = lines(text)
+        start = printed.index(lines(picture)[0])
+        assert printed[start : start + len(lines(picture))] == lines(picture)

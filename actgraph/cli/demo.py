@@ -23,6 +23,11 @@ EXAMPLE = example("actgraph demo", "actgraph demo --keep demo-files")
 SITE = "blocks.1.resid_post"
 _BRIGHT = ("happy", "smile", "smiled", "laugh", "laughed", "fun", "love", "loved")
 _GLOOMY = ("sad", "cry", "cried", "scared", "hurt", "angry", "mad", "afraid")
+#: How the embedded model continues its start token, as documented where it comes from (actgraph/data/README.md).
+DOCUMENTED = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red "
+    "ball. She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the park.\""
+)
 #: Largest difference between torch and onnxruntime, relative to the largest logit.
 TOLERANCE = 1e-4
 
@@ -48,7 +53,9 @@ def demo(
         with contextlib.chdir(folder):  # so that the pipeline reads as a user would write it
             ok = _tour()
         if keep is not None:
-            shutil.copytree(folder, keep, dirs_exist_ok=True)
+            keep.mkdir(exist_ok=True)
+            for path in Path(folder).iterdir():
+                shutil.copy(path, keep)
             print(f"\nfiles kept in {keep}")
     print(f"\n{time.perf_counter() - started:.0f} seconds in all")
     if not ok:
@@ -96,15 +103,19 @@ def _tour() -> bool:
         print(f"  {what:20} {before:.4f} -> {value:.4f}  ({value / before - 1:+.2%})")
 
     _title("7. the model's text before and after (greedy)")
-    plain = ag.generate(graph, "", 60)
-    tokens = {"torch": ag.generate(result.graph, "", 60)} | {
-        name: ag.generate(candidate, "", 60) for name, candidate in exported.items()
+    length = len(graph.companions.tokenizer.encode(DOCUMENTED).ids) - 1
+    graph.save("plain.onnx")
+    plain = ag.generate(graph, "", length)
+    documented = plain.text == DOCUMENTED and ag.generate(ag.load("plain.onnx"), "", length).tokens == plain.tokens
+    tokens = {"torch": ag.generate(result.graph, "", length)} | {
+        name: ag.generate(candidate, "", length) for name, candidate in exported.items()
     }
     print(f"before: {_flat(plain.text)}")
     print(f"after:  {_flat(tokens['torch'].text)}")
+    print(f"{_verdict(documented)}: before is the documented text of the model, in torch and in onnxruntime")
     same = len({generation.tokens for generation in tokens.values()}) == 1
-    print(f"{_verdict(same)}: the same tokens from {', '.join(tokens)}")
-    return ok and same
+    print(f"{_verdict(same)}: after is the same tokens in {', '.join(tokens)}")
+    return ok and documented and same
 
 
 def _prove(graph: Graph) -> tuple[bool, dict[str, Graph]]:
