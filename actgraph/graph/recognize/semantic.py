@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from actgraph.graph.graph import Graph, Node, Role, Value
-from actgraph.graph.prims import Prim, Scalar
+from actgraph.graph.prims import Prim, Scalar, as_scalar, is_single
 from actgraph.ops.registry import DOMAIN
 
 Operand = Value | Scalar | None
@@ -129,6 +129,8 @@ class Semantics:
         """The number that an operand is, or that a constant tensor is filled with."""
         if not isinstance(operand, Value):
             return operand
+        if operand.is_parameter:
+            return as_scalar(self.graph.read(operand)) if is_single(operand.shape) else None
         prim = self.source(operand, casts=True)
         if prim is not None and prim.op == "expand":
             return self.number(prim.operands[0])
