@@ -81,10 +81,7 @@ def has_context(graph: Graph, name: str) -> bool:
 
 def input_default(graph: Graph, name: str) -> Array | None:
     """The default of an optional input; ``None`` for inputs that must be given."""
-    defaults = getattr(graph, "defaults", None)
-    if defaults is not None:
-        return defaults.get(name)  # type: ignore[no-any-return]
-    return graph.default(name)  # type: ignore[attr-defined,no-any-return]
+    return graph.default(name)
 
 
 def token_dims(graph: Graph) -> tuple[Dim, ...] | None:

@@ -279,6 +279,9 @@ class FxGraph(Graph):
         tensor = self.tensor(parameter)
         return tensor, tensor._version
 
+    def default(self, name: str) -> Array | None:
+        return self.defaults.get(name)
+
     def structural_problems(self) -> Iterator[str]:
         return fx_check.problems(self)
 

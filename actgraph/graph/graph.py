@@ -278,6 +278,10 @@ class Graph(abc.ABC):
         """
         return self.read(parameter), 0
 
+    def default(self, name: str) -> Array | None:
+        """The default of an optional input (shape [1]); ``None`` for the others."""
+        return None
+
     # --- changing: called by Editor only ----------------------------------------------------------------------------
 
     @abc.abstractmethod

@@ -43,7 +43,7 @@ def content_hash(graph: Graph) -> str:
 
 
 def _lines(graph: Graph, name: str, *, sites: bool, provenance: bool) -> Iterator[str]:
-    inputs = ", ".join(_signature(graph, v.name, v) for v in graph.inputs())
+    inputs = ", ".join(_signature(graph, v.name, v) + _default(graph, v.name) for v in graph.inputs())
     outputs = ", ".join(_signature(graph, label, v) for label, v in graph.outputs())
     yield f"graph {name}({inputs})" if name else f"graph({inputs})"
     yield f"    -> ({outputs}) {{"
@@ -69,6 +69,11 @@ def _lines(graph: Graph, name: str, *, sites: bool, provenance: bool) -> Iterato
 def _signature(graph: Graph, label: str, value: Value) -> str:
     role = graph.role(label)
     return f"{label}: {value.type}" + (f" <{role.value}>" if role is not Role.USER else "")
+
+
+def _default(graph: Graph, name: str) -> str:
+    array = graph.default(name)
+    return f" = {attribute_text(array)}" if array is not None else ""
 
 
 def _node_line(node: Node, role_name_of: Any, provenance: bool) -> str:
