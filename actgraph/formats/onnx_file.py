@@ -7,7 +7,7 @@ import io
 import logging
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from actgraph import __version__
-from actgraph.errors import InputError, UnsupportedError
+from actgraph.errors import ActgraphError, InputError, UnsupportedError
 from actgraph.formats import onnx_finish, onnx_stream
 from actgraph.formats.atomic import atomic_file, temporary_file
 from actgraph.formats.companions import read_companions, write_companions
@@ -47,15 +47,22 @@ def load_onnx(path: str | Path, **options: Any) -> OnnxGraph:
 
 
 def _load(path: Path) -> OnnxGraph:
-    proto = _parse(path)
+    proto, contents = _parse(path)
     _check(path, proto)
+    names = {tensor.name: contents[index] for index, tensor in enumerate(proto.graph.initializer) if index in contents}
     try:
         with _quiet():
             model = ir.from_proto(proto)
-    except Exception as error:  # onnx_ir wraps whatever goes wrong in its own error, whose message is a page long
-        raise InputError(f"{path} is not a valid ONNX model: {_root_cause(error)}") from error
-    del proto
-    _read_tensors(model, path)
+        del proto
+        return _build(model, path, names)
+    except ActgraphError:
+        raise
+    except Exception as error:  # a damaged file that parses can break any assumption; the cause is kept for --debug
+        raise InputError(f"{path} is not a valid ONNX model: {_root_cause(error)}", "export or copy it again") from error
+
+
+def _build(model: ir.Model, path: Path, contents: Mapping[str, bytearray]) -> OnnxGraph:
+    _read_tensors(model, path, contents)
     found = onnx_finish.read_metadata(model)
     outputs = onnx_finish.take_back_names(model, found.get("renamed", {}))
     ours = "version" in found
@@ -180,17 +187,13 @@ def _write_external(target: Path, tensors: Sequence[tuple[str, ir.TensorProtocol
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def _parse(path: Path) -> tuple[onnx.ModelProto, dict[int, bytearray]]:
     try:
-        data = path.read_bytes()
+        return onnx_stream.read_model(path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except DecodeError as error:
+    except (DecodeError, ValueError) as error:
         raise InputError(f"{path} is not an ONNX file, or it is damaged", "export or copy the model again") from error
-    return proto
 
 
 def _check(path: Path, proto: onnx.ModelProto) -> None:
@@ -201,13 +204,37 @@ def _check(path: Path, proto: onnx.ModelProto) -> None:
         if entry.domain in ("", "ai.onnx") and not MIN_OPSET <= entry.version <= newest:
             hint = "convert it with onnx.version_converter" if entry.version < MIN_OPSET else "upgrade the onnx package"
             raise UnsupportedError(f"{path} has opset {entry.version}; {MIN_OPSET} to {newest} are supported", hint)
+    if not all(isinstance(text, str) for text in _texts(proto)):  # protobuf gives bytes where text is no UTF-8
+        raise InputError(f"{path} is damaged: it has names that are no text", "export or copy the model again")
     if proto.graph.sparse_initializer:
         raise UnsupportedError(f"{path} has sparse initializers", "store the weights densely")
 
 
-def _read_tensors(model: ir.Model, path: Path) -> None:
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    """Every name in the model."""
+    graphs = [proto.graph]
+    nodes = [node for function in proto.functions for node in function.node]
+    for function in proto.functions:
+        yield from (function.name, function.domain, function.overload, *function.input, *function.output, *function.attribute)
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            nodes.extend(graph.node)
+            yield from (item.name for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
+            continue
+        node = nodes.pop()
+        yield from (node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield attribute.name
+            graphs.extend([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs)
+
+
+def _read_tensors(model: ir.Model, path: Path, contents: Mapping[str, bytearray]) -> None:
     """Replace every tensor that refers to the file or its data by one over memory: a view, mapped where it is external."""
     maps: dict[str, mmap.mmap] = {}
+    for value in model.graph.initializers.values():
+        if value.name in contents and value.const_value is not None:
+            value.const_value = _from_memory(path, str(value.name), value.const_value, contents[str(value.name)])
     for value in _initialized(model):
         tensor = value.const_value
         if tensor is not None:
@@ -228,6 +255,18 @@ def _resident(name: str, tensor: ir.TensorProtocol, path: Path, maps: dict[str, 
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: the data of {name} does not fit its shape {list(tensor.shape)}") from error
     return tensor_of(array, name)
+
+
+def _from_memory(path: Path, name: str, tensor: ir.TensorProtocol, data: bytearray) -> ir.TensorProtocol:
+    """A tensor whose data was read past the protobuf parser."""
+    if len(data) != tensor.nbytes:
+        raise InputError(f"{path}: the data of {name} does not fit its shape {list(tensor.shape)}")
+    shape = tensor.shape.numpy()
+    if tensor.dtype.bitwidth < 8:
+        return ir.PackedTensor(np.frombuffer(data, np.uint8), tensor.dtype, shape=shape, name=name)
+    array = np.frombuffer(data, tensor.dtype.numpy())
+    array.flags.writeable = False
+    return tensor_of(array.reshape(shape), name)
 
 
 def _mapped(name: str, tensor: ir.ExternalTensor, path: Path, maps: dict[str, mmap.mmap]) -> ir.TensorProtocol:

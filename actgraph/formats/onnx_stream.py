@@ -1,12 +1,15 @@
-"""Writing ONNX files without holding the weights twice.
+"""Reading and writing ONNX files without holding the weights twice.
 
-A ``ModelProto`` is one length-prefixed field after another, so the graph is written first without its initializers, then
-each initializer with its data straight from memory. The file is an ordinary protobuf that any reader takes.
+A ``ModelProto`` is one length-prefixed field after another. So the graph is written first without its initializers, then
+each initializer with its data straight from memory; the file is an ordinary protobuf that any reader takes. And it is read
+by stepping over the data of large initializers, which goes from the file into arrays.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -102,6 +105,96 @@ def _varint(value: int) -> bytes:
         value >>= 7
     result.append(value)
     return bytes(result)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_model(path: Path) -> tuple[onnx.ModelProto, dict[int, bytearray]]:
+    """A model and, by position among the initializers of its graph, the data of the large ones, which the proto lacks.
+
+    Raises OSError when the file cannot be read, ValueError when it is no protobuf of a model.
+    """
+    with open(path, "rb") as stream:
+        if os.fstat(stream.fileno()).st_size == 0:
+            raise ValueError("the file is empty")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            skeleton, cuts = _without_data(data)
+        contents: dict[int, bytearray] = {}
+        for index, (start, length) in cuts.items():
+            contents[index] = bytearray(length)
+            stream.seek(start)
+            if stream.readinto(contents[index]) != length:
+                raise ValueError("the file ends early")
+    proto = onnx.ModelProto()
+    proto.ParseFromString(skeleton)
+    return proto, contents
+
+
+def _without_data(data: mmap.mmap) -> tuple[bytes, dict[int, tuple[int, int]]]:
+    """The serialized model less the raw data of large initializers, and where in the file those are."""
+    outer: list[bytes] = []
+    inner: list[bytes] = []
+    cuts: dict[int, tuple[int, int]] = {}
+    count = 0
+    for key, begin, start, end in _fields(data, 0, len(data)):
+        if key != _GRAPH << 3 | 2:
+            outer.append(data[begin:end])
+            continue
+        for field, first, low, high in _fields(data, start, end):
+            if field != _INITIALIZER << 3 | 2:
+                inner.append(data[first:high])
+                continue
+            if high - low >= SMALLEST_EXTERNAL:
+                pieces = []
+                for part, at, left, right in _fields(data, low, high):
+                    if part == _RAW_DATA << 3 | 2 and right - left >= SMALLEST_EXTERNAL:
+                        cuts[count] = (left, right - left)
+                    else:
+                        pieces.append(data[at:right])
+                tensor = b"".join(pieces)
+                inner.append(_key(_INITIALIZER) + _varint(len(tensor)) + tensor)
+            else:
+                inner.append(data[first:high])
+            count += 1
+    graph = b"".join(inner)
+    return b"".join(outer) + _key(_GRAPH) + _varint(len(graph)) + graph, cuts
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of a message at ``data[start:end]``: key, where the field begins, where its content begins, where it ends."""
+    position = start
+    while position < end:
+        begin = position
+        key, position = _read_varint(data, position, end)
+        match key & 7:
+            case 0:
+                low = position
+                _, position = _read_varint(data, position, end)
+            case 1:
+                low, position = position, position + 8
+            case 2:
+                length, low = _read_varint(data, position, end)
+                position = low + length
+            case 5:
+                low, position = position, position + 4
+            case _:
+                raise ValueError("not a protobuf message")
+        if position > end or key >> 3 == 0:
+            raise ValueError("not a protobuf message, or a damaged one")
+        yield key, begin, low, position
+
+
+def _read_varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+    result = shift = 0
+    while position < end and shift < 64:
+        byte = data[position]
+        position += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, position
+        shift += 7
+    raise ValueError("not a protobuf message, or a damaged one")
 
 
 def data_name(path: Path, digest: str) -> str:

@@ -22,11 +22,12 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def normalize(model: ir.Model) -> None:
-    """Bring ``model`` into the form that the dialect relies on. Raises InputError on a graph with a cycle."""
+    """Bring ``model`` into the form that the dialect relies on. Raises InputError on a cycle and on undefined values."""
     graph = model.graph
     if "ai.onnx" in graph.opset_imports:
         version = graph.opset_imports.pop("ai.onnx")
         graph.opset_imports.setdefault("", version)
+    _check_defined(graph, set())
     if not _is_sorted(graph, set()):
         try:
             graph.sort()
@@ -141,6 +142,23 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
             case "value_strings":
                 return tensor_of(np.array(attribute.value, object))
     return None
+
+
+def _check_defined(graph: ir.Graph, outside: set[ir.Value]) -> None:
+    """Raise InputError when something reads a value that nothing defines."""
+    known = outside | set(graph.inputs) | set(graph.initializers.values())
+    known.update(value for node in graph for value in node.outputs)
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in known:
+                reader = node.name or node.op_type
+                raise InputError(f"node {reader!r} reads {value.name!r}, which nothing in the ONNX graph defines")
+        for _, bodies in graph_attributes(node):
+            for body in bodies:
+                _check_defined(body, known)
+    for value in graph.outputs:
+        if value not in known:
+            raise InputError(f"output {value.name!r} is not defined in the ONNX graph")
 
 
 def _is_sorted(graph: ir.Graph, outside: set[ir.Value]) -> bool:

@@ -95,7 +95,7 @@ class _NodeState:
             attributes[name] = ir.AttrGraphs(name, built) if many else ir.AttrGraph(name, built[0])
         outputs = [output.build(values) for output in self.outputs]
         new = ir.Node(
-            self.domain, self.op_type, [values[v] if v is not None else None for v in self.inputs], attributes,
+            self.domain, self.op_type, [_known(v, values) if v is not None else None for v in self.inputs], attributes,
             overload=self.overload, outputs=outputs, version=self.node.version, name=self.name,
             doc_string=self.node.doc_string, metadata_props=_copy(self.metadata),
         )  # fmt: skip
@@ -150,7 +150,7 @@ class _GraphState:
         initializers = [values.get(state.value) or state.build(values) for state in self.initializers]
         built = [state.build(values, nodes) for state in self.nodes]
         graph = ir.Graph(
-            inputs, [values.get(v) or _stray(v, values) for v in self.outputs], nodes=built, initializers=initializers,
+            inputs, [_known(v, values) for v in self.outputs], nodes=built, initializers=initializers,
             opset_imports=dict(self.opset_imports), name=self.name, doc_string=self.graph.doc_string,
         )  # fmt: skip
         graph.metadata_props.update(self.metadata)
@@ -239,6 +239,6 @@ def _replace(target: Any, source: Mapping[Any, Any]) -> None:
     target.update(source)
 
 
-def _stray(value: ir.Value, values: dict[ir.Value, ir.Value]) -> ir.Value:
-    # an output that nothing produces: an invalid file, which the verifier reports
-    return _ValueState.of(value).build(values)
+def _known(value: ir.Value, values: dict[ir.Value, ir.Value]) -> ir.Value:
+    # what nothing defines gets a twin too, so that the verifier can report it on a clone
+    return values[value] if value in values else _ValueState.of(value).build(values)

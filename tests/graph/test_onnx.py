@@ -97,7 +97,8 @@ def test_unsorted_graphs_are_sorted_and_cycles_refused():
 
 def test_optional_inputs_and_weights_in_the_inputs():
     text = """<ir_version: {version}, opset_import: ["": 18]>
-        g (float[n, 4] x, float[4, 4] w, float[1] offset) => (float[n, 4] y) {{ h = MatMul(x, {weight})  y = Add(h, offset) }}"""
+        g (float[n, 4] x, float[4, 4] w, float[1] offset) => (float[n, 4] y)
+        {{ h = MatMul(x, {weight})  y = Add(h, offset) }}"""
     listed = models.graph(text.format(version=3, weight="w"), w=models.weights(4, 4), offset=np.ones(1, np.float32))
     assert [v.name for v in listed.inputs()] == ["x"], "IR 3 lists all weights as inputs"
     assert {p.name for p in listed.parameters()} == {"w", "offset"}
@@ -107,7 +108,8 @@ def test_optional_inputs_and_weights_in_the_inputs():
     assert [v.name for v in free.inputs()] == ["x", "offset"] and {p.name for p in free.parameters()} == {"k"}
     assert free.default("offset") == np.float32(1)
     x = np.ones((2, 4), np.float32)
-    np.testing.assert_allclose(free.run({"x": x, "offset": np.array([3], np.float32)})["y"] - free.run({"x": x})["y"], 2, rtol=1e-6)
+    given = free.run({"x": x, "offset": np.array([3], np.float32)})
+    np.testing.assert_allclose(given["y"] - free.run({"x": x})["y"], 2, rtol=1e-6)
 
 
 def test_scope_of_torch_exports():
@@ -355,8 +357,8 @@ def test_copy_region():
         editor.add_output(made[graph.value("a")], "copied")
     graph.verify()
     inputs = models.feed(graph)
-    x = inputs["x"] * 2
-    np.testing.assert_allclose(graph.run(inputs)["copied"], np.maximum(x @ models.weights(4, 4) + models.weights(4, seed=1), 0), rtol=1e-5)
+    expected = np.maximum(inputs["x"] * 2 @ models.weights(4, 4) + models.weights(4, seed=1), 0)
+    np.testing.assert_allclose(graph.run(inputs)["copied"], expected, rtol=1e-5)
     assert made[graph.value("a")].producer.origin.created_by == "copy"
 
 
@@ -487,7 +489,7 @@ def test_functions_are_typed_through_and_not_edited():
     graph = models.function_call()
     assert graph.value("a").type == TensorType(DType.F32, ("n", 4)), "through the function's body"
     assert graph.value("z").type == TensorType(None, None), "nobody knows unknown.Mystery"
-    inner = [node for node in graph.subgraph_nodes() if node.op == "onnx.Mul"][0]
+    inner = next(node for node in graph.subgraph_nodes() if node.op == "onnx.Mul")
     assert inner.name.startswith("local::Affine/")
     with pytest.raises(UnsupportedError, match="function"), graph.edit() as editor:
         editor.insert("neg", [inner.output])
@@ -593,7 +595,8 @@ def test_a_fresh_clone_answers_every_question_first(make):
 
 def test_parameters_and_operands_may_not_fit_between_two_edits():
     graph = models.graph(
-        """<ir_version: 9, opset_import: ["": 18]> g (float[n, 4] x) => (float[n, 4] y) { h = MatMul(x, up)  y = MatMul(h, down) }""",
+        """<ir_version: 9, opset_import: ["": 18]>
+        g (float[n, 4] x) => (float[n, 4] y) { h = MatMul(x, up)  y = MatMul(h, down) }""",
         up=models.weights(4, 6), down=models.weights(6, 4),
     )  # fmt: skip
     with graph.edit("steer") as editor:

@@ -100,8 +100,8 @@ def test_symbolic_shape_computations():
 def test_expand_idiom_of_old_torch_exports():
     """``where(shape == -1, ones, shape)`` is how torch.onnx wrote expand(-1, ...)."""
     found = infer(
-        """g (float[batch, 1, 8] x, float[batch, seq] like) => (y) <int64[1] one = {1}, int64[1] minus = {-1}, int64[1] eight = {8},
-            int64[1] three = {3}, int64[1] zero = {0}>
+        """g (float[batch, 1, 8] x, float[batch, seq] like) => (y)
+        <int64[1] one = {1}, int64[1] minus = {-1}, int64[1] eight = {8}, int64[1] three = {3}>
         {
           s = Shape(like)
           shape = Concat <axis = 0> (minus, seq, eight)
@@ -174,6 +174,7 @@ def test_native_types_round_trip():
     from actgraph.graph.onnx_native import native_type, set_native_type
 
     value = ir.Value(name="v")
-    for kind in (TensorType(DType.BF16, ("n", 4, None)), TensorType(None, None), TensorType(DType.BOOL, ()), TensorType(DType.I4, None)):
+    kinds = [(DType.BF16, ("n", 4, None)), (None, None), (DType.BOOL, ()), (DType.I4, None)]
+    for kind in (TensorType(*each) for each in kinds):
         set_native_type(value, kind)
         assert native_type(value) == kind
