@@ -389,6 +389,10 @@ def _causal(s: torch.Tensor) -> torch.Tensor:
     return s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
 
 
+def _bias(s: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(-1, 1, s.shape[-1] ** 2).view(1, 1, s.shape[-1], s.shape[-1])
+
+
 SCORES: list[tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor], bool]] = [
     ("plain", lambda q, k: q @ k.transpose(-1, -2) * 0.5, False),
     ("scaled before", lambda q, k: (q * 0.5) @ k.transpose(-1, -2), False),
@@ -396,6 +400,8 @@ SCORES: list[tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor], bo
     ("divided", lambda q, k: (q @ k.transpose(-1, -2)) / 2.0, False),
     ("soft-capped", lambda q, k: 5.0 * torch.tanh(q @ k.transpose(-1, -2) * 0.5 / 5.0), False),
     ("causal", lambda q, k: _causal(q @ k.transpose(-1, -2) / 2.0), False),
+    ("biased", lambda q, k: q @ k.transpose(-1, -2) / 2.0 + _bias(q @ k.transpose(-1, -2)), False),
+    ("biased and causal", lambda q, k: _causal(q @ k.transpose(-1, -2) / 2.0 + _bias(q @ k.transpose(-1, -2))), False),
     ("merged heads", lambda q, k: torch.bmm(q, k.transpose(1, 2)) / 2.0, True),
 ]
 
@@ -483,6 +489,40 @@ def test_weights_behind_dequantize_are_linears(transposed: bool) -> None:
     assert linear.weight.is_parameter and np.allclose(linear.read_weight(), expected * 2)
     x = np.random.default_rng(1).standard_normal((2, 3, 4)).astype(np.float32)
     assert np.allclose(graph.run({"x": x})["y"], x @ expected.T * 2, atol=1e-5)
+
+
+def test_quantized_activations_are_looked_through() -> None:
+    w = np.eye(4, dtype=np.float32)
+    graph = onnx_models.graph(
+        """<ir_version: 8, opset_import: ["": 13]>
+        g (float[n, 4] x) => (float[n, 4] y) {
+          u = MatMul(x, w)  r = Relu(u)  q = QuantizeLinear(r, s, z)  d = DequantizeLinear(q, s, z)  y = MatMul(d, v)
+        }""",
+        w=w, v=2 * w, s=np.asarray(0.1, np.float32), z=np.asarray(0, np.uint8),
+    )  # fmt: skip
+    (f,) = graph.views.feed_forwards()
+    assert (f.up.output.name, f.act.name, f.hidden.name, f.down.output.name) == ("u", "r", "d", "y")
+
+
+def test_lifted_graphs_show_their_linears() -> None:
+    """A joint graph of AOTAutograd takes its parameters as inputs: the forward linears are read all the same."""
+    from torch._functorch.aot_autograd import aot_export_module
+
+    from actgraph.graph.fx import FxGraph
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.net(x).square().sum(),)
+
+    gm, signature = aot_export_module(Loss(), (torch.randn(3, 4),), trace_joint=True, output_loss_index=0)
+    graph = FxGraph.from_joint(gm, signature)
+    sizes = [(linear.in_features, linear.out_features) for linear in graph.views.linears()]
+    assert sizes[:2] == [(4, 6), (6, 2)]
+    assert [a.function for a in graph.views.activations()][:1] == ["relu"]
 
 
 def test_products_of_other_ranks_are_not_linears() -> None:

@@ -78,6 +78,15 @@ def test_every_part_of_each_architecture_is_found(name: str) -> None:
     assert tuple(map(len, found)) == COUNTS[name]
 
 
+@pytest.mark.parametrize("inline", ["none", "all"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_views_are_equal_in_our_own_files(name: str, inline: str, tmp_path: Path) -> None:
+    """Functions kept or inlined: an inlined grouped product is one product for each expert, and still one mixture."""
+    graph = zoo.captured(name)
+    file = ag.load(graph.save(tmp_path / "model.onnx", **({"inline": "all"} if inline == "all" else {})))
+    assert view_table(file) == view_table(graph)
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
