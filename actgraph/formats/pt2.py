@@ -53,18 +53,42 @@ def load_pt2(path: str | Path, **options: Any) -> FxGraph:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    extra = {EXTRA: ""}
-    _register_ops()
     try:
         with _quiet():
-            program = torch.export.load(path, extra_files=extra)
-    except Exception as error:
+            description, tensors = _read_ours(path)
+            program = torch.export.load(path) if not description else None
+    except Exception as error:  # zip, JSON, pickle and torch each raise errors of their own
         reason = str(error).strip().splitlines()
         said = reason[0][:200] if reason else type(error).__name__
         raise InputError(f"{path} is no readable torch.export file: {said}") from error
-    if extra[EXTRA]:
-        return decode(json.loads(extra[EXTRA]), {**program.state_dict, **program.constants})
-    return _foreign(program, path)
+    if program is not None:
+        return _foreign(program, path)
+    try:
+        return decode(json.loads(description), tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is damaged: its description of the graph does not fit ({said[:200]})") from error
+
+
+def _read_ours(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """Our description (empty in a file of another tool) and the tensors by name.
+
+    torch's own program in the file is left alone: reading it takes several times as long as everything else, and we have no
+    use for it.
+    """
+    from torch.export.pt2_archive import _package as archive  # public functions read whole programs only
+    from torch.export.pt2_archive.constants import EXTRA_DIR
+
+    _register_ops()
+    with archive.PT2ArchiveReader(str(path)) as reader:
+        if f"{EXTRA_DIR}{EXTRA}" not in reader.get_file_names():
+            return "", {}
+        description = reader.read_string(f"{EXTRA_DIR}{EXTRA}")
+        tensors: dict[str, torch.Tensor] = {}
+        for part in (archive._load_state_dict(reader, "model"), archive._load_constants(reader, "model")):
+            if isinstance(part, dict):
+                tensors |= part
+        return description, tensors
 
 
 def _foreign(program: torch.export.ExportedProgram, path: Path) -> FxGraph:

@@ -256,7 +256,21 @@ def test_corrupt_files_give_one_line(content: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_description_gives_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda row: row.update(version=999), "another version"),
+        (lambda row: row.pop("nodes"), "is damaged"),
+        (lambda row: row["nodes"][-1].update(args={"tuple": [{"node": "nowhere"}]}), "is damaged"),
+        (lambda row: row["parameters"].append({**row["parameters"][0], "path": "more"}), "no data for parameter more"),
+        (
+            lambda row: row["nodes"][-2].update(target={"op": "nonsense.op.default"}),
+            r"nonsense\.op\.default, which is not defined",
+        ),
+        (lambda row: row["nodes"][-2].update(target={"function": "os:system"}), "not an operation on sizes"),
+    ],
+)
+def test_a_damaged_description_gives_one_line(spoil: Any, message: str, tmp_path: Path) -> None:
     path = zoo.captured("mlp").save(tmp_path / "model.pt2")
     damaged = tmp_path / "damaged.pt2"
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(damaged, "w") as target:
@@ -264,11 +278,12 @@ def test_a_damaged_description_gives_one_line(tmp_path: Path) -> None:
             data = source.read(item)
             if item.filename.endswith("actgraph.json"):
                 row = json.loads(data)
-                row["version"] = 999
+                spoil(row)
                 data = json.dumps(row).encode()
             target.writestr(item.filename, data)
-    with pytest.raises(InputError, match="another version"):
+    with pytest.raises(InputError, match=message) as caught:
         formats.load(damaged)
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
