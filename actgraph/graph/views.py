@@ -94,7 +94,8 @@ class Linear:
         if old is not None:
             uses = [use for use in old.uses if use.node in self.nodes and use != self.matrix]
             if old.is_parameter:
-                editor.set_parameter(old, data.reshape(editor.graph.read(old).shape), uses=uses)
+                leading = (1,) * (len(old.shape or (0,)) - 1)  # the width may change, the rank does not
+                editor.set_parameter(old, data.reshape(*leading, -1), uses=uses)
                 return
             stored = editor.add_parameter(f"{self.weight.name}_bias", data)
             for use in uses:

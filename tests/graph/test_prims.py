@@ -549,6 +549,28 @@ def test_a_shared_transpose_is_untied() -> None:
     assert np.array_equal(first.read_weight(), 2 * w) and np.array_equal(second.read_weight(), w)
 
 
+def test_a_shared_bias_is_untied_and_may_change_its_width() -> None:
+    """Exporters store equal biases once."""
+    w = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+    graph = onnx_models.graph(
+        """<ir_version: 8, opset_import: ["": 13]>
+        g (float[n, 4] x) => (float[n, 4] z) { u = MatMul(x, w)  y = Add(u, b)  v = MatMul(y, w2)  z = Add(b, v) }""",
+        w=w, w2=2 * w, b=np.ones(4, np.float32),
+    )  # fmt: skip
+    first, second = graph.views.linears()
+    assert first.bias == second.bias
+    with graph.edit("test") as editor:
+        first.write_weight(editor, first.read_weight()[:3])
+        first.write_bias(editor, np.zeros(3, np.float32))
+        second.write_weight(editor, second.read_weight()[:, :3])
+        editor.retype(first.nodes)
+    first, second = graph.views.linears()
+    assert (first.out_features, second.in_features) == (3, 3)
+    assert np.array_equal(first.read_bias(), np.zeros(3)) and np.array_equal(second.read_bias(), np.ones(4))  # type: ignore[arg-type]
+    x = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)
+    assert np.allclose(graph.run({"x": x})["z"], x @ w[:, :3] @ (2 * w)[:3] + 1, atol=1e-5)
+
+
 def test_a_bias_of_one_feature_is_a_bias() -> None:
     graph = onnx_models.graph(
         """<ir_version: 8, opset_import: ["": 13]>
