@@ -8,6 +8,7 @@ the opset of the model, so that any ONNX runtime can run the result.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from actgraph.errors import UnsupportedError
 from actgraph.formats.compat import torch_facade
 from actgraph.formats.onnx_export_emit import Emitter
 from actgraph.formats.onnx_export_sites import Carrier
-from actgraph.formats.onnx_export_translate import Translator
+from actgraph.formats.onnx_export_translate import Translator, onnx_op
 from actgraph.formats.onnx_export_types import set_type
 from actgraph.graph.fx import FxGraph
 from actgraph.graph.fx_build import lookup, module_scope
@@ -76,6 +77,8 @@ def lowest_opset(graph: FxGraph) -> int:
     opset = MIN_OPSET
     for node in graph.nodes():
         opset = max(opset, _NATIVE_SINCE.get(node.key.target, MIN_OPSET))
+        if node.op.startswith("onnx."):
+            opset = max(opset, onnx_op(node.key.target)[1])
         if node.op.startswith(f"{DOMAIN}."):
             opset = max(opset, get_op(node.op).min_opset)
         for value in node.outputs:
@@ -101,7 +104,7 @@ def build_model(graph: FxGraph, opset: int, carrier: Carrier) -> tuple[ir.Model,
     nodes = emit.live_nodes(outputs)
     initializers = [v for v in (*parameters, *emit.initializers.values()) if v.uses() or v in outputs]
     container = ir.Graph(
-        inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=function_opsets(opset), name=graph.name
+        inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=_imports(nodes, opset), name=graph.name
     )
     for name, default in graph.defaults.items():
         value = translator.values[graph.input(name).key]
@@ -112,6 +115,14 @@ def build_model(graph: FxGraph, opset: int, carrier: Carrier) -> tuple[ir.Model,
     if functions:
         InlinePass()(model)
     return model, translator
+
+
+def _imports(nodes: Iterable[ir.Node], opset: int) -> dict[str, int]:
+    """The operator sets that the model needs: ours, and those of foreign nodes in user code."""
+    imports = function_opsets(opset)
+    for node in nodes:
+        imports.setdefault(node.domain, node.version or 1)
+    return imports
 
 
 def _inputs(graph: FxGraph, translator: Translator) -> list[ir.Value]:

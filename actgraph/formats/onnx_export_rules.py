@@ -101,6 +101,20 @@ def unsqueeze(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return t.emit.op("Unsqueeze", a["self"], t.emit.ints([a["dim"] % rank]))
 
 
+@rule(aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default)
+def transpose(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
+    rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    order = list(range(rank))
+    if "dims" in a:
+        order = [axis % rank for axis in a["dims"]]
+    elif "dim0" in a and rank:
+        first, second = a["dim0"] % rank, a["dim1"] % rank
+        order[first], order[second] = second, first
+    elif "dim0" not in a:
+        order.reverse()
+    return t.emit.op("Transpose", a["self"], perm=order)
+
+
 @rule(aten.expand.default)
 def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     value, target = a["self"], t.type_of(node).shape

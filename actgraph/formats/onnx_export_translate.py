@@ -131,11 +131,13 @@ class Translator:
 
     def run(self, nodes: Iterable[fx.Node]) -> None:
         """Translate every call among ``nodes``; inputs and parameters must be in ``values``."""
-        for node in nodes:
-            if node.op == "call_function":
-                self._call(node)
-            elif node.op in ("call_module", "call_method"):
-                raise UnsupportedError(f"cannot export {node.op} {node.target} to ONNX", "capture the model with torch.export")
+        with self.facade.quiet("onnx_ir"):  # it warns of empty lists of integers
+            for node in nodes:
+                if node.op == "call_function":
+                    self._call(node)
+                elif node.op in ("call_module", "call_method"):
+                    reason = f"cannot export {node.op} {node.target} to ONNX"
+                    raise UnsupportedError(reason, "capture the model with torch.export")
 
     def _call(self, node: fx.Node) -> None:
         if is_item(node) and node in self.values:
@@ -174,6 +176,8 @@ class Translator:
             if result is not None:
                 return result
         args, kwargs = self._promoted(node)
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "onnx":
+            return self._onnx_op(node, args, kwargs)
         translation = self.facade.translation(node, self.emit.opset)
         if translation is not None:
             return self._torch_translation(node, translation, args, kwargs)
@@ -256,6 +260,16 @@ class Translator:
         )
         return list(values) if is_multiple(node) else values[0]
 
+    def _onnx_op(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One of ``torch.onnx.ops``: an ONNX op called from torch code."""
+        name, opset = onnx_op(node.target)
+        if opset > self.emit.opset:
+            raise UnsupportedError(f"{node.name} is an op of opset {opset}", f"export to opset {opset}")
+        attributes = ir.convenience.convert_attributes({key: value for key, value in kwargs.items() if value is not None})
+        count = len(node.meta["val"]) if is_multiple(node) else 1
+        values = self.emit.add(ir.Node("", name, _trimmed(list(args)), attributes, num_outputs=count))
+        return list(values) if is_multiple(node) else values[0]
+
     # --- type promotion ---------------------------------------------------------------------------------------------------
 
     def _promoted(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
@@ -286,6 +300,12 @@ class Translator:
 def _items(node: fx.Node) -> list[fx.Node]:
     """The accesses to the results of a call with several, in order."""
     return sorted(filter(is_item, node.users), key=lambda user: int(str(user.args[1])))
+
+
+def onnx_op(target: Any) -> tuple[str, int]:
+    """Name and opset of an overload of ``torch.onnx.ops``: ``onnx::RotaryEmbedding.opset23``."""
+    name, _, opset = target.name().removeprefix("onnx::").partition(".opset")
+    return name, int(opset)
 
 
 def _trimmed(operands: list[ir.Value | None]) -> list[ir.Value | None]:

@@ -309,7 +309,8 @@ def _plausible(graph: Graph, value: Value, shape: tuple[int, ...], padding: str,
         if "mask" in name:
             return _mask(shape, padding).astype(dtype.numpy)
         if "position" in name:
-            return np.maximum(np.cumsum(_mask(shape, padding), axis=-1) - 1, 0).astype(dtype.numpy)
+            counted: Array = np.maximum(np.cumsum(_mask(shape, padding), axis=-1) - 1, 0)
+            return counted.astype(dtype.numpy)
     if name == "token_type_ids" or name.endswith("type_ids"):
         return np.zeros(shape, dtype.numpy)
     if dtype is DType.BOOL:

@@ -328,6 +328,7 @@ class Odd(nn.Module):
             "softplus": nn.functional.softplus(x) + nn.functional.mish(x) + nn.functional.hardswish(x),
             "split": torch.cat([c, b, a], -1),
             "unbind": parts[0] - parts[1],
+            "transposed": x.permute(2, 0, -2).transpose(0, -1) + x.mT.transpose(1, 2).transpose(0, 1),
             "index": x[:, :, torch.tensor([0, 2, -1])],
             "floor": torch.div(i, 2, rounding_mode="floor") + i // 3,
             "reshaped": x.reshape(x.shape[0] * x.shape[1], -1).sum(0),
@@ -358,6 +359,25 @@ def test_odd_ops() -> None:
         for key, value in wanted.items():
             found = difference(key, value.numpy(), got[key])
             assert found.within(1e-5, 1e-6), found
+
+
+class Native(nn.Module):
+    """ONNX ops called from torch code: one that torch implements, one that only has a type."""
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rotated = torch.onnx.ops.rotary_embedding(x, table, table)
+        other = torch.onnx.ops.symbolic("com.example::Special", (x,), {"alpha": 2}, dtype=x.dtype, shape=x.shape, version=1)
+        return rotated, other
+
+
+def test_onnx_ops_of_torch_code_are_kept() -> None:
+    x, table = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 4)
+    result = to_onnx(trace(Native(), (x, table)))
+    assert result.opset == 23
+    ops = {node.op: node for node in result.nodes()}
+    assert set(ops) == {"onnx.RotaryEmbedding", "com.example.Special"}
+    assert ops["com.example.Special"].attributes == {"alpha": 2}
+    assert result.model.opset_imports["com.example"] == 1
 
 
 class Branch(nn.Module):

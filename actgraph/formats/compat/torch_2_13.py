@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.onnx._internal.exporter import _building, _core, _decomp, _dispatching, _registration
 from torch.onnx._internal.fx.passes import type_promotion
 
-__all__ = ["TorchTensor", "decompose", "graph_value", "has_translation", "namespace", "promotions", "recording", "translation"]
+__all__ = ["TorchTensor", "decompose", "graph_value", "namespace", "promotions", "quiet", "recording", "translation"]
 
 #: A torch tensor behind the tensor protocol of onnx_ir: shares memory, also for bfloat16 and float8.
 TorchTensor = _core.TorchTensor
@@ -34,12 +34,13 @@ Translation = Callable[..., Any]
 
 @functools.cache
 def _registry(opset: int) -> _registration.ONNXRegistry:
-    with _quiet("torch.onnx._internal.exporter._registration"):  # it warns of torchvision on every machine that has none
+    with quiet("torch.onnx._internal.exporter._registration"):  # it warns of torchvision on every machine that has none
         return _registration.ONNXRegistry.from_torchlib(opset)
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
+    """Errors only from the logger ``name`` inside the block."""
     log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.ERROR)
@@ -53,11 +54,6 @@ def _quiet(name: str) -> Iterator[None]:
 def _decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
     registered = set(_decomp.get_onnx_implemented_overloads(_registry(opset)))
     return dict(_decomp.create_onnx_friendly_decomposition_table(registered))
-
-
-def has_translation(target: Any, opset: int) -> bool:
-    """Whether torch has a translation of an ATen overload or operator function."""
-    return bool(_registry(opset).is_registered(target))
 
 
 def translation(node: torch.fx.Node, opset: int) -> Translation | None:
@@ -97,7 +93,7 @@ class Recording:
 def recording(opset: int, constants: dict[Any, ir.Value]) -> Iterator[Recording]:
     """Record the ONNX nodes that translations make inside the block. ``constants`` is shared by all blocks of a graph."""
     recorder = _building.OpRecorder(values.Opset("", opset), constants)
-    with evaluator.default_as(recorder), _quiet("onnx_ir"):  # it warns of empty lists of integers
+    with evaluator.default_as(recorder):
         _core.current_tracer = recorder  # read by the translations of higher-order ops
         try:
             yield Recording(recorder)
