@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from tests import zoo
 
@@ -23,7 +24,7 @@ class Hooks:
     """Inputs and outputs of every module during one forward, in order of its calls."""
 
     def __init__(self, model: nn.Module, inputs: Arrays, options: dict[str, Any]) -> None:
-        self.calls: dict[str, list[tuple[torch.Tensor | None, Any]]] = {}
+        self.calls: dict[str, list[tuple[list[torch.Tensor], Any]]] = {}
         handles = [
             m.register_forward_hook(functools.partial(self._record, n), with_kwargs=True) for n, m in model.named_modules()
         ]
@@ -35,14 +36,19 @@ class Hooks:
                 handle.remove()
 
     def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
-        self.calls.setdefault(name, []).append((first, output))
+        # Copies: some modules go on in place with what they were given (ResNet's sum).
+        given = [a.clone() for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        if isinstance(output, dict):  # transformers' output classes
+            output = tuple(output.values())
+        if isinstance(output, tuple):
+            output = tuple(part.clone() if isinstance(part, torch.Tensor) else part for part in output)
+        elif isinstance(output, torch.Tensor):
+            output = output.clone()
+        self.calls.setdefault(name, []).append((given, output))
 
     def into(self, module: str, call: int = 0) -> np.ndarray[Any, Any]:
-        """What the module was given."""
-        tensor = self.calls[module][call][0]
-        assert tensor is not None
-        return tensor.numpy()
+        """What the module was given first."""
+        return self.calls[module][call][0][0].numpy()
 
     def out(self, module: str, call: int = 0, part: int = 0) -> np.ndarray[Any, Any]:
         """What the module returned (one part of a tuple)."""

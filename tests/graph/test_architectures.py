@@ -29,10 +29,6 @@ EXCEPTIONS: dict[str, tuple[str, Callable[[str], bool]]] = {
         "the exporter merges two reshapes, so that attention results come out as rows [batch * seq, features]",
         lambda name: name.endswith("attn.head_out") or name in ("linear.1:in", "linear.5:in"),
     ),
-    "t5": (
-        "the exporter merges the key's two transposes, so that the key is read as [batch, seq, heads, head]",
-        lambda name: name.startswith("attention.") and name.endswith(":in[1]"),
-    ),
     "resnet": (
         "the exporter folds batch norms into the convolutions before them: no norm is left, a branch ends in a convolution",
         lambda name: name.startswith(("norm.", "conv.")) or name.endswith(".conv.out"),

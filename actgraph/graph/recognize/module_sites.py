@@ -1,9 +1,9 @@
 """Module sites: what the modules of the traced model take in and give out, from the scopes of its nodes.
 
 The output of a module is what is made inside it (or below) and read outside; its inputs are what it reads from outside, in
-the order of first use, stored data excepted. ``path`` is the output, ``path:out[k]`` one of several; ``path:in`` is the
-first input and ``path:in[k]`` one of several. A module called again is ``path@1``, ``path@2`` ... Sizes and index ranges
-that cross a boundary are no activations and have no site.
+the order of first use (floating-point ones before masks, positions and indices, stored data excepted). ``path`` is the
+output, ``path:out[k]`` one of several; ``path:in`` is the first input and ``path:in[k]`` one of several. A module called
+again is ``path@1``, ``path@2`` ... Sizes and index ranges that cross a boundary are no activations and have no site.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _sites(name: str, outputs: list[Value], inputs: dict[Value, Edges]) -> Itera
         yield Named(name, value_anchor(outputs[0]), MODULE)
     else:
         yield from (Named(f"{name}:out[{k}]", value_anchor(value), MODULE) for k, value in enumerate(outputs))
-    edges = [edge_anchor(edge) for edge in inputs.values()]
+    edges = [edge_anchor(inputs[value]) for value in sorted(inputs, key=_is_discrete)]
     if edges:
         yield Named(f"{name}:in", edges[0], MODULE)
     if len(edges) > 1:
@@ -108,6 +108,10 @@ def _common(left: tuple[str, ...], right: tuple[str, ...]) -> int:
             break
         count += 1
     return count
+
+
+def _is_discrete(value: Value) -> bool:
+    return value.dtype is not None and not value.dtype.is_float
 
 
 def _is_activation(value: Value) -> bool:
