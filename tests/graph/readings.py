@@ -227,6 +227,8 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: np.asarray(x * 0.5 * (1 + _erf(x / np.sqrt(2)))),
     "gelu_tanh": lambda x: np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
     "silu": lambda x: np.asarray(x * _sigmoid(x)),
+    "quick_gelu": lambda x: np.asarray(x * _sigmoid(1.702 * x)),
+    "relu6": lambda x: np.clip(x, 0, 6),
     "softplus": lambda x: np.logaddexp(x, 0),
     "tanh": np.tanh,
     "sigmoid": _sigmoid,
