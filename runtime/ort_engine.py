@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+_NOT_IN_NUMPY = frozenset({DType.BF16, DType.F8E4M3, DType.F8E5M2, DType.I4, DType.U4})
 _ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 
 
@@ -42,6 +43,8 @@ class OrtRunner:
     """A graph in an onnxruntime session. Thread-safe, as sessions are."""
 
     def __init__(self, graph: OnnxGraph, values: Sequence[Value] = ()) -> None:
+        import onnxruntime as ort
+
         twin = graph.clone()
         keys: dict[str, str] = {name: name for name, _ in graph.outputs()}
         for value in values:
@@ -55,13 +58,14 @@ class OrtRunner:
         self._keys = keys
         self._inputs = {value.name: value.dtype for value in graph.inputs()}
         self._optional = graph.optional
-        with _model_file(twin) as source:
-            self.session = open_session(source, session_options(graph), graph.name)
-        self._binary = any(kind in (DType.BF16, DType.F8E4M3, DType.F8E5M2, DType.I4, DType.U4) for kind in self._kinds(twin))
-
-    def _kinds(self, twin: OnnxGraph) -> Iterator[DType | None]:
-        yield from self._inputs.values()
-        yield from (value.dtype for _, value in twin.outputs())
+        options = session_options(graph)
+        with _model_source(twin) as (source, self._weights):
+            if self._weights:
+                shared = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]
+                options.add_external_initializers(list(self._weights), shared)
+            self.session = open_session(source, options, graph.name)
+        kinds = {*self._inputs.values(), *(value.dtype for value in values), *(value.dtype for _, value in graph.outputs())}
+        self._binary = not kinds.isdisjoint(_NOT_IN_NUMPY)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name. Raises InputError for missing, unknown or ill-shaped inputs."""
@@ -122,23 +126,26 @@ def open_session(source: bytes | str, options: ort.SessionOptions, name: str = "
 
 
 @contextlib.contextmanager
-def _model_file(graph: OnnxGraph) -> Iterator[bytes | str]:
-    """A clone as onnxruntime takes it: in memory, or, above 1.5 GB, as a temporary file with its data beside."""
-    from actgraph.formats.onnx_file import SINGLE_FILE_BYTES, serialize, weight_bytes, write_temporary
+def _model_source(graph: OnnxGraph) -> Iterator[tuple[bytes | str, dict[str, Array]]]:
+    """A clone as onnxruntime takes it: bytes and the large weights where they are in memory.
 
-    if weight_bytes(graph) <= SINGLE_FILE_BYTES:
-        yield serialize(graph)
+    Weights of types that numpy lacks go into the bytes; above 1.5 GB of those it is a temporary file instead.
+    """
+    from actgraph.formats.onnx_file import SINGLE_FILE_BYTES, copied_bytes, serialize_shared, write_temporary
+
+    if copied_bytes(graph) <= SINGLE_FILE_BYTES:
+        yield serialize_shared(graph)
         return
     with tempfile.TemporaryDirectory(prefix="actgraph-") as folder:
         write_temporary(graph, Path(folder) / "model.onnx")
-        yield str(Path(folder) / "model.onnx")
+        yield str(Path(folder) / "model.onnx"), {}
 
 
 def _ort_value(array: Array) -> ort.OrtValue:
     import onnxruntime as ort
 
     kind = DType.of(array.dtype)
-    if kind.numpy.isbuiltin == 1 and kind not in (DType.BF16, DType.F8E4M3, DType.F8E5M2, DType.I4, DType.U4):
+    if kind not in _NOT_IN_NUMPY:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
     raw = np.ascontiguousarray(array).view(np.uint8 if kind.bits == 8 else np.uint16)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, kind.onnx)

@@ -32,6 +32,7 @@ MIN_OPSET = 7
 #: Weights up to this size are stored in the ``.onnx`` file itself (protobuf ends at 2 GB).
 SINGLE_FILE_BYTES = 1_500_000_000
 _PROTOBUF_BYTES = 2_147_000_000
+_SHARED = 1 << 16  # weights from this size on are not copied into the bytes of a session
 
 
 def load_onnx(path: str | Path, **options: Any) -> OnnxGraph:
@@ -124,6 +125,41 @@ def serialize(graph: OnnxGraph) -> bytes:
     stream = io.BytesIO()
     onnx_stream.write_model(stream, proto, list(onnx_stream.headers(tensors)))
     return stream.getvalue()
+
+
+def serialize_shared(graph: OnnxGraph) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
+    """As ``serialize``, without the large weights: those are given as arrays, for an engine to take where they are.
+
+    In the bytes they are external data of a file ``memory``, which does not exist.
+    """
+    onnx_finish.finish(graph)
+    proto, tensors = _split(graph.model)
+    entries: list[onnx_stream.Entry] = []
+    shared: dict[str, np.ndarray[Any, Any]] = {}
+    listed = {value.name for value in proto.graph.input}
+    for name, tensor in tensors:
+        if _is_sharable(tensor) and name not in listed:
+            entries.append((onnx_stream.external_header(name, tensor, "memory", 0), None))
+            shared[name] = tensor.numpy()
+        else:
+            entries.extend(onnx_stream.headers([(name, tensor)]))
+    stream = io.BytesIO()
+    onnx_stream.write_model(stream, proto, entries)
+    return stream.getvalue(), shared
+
+
+def _is_sharable(tensor: ir.TensorProtocol) -> bool:
+    """Whether onnxruntime can use the memory of ``tensor``: large, in C order, of a type that numpy has."""
+    if isinstance(tensor, ir.StringTensor) or tensor.nbytes < _SHARED or tensor.dtype.bitwidth < 8:
+        return False
+    array = tensor.numpy()
+    return array.dtype.kind in "fiub" and array.flags.c_contiguous and array.flags.aligned
+
+
+def copied_bytes(graph: OnnxGraph) -> int:
+    """Bytes of the weights that ``serialize_shared`` cannot share."""
+    tensors = graph.model.graph.initializers.tensors()
+    return sum(tensor.nbytes for tensor in tensors if not _is_sharable(tensor))
 
 
 def write_temporary(graph: OnnxGraph, path: Path) -> None:

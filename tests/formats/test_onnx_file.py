@@ -21,8 +21,10 @@ from actgraph.formats.onnx_file import load_onnx, save_onnx, serialize
 from actgraph.graph.graph import Companions, Role
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.provenance import PassRecord
+from actgraph.graph.sites import SiteKind
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
+from tests import zoo
 from tests.graph import onnx_models as models
 
 MNIST = Path(__file__).parents[1] / "data" / "mnist.onnx"
@@ -213,6 +215,38 @@ def test_files_of_other_tools_find_companions(tmp_path):
     shutil.copy(MNIST, tmp_path / "m.onnx")
     (tmp_path / "config.json").write_text('{"model_type": "cnn"}')
     assert load(tmp_path / "m.onnx").companions.config == {"model_type": "cnn"}
+
+
+# --- real architectures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "resnet", "stories260k"])
+def test_edits_at_sites_survive_files(tmp_path, name):
+    """A file of stock torch.onnx.export: an edit at a site, then both kinds of file; sites, hash and numbers are kept."""
+    graph = load(zoo.stock_onnx(name))
+    inputs = zoo.inputs(name, 2, 6)
+    before = graph.run(inputs)
+    chosen = [
+        site for site in graph.sites()
+        if site.kind is SiteKind.VALUE and site.type.dtype is DType.F32 and site.type.rank in (3, 4) and site.aliases
+    ]  # fmt: skip
+    site = chosen[len(chosen) // 2]
+    width = site.type.shape[-1] if isinstance(site.type.shape[-1], int) else 1
+    with graph.edit("steer", "steer{}") as editor:
+        editor.insert_at(site, "actgraph.shift", [np.full(width, 0.7, np.float32)])
+    graph.verify()
+    expected = graph.run(inputs)
+    assert max(np.abs(expected[key] - before[key]).max() for key in before) > 1e-2
+    kept = load(save(graph, tmp_path / "kept.onnx"))
+    assert kept.content_hash() == graph.content_hash()
+    inlined = load(save(graph, tmp_path / "inlined.onnx", inline="all"))
+    listed = [(s.name, s.aliases, s.role, s.kind, s.type) for s in graph.sites()]
+    for back, path in ((kept, tmp_path / "kept.onnx"), (inlined, tmp_path / "inlined.onnx")):
+        back.verify()
+        assert [(s.name, s.aliases, s.role, s.kind, s.type) for s in back.sites()] == listed
+        result = stock_run(path, inputs)
+        for key in expected:
+            np.testing.assert_allclose(result[key], expected[key], rtol=1e-5, atol=1e-5)
 
 
 # --- old files --------------------------------------------------------------------------------------------------------

@@ -128,6 +128,28 @@ def test_large_models_run_from_a_temporary_file(monkeypatch):
     np.testing.assert_array_equal(graph.run(models.feed(graph))["y"], expected["y"])
 
 
+def test_large_weights_are_shared_with_the_session():
+    width = 300
+    graph = models.graph(
+        f"""<ir_version: 9, opset_import: ["": 18]> g (float[n, {width}] x) => (float[n, {width}] y)
+        {{ h = MatMul(x, w)  t = Transpose(wt)  y = MatMul(h, t) }}""",
+        w=models.weights(width, width), wt=models.weights(width, width, seed=1),
+    )  # fmt: skip
+    data, shared = onnx_file.serialize_shared(graph.clone())
+    assert len(data) < 3000 and set(shared) == {"w", "wt"} and shared["w"] is graph.read(graph.value("w"))
+    with graph.edit() as editor:  # an array in another order is copied
+        editor.set_parameter(graph.value("w"), np.asfortranarray(models.weights(width, width)))
+    assert set(onnx_file.serialize_shared(graph.clone())[1]) == {"wt"}
+    run = executor_for(graph).open(graph)
+    inputs = models.feed(graph)
+    expected = inputs["x"] @ models.weights(width, width) @ models.weights(width, width, seed=1).T
+    with graph.edit() as editor:  # the runner keeps what it was opened with
+        editor.set_parameter(graph.value("wt"), np.zeros((width, width), np.float32))
+    del shared
+    np.testing.assert_allclose(run(inputs)["y"], expected, rtol=1e-4, atol=1e-4)
+    assert not graph.run(inputs)["y"].any()
+
+
 def test_runners_are_thread_safe():
     graph = models.mlp()
     run = executor_for(graph).open(graph)
