@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -48,6 +49,7 @@ def demo(
 
     if keep is not None:
         check_output(keep / "x.onnx" if keep.is_dir() else keep.with_suffix(".onnx"), (".onnx",))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for so small a model more threads only wait for each other
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="actgraph-demo-") as folder:
         with contextlib.chdir(folder):  # so that the pipeline reads as a user would write it
