@@ -103,6 +103,7 @@ def example_call(model: Any, length: int = 16) -> Call:
         raise InputError(f"do not know how to call a model that takes {main!r}", "use actgraph.trace with example inputs")
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 1 else None  # XLNet says -1: no limit
     length = min(length, limit) if limit else length
     ids = (torch.arange(2 * length) * 7 % max(text.vocab_size - 3, 1) + min(3, text.vocab_size - 1)).reshape(2, length)
     inputs: dict[str, torch.Tensor] = {"input_ids": ids}

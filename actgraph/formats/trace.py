@@ -171,4 +171,6 @@ def _explain(module: nn.Module, error: Exception) -> tuple[str, str]:
     reason = said[0] if said else type(error).__name__
     where = f" at {place}" if place else ""
     hint = "rewrite that line without data-dependent Python control flow, or trace a part of the model"
+    if not type(error).__module__.startswith("torch.") and not isinstance(error, torch.jit.Error):
+        hint = "the model raised this itself: check that it runs on these example inputs"
     return f"{type(module).__name__} could not be captured{where}: {type(error).__name__}: {reason[:300]}", hint

@@ -119,8 +119,8 @@ def _dimension_names(native: fx.Graph, program: torch.export.ExportedProgram, pl
                 if expression.is_Symbol:
                     dims.names.setdefault(expression, name)
                 elif len(expression.free_symbols) == 1:
-                    root = getattr(plan.dims.get(name), "root", None)
-                    dims.names.setdefault(next(iter(expression.free_symbols)), getattr(root, "__name__", f"_{name}"))
+                    symbol = next(iter(expression.free_symbols))
+                    dims.names.setdefault(symbol, _inverse(expression, symbol, name))
     for node in placeholders:
         for size in node.meta["val"].shape:
             if isinstance(size, torch.SymInt):
@@ -128,6 +128,12 @@ def _dimension_names(native: fx.Graph, program: torch.export.ExportedProgram, pl
                     if symbol not in dims.names:
                         dims.names[symbol] = f"d{len(dims.names)}"
     return dims
+
+
+def _inverse(expression: sympy.Expr, symbol: sympy.Symbol, name: str) -> str:
+    """What to call ``symbol`` where ``expression`` of it is the size called ``name``: ``4*s`` makes it ``name/4``."""
+    solutions = sympy.solve(sympy.Eq(expression, sympy.Symbol(name, integer=True, positive=True)), symbol)
+    return str(solutions[0]) if len(solutions) == 1 else f"_{name}"
 
 
 def _ranges(program: torch.export.ExportedProgram, dims: DimNames) -> dict[str, tuple[int | None, int | None]]:

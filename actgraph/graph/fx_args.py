@@ -155,11 +155,7 @@ def attributes_of(node: fx.Node, name_of: Callable[[fx.Node], str]) -> dict[str,
     arguments = signature(node.target)
     bound = bind(node)
     if arguments is None:
-        return {
-            key: plain(value, name_of)
-            for key, value in bound.items()
-            if not _is_operand(value)
-        }
+        return {key: plain(value, name_of) for key, value in bound.items() if not _is_operand(value)}
     result: dict[str, Any] = {}
     for argument in arguments:
         if argument.name not in bound:

@@ -13,7 +13,7 @@ from torch import fx
 from actgraph.errors import InputError
 from actgraph.graph import fx_build, fx_ops
 from actgraph.graph.fx_args import bind, operand_paths, rebuild, replace_at
-from actgraph.graph.fx_types import new_symbol, same_type, tensor_of
+from actgraph.graph.fx_types import new_symbol, same_type, size_expression, tensor_of
 from actgraph.graph.graph import Array, Node, Role, Use, Value
 from actgraph.graph.provenance import Origin
 from actgraph.ops.shapes import TensorType
@@ -235,8 +235,6 @@ def add_input(graph: FxGraph, name: str, type: TensorType, role: Role, default: 
 
 def _symbolic_size(graph: FxGraph, name: str) -> Any:
     """torch's size for a dimension name of the inputs (or an expression of them); a new symbol for a new name."""
-    import sympy
-
     for value in graph.inputs():
         for axis, size in enumerate(value.shape or ()):
             if size == name:
@@ -244,10 +242,9 @@ def _symbolic_size(graph: FxGraph, name: str) -> Any:
     env = graph.fake_mode.shape_env
     assert env is not None
     if not name.isidentifier():
-        known = {n: _symbolic_size(graph, n) for n in fx_ops.size_names(name)}
-        scope = {sympy.Symbol(n, integer=True, positive=True): size.node.expr for n, size in known.items()}
-        expression = sympy.sympify(name, locals={str(symbol): symbol for symbol in scope}).xreplace(scope)
-        return env.create_symintnode(expression, hint=None)
+        expression = size_expression(name)
+        known = {symbol: _symbolic_size(graph, symbol.name).node.expr for symbol in expression.free_symbols}
+        return env.create_symintnode(expression.xreplace(known), hint=None)
     hint = 19 + 2 * len(graph.dims.names)
     symbol = new_symbol(env, name, hint, 2)
     graph.dims.set(symbol, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.fx_args import signature
+from actgraph.graph.fx_types import size_expression
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN
 
@@ -154,14 +154,8 @@ def _no_new_guards(env: ShapeEnv | None, op: str) -> Iterator[None]:
 
 def build_size(expression: str, symbol_node: Callable[[str], fx.Node], graph: fx.Graph) -> fx.Node | int:
     """Nodes that compute a size expression such as ``"2*seq + 1"`` from the sizes of inputs."""
-    names = {name: sympy.Symbol(name, integer=True, positive=True) for name in size_names(expression)}
-    size: fx.Node | int = _emit(sympy.sympify(expression.replace("//", "/"), locals=names), symbol_node, graph)
+    size: fx.Node | int = _emit(size_expression(expression), symbol_node, graph)
     return size
-
-
-def size_names(expression: str) -> set[str]:
-    """The dimension names in a size expression."""
-    return set(re.findall(r"[A-Za-z_]\w*", expression)) - {"floor", "Max", "Min", "Mod"}
 
 
 def _emit(value: sympy.Expr, symbol_node: Callable[[str], fx.Node], graph: fx.Graph) -> Any:
@@ -169,8 +163,9 @@ def _emit(value: sympy.Expr, symbol_node: Callable[[str], fx.Node], graph: fx.Gr
         return int(value)
     if value.is_Symbol:
         return symbol_node(str(value))
-    if isinstance(value, sympy.floor):
-        numerator, denominator = sympy.fraction(value.args[0])
+    fraction = sympy.fraction(sympy.together(value.args[0] if isinstance(value, sympy.floor) else value))
+    if fraction[1] != 1:
+        numerator, denominator = fraction
         return _binary(operator.floordiv, _emit(numerator, symbol_node, graph), _emit(denominator, symbol_node, graph), graph)
     if isinstance(value, (sympy.Add, sympy.Mul)):
         function = operator.add if isinstance(value, sympy.Add) else operator.mul

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -17,8 +18,21 @@ from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import UNKNOWN, Dim, TensorType, canonical_dim
 
 
+def size_expression(text: str) -> sympy.Expr:
+    """A size given as text (``batch``, ``2*seq + 1``, ``seq/4``) over positive integer symbols."""
+    if text.isidentifier():
+        return sympy.Symbol(text, integer=True, positive=True)
+    names = set(re.findall(r"[A-Za-z_]\w*", text)) - {"floor", "Max", "Min", "Mod"}
+    scope = {name: sympy.Symbol(name, integer=True, positive=True) for name in names}
+    return sympy.sympify(text.replace("//", "/"), locals=scope)
+
+
 class DimNames:
-    """The user's names of torch's size symbols: ``s43`` is ``batch``."""
+    """The user's names of torch's size symbols: ``s43`` is ``batch``.
+
+    A symbol may stand for an expression of a name: where the model demands that ``seq`` is four times a symbol, the symbol is
+    called ``seq/4``, and the input keeps its name.
+    """
 
     def __init__(self, names: dict[sympy.Symbol, str] | None = None) -> None:
         self.names: dict[sympy.Symbol, str] = dict(names or {})
@@ -47,7 +61,7 @@ class DimNames:
             return int(expression)
         if expression.is_Symbol:
             return self.names.get(expression, str(expression))
-        renamed = expression.xreplace({s: sympy.Symbol(n, integer=True, positive=True) for s, n in self.names.items()})
+        renamed = expression.xreplace({symbol: size_expression(name) for symbol, name in self.names.items()})
         return canonical_dim(str(renamed))
 
     def type_of(self, value: Any) -> TensorType:

@@ -113,8 +113,14 @@ def test_a_multiple_that_the_model_demands_is_noted() -> None:
 
     with pytest.warns(UserWarning, match="'n' must be"):
         graph = trace(Pairs(), (torch.randn(6, 3),), dynamic={"x": ("n", None)})
-    assert graph.notes
+    assert len(graph.notes) == 1
+    assert types(graph) == {"x": "f32[n, 3]"} and [str(v.type) for _, v in graph.outputs()] == ["f32[n/2, 3]"]
     assert graph.run({"x": np.ones((8, 3), np.float32)})["output"].shape == (4, 3)
+    with graph.edit("test") as editor:
+        shaped = editor.insert("reshape", [graph.outputs()[0][1]], {"shape": ("n/2", 1, 3)})
+        editor.add_output(shaped.output, "shaped")
+    graph.verify()
+    assert graph.run({"x": np.ones((8, 3), np.float32)})["shaped"].shape == (4, 1, 3)
 
 
 class Branch(nn.Module):
