@@ -129,11 +129,11 @@ def _inputs(graph: FxGraph, translator: Translator) -> list[ir.Value]:
     found = []
     for value in graph.inputs():
         native = torch_facade().graph_value(value.name, translator.emit.opset)
-        set_type(native, value.type)
+        set_type(native, translator.type_of(value.key))
         translator.emit.add_source(native)
         translator.values[value.key] = native
         for axis, dim in enumerate(value.type.shape or ()):
-            if isinstance(dim, str):
+            if isinstance(dim, str) and value.name not in graph.defaults:  # a default has size 1 whatever it is called
                 translator.size_sources.setdefault(dim, (native, axis))
         found.append(native)
     return found
@@ -144,11 +144,13 @@ def _parameters(graph: FxGraph, translator: Translator) -> list[ir.Value]:
     found = []
     for value in graph.parameters():
         native = facade.graph_value(value.name, translator.emit.opset)
-        native.const_value = facade.TorchTensor(graph.tensor(value).detach(), name=value.name)
+        tensor = graph.tensor(value).detach()
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        native.const_value = facade.TorchTensor(tensor, name=value.name)
         others = [alias for alias in graph.aliases(value) if alias != value.name]
         if others:
             native.metadata_props["actgraph.aliases"] = " ".join(others)
-        set_type(native, value.type)
+        set_type(native, translator.type_of(value.key))
         translator.emit.add_source(native)
         translator.values[value.key] = native
         found.append(native)

@@ -30,6 +30,7 @@ class Emitter:
     """Collects the nodes of one ONNX graph (or of one function body, when ``constants_as_nodes``).
 
     may_share: asked before a helper that reads a value of the source graph is shared with other ops.
+    may_fold: whether results on constants are computed here.
     """
 
     def __init__(self, opset: int, *, constants_as_nodes: bool = False, prefix: str = "") -> None:
@@ -40,6 +41,7 @@ class Emitter:
         self.constants: dict[Any, ir.Value] = {}
         self.recorder_constants: dict[Any, ir.Value] = {}
         self.may_share: Callable[[ir.Value], bool] = lambda value: True
+        self.may_fold = True
         self._constants_as_nodes = constants_as_nodes
         self._pending: list[ir.Node] = []
         self._shared: dict[Any, tuple[ir.Value, ...]] = {}
@@ -178,6 +180,10 @@ class Emitter:
         maker = value.producer() if isinstance(value, ir.Value) else None
         return maker is not None and any(node is maker for node in self._pending)
 
+    def is_constant(self, value: ir.Value) -> bool:
+        """Whether ``value`` is a constant that was made here (and not a parameter)."""
+        return value.const_value is not None and id(value) not in self._source_values
+
     def add_source(self, value: ir.Value) -> None:
         """Tell of an input or parameter of the source graph; its name is taken from now on."""
         self._names.add(value.name or "")
@@ -270,7 +276,7 @@ class Emitter:
 
     def _fold(self, node: ir.Node) -> list[ir.Value] | None:
         """The results of a helper on constants, or of ``Shape`` on a static shape; ``None`` where it must run."""
-        if node.domain != "" or node.op_type in _NOT_FOLDED or has_graph(node):
+        if node.domain != "" or node.op_type in _NOT_FOLDED or has_graph(node) or not self.may_fold:
             return None
         if node.op_type == "Shape":
             return self._fold_shape(node)

@@ -28,16 +28,25 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Rule = Callable[["Translator", fx.Node, dict[str, Any]], Any]
 RULES: dict[Any, Rule] = {}
+#: Rules that also hold for complex numbers, which are pairs along one more axis at the end.
+COMPLEX_RULES: dict[Any, Rule] = {}
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+def rule(*targets: Any, complex_too: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule. It gets the bound arguments with nodes replaced by ONNX values, and returns values or None (decline)."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, function))
+        if complex_too:
+            COMPLEX_RULES.update(dict.fromkeys(targets, function))
         return function
 
     return register
+
+
+def _rank(node: fx.Node) -> int:
+    """The rank of the first operand."""
+    return len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
 
 
 # --- values that pass through -------------------------------------------------------------------------------------------
@@ -45,6 +54,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 @rule(
     aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default,
+    complex_too=True,
 )
 def identity(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return a["self"]
@@ -77,6 +87,7 @@ def sym_size(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule(
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int, aten._reshape_alias.default, aten.view_copy.default,
+    complex_too=True,
 )  # fmt: skip
 def reshape(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     value, target = a["self"], t.type_of(node).shape
@@ -95,15 +106,15 @@ def reshape(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return t.emit.op("Reshape", value, t.vector(parts), allowzero=1 if 0 in parts else None)
 
 
-@rule(aten.unsqueeze.default)
+@rule(aten.unsqueeze.default, complex_too=True)
 def unsqueeze(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
-    rank = len(node.args[0].meta["val"].shape) + 1  # type: ignore[union-attr]
+    rank = _rank(node) + 1
     return t.emit.op("Unsqueeze", a["self"], t.emit.ints([a["dim"] % rank]))
 
 
-@rule(aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default)
+@rule(aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default, complex_too=True)
 def transpose(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
-    rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    rank = _rank(node)
     order = list(range(rank))
     if "dims" in a:
         order = [axis % rank for axis in a["dims"]]
@@ -112,10 +123,11 @@ def transpose(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
         order[first], order[second] = second, first
     elif "dim0" not in a:
         order.reverse()
-    return t.emit.op("Transpose", a["self"], perm=order)
+    pairs = [rank] if node.meta["val"].is_complex() else []
+    return t.emit.op("Transpose", a["self"], perm=order + pairs)
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, complex_too=True)
 def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     value, target = a["self"], t.type_of(node).shape
     source = dims_of(value)
@@ -125,7 +137,7 @@ def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
         return value
     padded = [1] * (len(target) - len(source)) + source
     parts: list[Any] = []
-    for have, want, size in zip(padded, target, a["size"], strict=True):
+    for have, want, size in zip(padded, target, [*a["size"], 2], strict=False):
         if have == want:
             parts.append(1)  # Expand broadcasts: 1 keeps the size
         else:
@@ -133,7 +145,7 @@ def expand(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return t.emit.op("Expand", value, t.vector(parts))
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, complex_too=True)
 def slice_(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     value = a["self"]
     source, target = dims_of(value), t.type_of(node).shape
@@ -141,16 +153,16 @@ def slice_(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     whole = step == 1 and start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62))
     if whole or (source is not None and tuple(source) == target and start in (None, 0) and step == 1):
         return value
-    rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    rank = _rank(node)
     bounds = [t.vector([0 if start is None else start]), t.vector([2**63 - 1 if end is None else end])]
     return t.emit.op("Slice", value, *bounds, t.emit.ints([axis % rank]), None if step == 1 else t.vector([step]))
 
 
-@rule(aten.select.int)
+@rule(aten.select.int, complex_too=True)
 def select(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     index = a["index"]
     position = t.emit.constant(index, DType.I64) if isinstance(index, int) else index
-    return t.emit.op("Gather", a["self"], position, axis=a["dim"])
+    return t.emit.op("Gather", a["self"], position, axis=a["dim"] % _rank(node))
 
 
 @rule(aten.index.Tensor, aten.index_select.default)
@@ -165,9 +177,9 @@ def index(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     return t.emit.op("Gather", a["self"], indices, axis=axis)
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, complex_too=True)
 def split(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
-    axis = a.get("dim", 0)
+    axis = a.get("dim", 0) % _rank(node)
     sizes = [t.size_of(item, axis) for item in node.meta["val"]]
     known = [size for size in sizes if isinstance(size, int)]
     if len(known) < len(sizes):
@@ -180,7 +192,7 @@ def split(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule(aten.unbind.int)
 def unbind(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     axis, count = a.get("dim", 0), len(node.meta["val"])
-    axes = t.emit.ints([axis % len(node.args[0].meta["val"].shape)])  # type: ignore[union-attr]
+    axes = t.emit.ints([axis % _rank(node)])
     pieces: Sequence[ir.Value] = [a["self"]]
     if count > 1:
         pieces = t.emit.ops("Split", a["self"], outputs=count, axis=axis, num_outputs=count)
@@ -197,7 +209,7 @@ def linear(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     The weight stays stored as ``[out, in]`` under its own name (a tied one once); engines transpose constants at load.
     """
     x, weight, bias = a["input"], a["weight"], a.get("bias")
-    if len(node.args[0].meta["val"].shape) == 2 and bias is not None:  # type: ignore[union-attr]
+    if _rank(node) == 2 and bias is not None:
         return t.emit.op("Gemm", x, weight, bias, transB=1)
     product = t.emit.op("MatMul", x, t.emit.op("Transpose", weight, perm=[1, 0]))
     return product if bias is None else t.emit.op("Add", product, bias)

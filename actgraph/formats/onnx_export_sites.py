@@ -34,15 +34,20 @@ class Carrier:
                 for node, index in anchor.edges:
                     self._edges.setdefault(node.key, set()).add(index)
 
-    def must_stay(self, node: fx.Node) -> bool:
-        """Whether a node that passes its operand through must be kept, so that its sites keep their readers apart.
+    def has_edge(self, node: fx.Node) -> bool:
+        """Whether an edge site is on an operand of ``node``."""
+        return node in self._edges
 
-        An edge needs its node. A value needs one of its own when its source has other readers, or is an input or parameter.
+    def must_stay(self, node: fx.Node, constant: bool) -> bool:
+        """Whether a node that passes its operand through (or is a constant) must be kept, so that sites stay apart.
+
+        An edge needs its node. A value needs one of its own when it is a constant (which others share), or when its source
+        has other readers or is an input or parameter.
         """
         if node in self._edges:
             return True
-        sources = node.all_input_nodes
-        return node in self._values and any(len(s.users) > 1 or s.op != "call_function" for s in sources[:1])
+        shared = any(len(source.users) > 1 or source.op != "call_function" for source in node.all_input_nodes[:1])
+        return node in self._values and (constant or shared)
 
     def edge_operands(self, node: fx.Node) -> list[fx.Node]:
         """The operands of ``node`` that an edge site denotes."""

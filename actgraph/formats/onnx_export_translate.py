@@ -18,7 +18,7 @@ from torch import fx
 from actgraph.errors import UnsupportedError
 from actgraph.formats.compat import torch_facade
 from actgraph.formats.onnx_export_emit import Emitter
-from actgraph.formats.onnx_export_rules import RULES
+from actgraph.formats.onnx_export_rules import COMPLEX_RULES, RULES
 from actgraph.formats.onnx_export_types import dims_of, set_type
 from actgraph.graph.fx_args import bind
 from actgraph.graph.fx_build import is_item, is_multiple
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actgraph.formats.onnx_export_sites import Carrier
 
 Size = int | ir.Value
+_REAL = {DType.C64: DType.F32, DType.C128: DType.F64}
 
 
 class Translator:
@@ -61,7 +62,11 @@ class Translator:
     # --- what rules use ---------------------------------------------------------------------------------------------------
 
     def type_of(self, node: fx.Node) -> TensorType:
-        return self.dims.type_of(node.meta.get("val"))
+        """The type of a node's value. Complex numbers are pairs of real ones along a last axis, as torch exports them."""
+        kind = self.dims.type_of(node.meta.get("val"))
+        if kind.dtype in _REAL and kind.shape is not None:
+            return TensorType(_REAL[kind.dtype], (*kind.shape, 2))
+        return kind
 
     def size_of(self, example: torch.Tensor, axis: int) -> Dim:
         """One size of an example value, as an int or by name."""
@@ -145,6 +150,7 @@ class Translator:
         before = len(self.emit.nodes)
         edges = {self.values[operand] for operand in self._sites.edge_operands(node)} if self._sites is not None else set()
         self.emit.may_share = lambda value: value not in edges
+        self.emit.may_fold = self._sites is None or not self._sites.has_edge(node)
         result = self._translate(node)
         multiple = is_multiple(node)
         values = list(result) if multiple else [result]
@@ -160,8 +166,10 @@ class Translator:
 
     def _own(self, node: fx.Node, value: Any) -> Any:
         """``value``, or a copy of it where the FX node must stay a value of its own."""
-        stays = self._sites is not None and self._sites.must_stay(node)
-        if stays and isinstance(value, ir.Value) and not self.emit.is_pending(value):
+        if self._sites is None or not isinstance(value, ir.Value) or self.emit.is_pending(value):
+            return value
+        if self._sites.must_stay(node, self.emit.is_constant(value)):
+            self.emit.may_fold = False
             return self.emit.op("Identity", value)
         return value
 
@@ -170,7 +178,8 @@ class Translator:
         if isinstance(target, torch._ops.OpOverload) and target.namespace == DOMAIN:
             return self._registry_op(node)
         qualified = str(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
-        rule = RULES.get(target) or RULES.get(qualified)
+        rules = COMPLEX_RULES if _is_complex(node) else RULES
+        rule = rules.get(target) or rules.get(qualified)
         if rule is not None:
             result = rule(self, node, {key: self._resolve(value) for key, value in bind(node).items()})
             if result is not None:
@@ -287,6 +296,8 @@ class Translator:
         return args, kwargs
 
     def _promote(self, argument: Any, dtype: torch.dtype) -> Any:
+        if dtype.is_complex:
+            return argument
         kind = DType.of(dtype)
         if isinstance(argument, ir.Value):
             return self.emit.cast(argument, kind)
@@ -300,6 +311,12 @@ class Translator:
 def _items(node: fx.Node) -> list[fx.Node]:
     """The accesses to the results of a call with several, in order."""
     return sorted(filter(is_item, node.users), key=lambda user: int(str(user.args[1])))
+
+
+def _is_complex(node: fx.Node) -> bool:
+    """Whether the node reads or makes complex numbers, which most of our rules do not know."""
+    values = [part.meta.get("val") for part in (node, *node.all_input_nodes)]
+    return any(isinstance(value, torch.Tensor) and value.is_complex() for value in values)
 
 
 def onnx_op(target: Any) -> tuple[str, int]:

@@ -12,12 +12,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from actgraph.errors import UnsupportedError
 from actgraph.formats.onnx_export import lowest_opset, to_onnx
 from actgraph.formats.trace import trace
 from actgraph.graph.executor import executor_for
+from actgraph.graph.fx_types import array_of
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.parity import compare, difference, sample_inputs
 from actgraph.graph.provenance import PassRecord
@@ -316,6 +318,40 @@ def test_attention_agrees_with_torch_for_rows_without_a_key(options: dict[str, A
             assert not got[0, :, queries // 2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_attention_of_other_types(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = {key: torch.randn(2, 4, 5, 8, generator=generator).to(dtype) for key in "qkv"}
+    given["mask"] = torch.rand((2, 1, 5, 5), generator=generator) > 0.4
+    result = to_onnx(trace(Attend(), (), given))
+    onnx.checker.check_model(ir.to_proto(result.model), full_check=True)
+    assert {v.dtype for node in result.nodes() for v in node.outputs} == {DType.of(dtype), DType.BOOL}
+    run = ReferenceEvaluator(ir.to_proto(result.model))  # of all types, and exact in float64 where onnxruntime is not
+    (got,) = run.run(None, {key: array_of(value) for key, value in given.items()})
+    tolerance = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float64: 1e-12}[dtype]
+    assert difference("output", array_of(Attend()(**given)), got).within(tolerance, 0)
+
+
+class Rotate(nn.Module):
+    """Rotary embedding by complex numbers, as Llama's reference code has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turns", torch.polar(torch.ones(3, 4), torch.arange(12.0).reshape(3, 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.turns.unsqueeze(0)).flatten(2)
+
+
+def test_complex_numbers() -> None:
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    result = to_onnx(trace(Rotate(), (x,), dynamic={"x": ("batch", None, None)}))
+    for batch in (1, 3):
+        given = torch.randn(batch, 3, 8)
+        assert difference("o", Rotate()(given).numpy(), result.run({"x": given.numpy()})["output"]).within(1e-5, 0)
+
+
 class Odd(nn.Module):
     """Ops whose translation goes through promotion, decomposition, functions of torch's library, or our own rules."""
 
@@ -378,6 +414,36 @@ def test_onnx_ops_of_torch_code_are_kept() -> None:
     assert set(ops) == {"onnx.RotaryEmbedding", "com.example.Special"}
     assert ops["com.example.Special"].attributes == {"alpha": 2}
     assert result.model.opset_imports["com.example"] == 1
+
+
+class Constants(nn.Module):
+    """A module with an argument that is computed from constants alone: its sites survive, and edits there work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = torch.zeros(3).unsqueeze(0) + 1
+        return self.inner(x, bias) + bias
+
+
+class Inner(nn.Module):
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x + bias.clone() * 2
+
+
+def test_sites_on_constants_survive() -> None:
+    graph = trace(Constants(), (torch.ones(2, 3),))
+    result = to_onnx(graph)
+    assert [site.name for site in result.sites()] == [site.name for site in graph.sites()]
+    assert "inner:in" in {site.name for site in graph.sites()}
+    x = np.ones((2, 3), np.float32)
+    for each in (graph, result):
+        assert np.array_equal(each.run({"x": x})["output"], np.full((2, 3), 4.0, np.float32))
+        with each.edit("test") as editor:
+            editor.insert_at(each.site("inner:in"), "mul", [np.float32(10)])
+        assert np.array_equal(each.run({"x": x})["output"], np.full((2, 3), 22.0, np.float32))
 
 
 class Branch(nn.Module):
