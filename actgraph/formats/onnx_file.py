@@ -54,8 +54,10 @@ def _load(path: Path) -> OnnxGraph:
     try:
         with _quiet():
             model = ir.from_proto(proto)
-        del proto
-        return _build(model, path, names)
+        graph = _build(model, path, names)
+        if proto.training_info:
+            graph.notes.append(f"the training information of {path.name} is not kept")
+        return graph
     except ActgraphError:
         raise
     except Exception as error:  # a damaged file that parses can break any assumption; the cause is kept for --debug

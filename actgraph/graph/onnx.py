@@ -335,6 +335,10 @@ class OnnxGraph(Graph):
             raise KeyError(f"{parameter.name} has no stored data")
         return array_of(tensor)
 
+    def stored(self, parameter: Value) -> tuple[object, int]:
+        tensor = parameter.key.const_value
+        return (self.read(parameter) if isinstance(tensor, ir.Tensor) else tensor), 0
+
     # --- changing -------------------------------------------------------------------------------------------------------
 
     def _insert(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from actgraph.graph.onnx import OnnxGraph
 
 Operands = Sequence[ir.Value | None]
+#: What a model that imports no standard ops gets with the first of them.
+DEFAULT_OPSET = 18
 
 
 @dataclass

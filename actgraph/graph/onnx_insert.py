@@ -143,9 +143,10 @@ class _Writer:
         self.steps = 0
 
     def node(self, op_type: str, inputs: Operands, last: bool = False, **attributes: Any) -> ir.Node:
-        from actgraph.graph.onnx_edit import infer_new
+        from actgraph.graph.onnx_edit import DEFAULT_OPSET, infer_new
         from actgraph.graph.onnx_native import as_attribute
 
+        self.graph.model.opset_imports.setdefault("", DEFAULT_OPSET)
         name = self.name if last else f"{self.name}.{op_type.lower()}_{self.steps}"
         self.steps += 1
         node = ir.Node(

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, Attribute, OpDef, single
-from actgraph.ops.shapes import UNKNOWN, Shape, TensorType, canonical_dim
+from actgraph.ops.shapes import UNKNOWN, Dim, Shape, TensorType, canonical_dim
 
 #: Domains whose nodes are known to be free of side effects.
 PURE_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "com.microsoft", "com.ms.internal.nhwc", DOMAIN})
@@ -28,7 +28,15 @@ def native_dtype(dtype: ir.DataType | None) -> DType | None:
 def native_shape(shape: ir.Shape | None) -> Shape | None:
     if shape is None:
         return None
-    return tuple(dim if isinstance(dim, int) else (canonical_dim(dim.value) if dim.value else None) for dim in shape)
+    return tuple(_dim(dim) if isinstance(dim, int) else _named(dim.value) for dim in shape)
+
+
+def _dim(size: int) -> Dim:
+    return size if size >= 0 else None  # some exporters write -1 for "any size"
+
+
+def _named(name: str | None) -> Dim:
+    return canonical_dim(name) if name and name != "?" else None
 
 
 def native_type(value: ir.Value) -> TensorType:

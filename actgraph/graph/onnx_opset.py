@@ -33,6 +33,9 @@ def ensure_opset(graph: OnnxGraph, opset: int, reason: str) -> None:
     if opset > MAX_OPSET:
         raise UnsupportedError(f"{reason} needs opset {opset}", f"the newest that onnxruntime 1.23 loads is {MAX_OPSET}")
     before = graph.opset
+    if "" not in graph.model.opset_imports:
+        graph.model.opset_imports[""] = opset
+        return
     lift(graph, opset)
     graph.notes.append(f"opset raised from {before} to {opset} for {reason}")
 

@@ -24,12 +24,13 @@ class _ValueState:
     shape: ir.Shape | None
     const_value: Any
     metadata: dict[str, str] | None
+    meta: Any  # what onnx_ir keeps beside a value: quantization annotations
 
     @staticmethod
     def of(value: ir.Value) -> _ValueState:
         metadata = value._metadata_props  # the property would allocate a dictionary for every value
         return _ValueState(
-            value, value.name, value.type, value.shape, value.const_value, dict(metadata) if metadata else None
+            value, value.name, value.type, value.shape, value.const_value, _copy(metadata), value._metadata or None
         )
 
     def reinstate(self) -> None:
@@ -46,6 +47,8 @@ class _ValueState:
         new = ir.Value(
             name=self.name, type=self.type, shape=self.shape, const_value=self.const_value, metadata_props=_copy(self.metadata)
         )
+        if self.meta:
+            new.meta.update(self.meta)
         values[self.value] = new
         return new
 

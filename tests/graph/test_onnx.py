@@ -213,6 +213,17 @@ def test_operands_that_do_not_fit_are_refused_and_rolled_back():
     assert not [use for use in graph.value("h").uses if use.node is not None and use.node.op == "onnx.MatMul"]
 
 
+def test_models_without_standard_ops_take_them():
+    graph = models.graph("""<ir_version: 9, opset_import: ["x": 1]> g (float[n, 4] x) => (float[n, 4] y) { y = x.What(x) }""")
+    with graph.edit("p") as editor:
+        node = editor.insert("add", [graph.value("x"), 1.0])
+        shift = editor.insert("actgraph.shift", [node.output, np.ones(4, np.float32)])
+        editor.redirect(graph.value("y"), shift.output)
+        editor.set_operand(graph.value("y").producer, 0, shift.output)
+    graph.verify()
+    assert graph.opset == 18
+
+
 def test_place_of_insertion():
     graph = models.mlp()
     h, a = graph.value("h"), graph.value("a")

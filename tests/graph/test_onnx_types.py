@@ -125,6 +125,13 @@ def test_contrib_ops_and_unknown_ones():
     assert [str(node.output.type) for node in graph.nodes()] == ["f32[n, 4]", "f32[n, 6]", "?", "?"]
 
 
+def test_sizes_that_exporters_use_for_unknown():
+    graph = models.graph("""<ir_version: 9, opset_import: ["": 18]> g (float[n, 4, k] x) => (y) { y = Relu(x) }""")
+    x = graph.value("x").key
+    x.shape = ir.Shape([-1, 4, "?"])
+    assert graph.value("x").shape == (None, 4, None)
+
+
 def test_declared_types_win_at_load_and_unknown_parts_are_filled():
     graph = models.graph(
         """<ir_version: 9, opset_import: ["": 18]> g (float[n, 4] x) => (float[rows, 4] y)
