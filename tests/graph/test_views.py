@@ -281,7 +281,7 @@ def test_an_old_file_is_read_alike() -> None:
 
 
 def test_integer_products_keep_their_weights() -> None:
-    from tests.graph.test_prims import dynamic_quantized
+    from tests.graph.test_spellings import dynamic_quantized
 
     graph, weight = dynamic_quantized()
     (linear,) = graph.views.linears()
