@@ -286,6 +286,17 @@ class Program:
             self.slots.update(slots_of(graph))
         return results
 
+    def map(self, transform: Callable[[Graph], Graph]) -> Program:
+        """A new program of the transformed graphs, whose weights are shared again: ``map(lambda g: ag.run(g, text).graph)``.
+
+        This program is left as it is. Raises PassError when the graphs do not agree on a shared weight.
+        """
+        result = Program({name: transform(graph) for name, graph in self.graphs.items()}, self.driver, self.name)
+        for problem in result._weight_problems():
+            raise PassError(problem, "the pass edits a shared weight differently in each graph")
+        result._unify()
+        return result
+
     def _unify(self) -> None:
         """Make all holders of a shared weight hold the memory of the first."""
         for holders in self.shared().values():

@@ -23,6 +23,7 @@ from actgraph.graph.fx_types import array_of
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.parity import compare, difference, sample_inputs
 from actgraph.graph.provenance import PassRecord
+from actgraph.graph.recognize import assign_sites
 from actgraph.graph.sites import SiteKind
 from actgraph.ops.dtypes import DType
 from tests import zoo
@@ -154,6 +155,20 @@ def test_every_site_is_carried_over(name: str) -> None:
         assert new.type == old.type, old.name
         if old.kind is not SiteKind.VIRTUAL:  # what was inside a fused op is a value now
             assert new.kind is old.kind, old.name
+
+
+@pytest.mark.parametrize("name", zoo.TINY)
+def test_recognition_finds_the_same_sites_in_what_was_exported(name: str) -> None:
+    """Without the table that came along: the spelling of the export is one that the recognisers read."""
+    carried = exported(name)
+    fresh = assign_sites(carried)
+    for site in carried.sites():
+        if site.role == "module" or site.kind is SiteKind.EDGE:
+            continue
+        for spelling in (site.name, *site.aliases):
+            if spelling in carried.site_table.role_names or spelling.split(".")[0] in ("linear", "norm", "activation", "conv"):
+                anchor = fresh.anchors[fresh.aliases.get(spelling, spelling)]
+                assert anchor.key == site.anchor.key, spelling
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral", "mamba", "t5", "resnet"])

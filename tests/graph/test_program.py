@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import actgraph as ag
 from actgraph.errors import InputError, PassError, VerifyError
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.formats.program_file import load_program
@@ -110,6 +111,23 @@ def test_a_failing_or_disagreeing_edit_rolls_everything_back() -> None:
         program.apply(depends_on_the_graph)
     assert program.content_hash() == before
     program.verify()
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_a_pipeline_runs_on_a_program(dialect: str) -> None:
+    program = two(dialect)
+    before = program.content_hash()
+    text = "quantize{weights=int8 site=*.up_proj}, clip{site=blocks.0.resid_post min=-1 max=1}"
+    result = program.map(lambda graph: ag.run(graph, text, parity="none", reproducer=False).graph)
+    assert program.content_hash() == before and result.driver == program.driver
+    result.verify()
+    for name, graph in result.graphs.items():
+        assert [record.name for record in graph.history][-2:] == ["quantize", "clip"]
+        assert not compare(program.graphs[name], graph, [zoo.inputs("llama")], rtol=1e-3).ok
+    packed = [key for key, holders in result.shared().items() if next(iter(holders.values())).dtype is DType.I8]
+    assert packed
+    holders = list(result.shared()[packed[0]].values())
+    assert np.shares_memory(*(holder.graph.read(holder) for holder in holders))
 
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
