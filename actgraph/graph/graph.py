@@ -227,6 +227,10 @@ class Graph(abc.ABC):
     def nodes(self) -> Sequence[Node]:
         """All nodes in topological order, without bookkeeping nodes (tuple access, parameter access)."""
 
+    def subgraph_nodes(self) -> Sequence[Node]:
+        """Nodes of bodies (If, Loop, functions) under path names, which ``nodes`` leaves out."""
+        return ()
+
     @abc.abstractmethod
     def value(self, name: str) -> Value:
         """The value of that native name. Raises KeyError."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from actgraph.graph.graph import Array, Graph, Node, Role, Value
 from actgraph.ops.dtypes import DType
+from actgraph.ops.registry import DOMAIN
 
 _PLAIN = re.compile(r"[\w.\-/:$]+")
 _WIDTH = 80  # column of the type
@@ -52,6 +53,11 @@ def _lines(graph: Graph, name: str, *, sites: bool, provenance: bool) -> Iterato
         yield _node_line(node, table.role_name_of if table is not None else None, provenance)
     yield f"  return {', '.join(value_text(v) for _, v in graph.outputs())}"
     yield "}"
+    inner = [node for node in graph.subgraph_nodes() if not node.name.startswith(f"{DOMAIN}::")]
+    if inner:  # bodies of If, Loop and foreign functions; those of our own ops follow from the registry
+        yield "bodies {"
+        yield from (_node_line(node, None, provenance) for node in inner)
+        yield "}"
     stored = sorted((p for p in graph.parameters() if p.uses and not _is_inline(p)), key=lambda p: p.name)
     if stored:
         yield "parameters {"

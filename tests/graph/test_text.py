@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
 from actgraph.graph import text
@@ -145,3 +148,23 @@ def test_bfloat16_and_big_arrays() -> None:
     big = np.zeros(text._CHUNK // 4 + 3, np.float32)
     want = hashlib.sha256(f"float32[{big.size}]".encode() + big.tobytes()).hexdigest()
     assert text._digest(big) == want
+
+
+def test_bodies_are_printed_under_path_names(tmp_path: Path) -> None:
+    from actgraph import formats
+
+    source = """<ir_version: 10, opset_import: ["": 18]>
+        g (float[n, 4] x, bool c) => (float[n, 4] y) <float[4, 4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}> {
+            h = MatMul(x, w)
+            y = If (c) <then_branch = yes () => (float[n, 4] a) { a = Relu(h) },
+                        else_branch = no () => (float[n, 4] b) { b = Neg(h) }>
+        }"""
+    model = onnx.parser.parse_model(source)
+    onnx.save(model, tmp_path / "if.onnx")
+    graph = formats.load(str(tmp_path / "if.onnx"))
+    graph.verify()
+    body = graph.text().split("bodies {")[1].split("}")[0]
+    assert "then_branch" in body and "onnx.Relu(%h)" in body and "onnx.Neg(%h)" in body
+    model.graph.node[1].attribute[0].g.node[0].op_type = "Abs"
+    onnx.save(model, tmp_path / "if.onnx")
+    assert formats.load(str(tmp_path / "if.onnx")).content_hash() != graph.content_hash()
