@@ -43,7 +43,7 @@ def load(source: Any, **options: Any) -> Graph:
 def kind_of(source: Any) -> str:
     """Which loader reads ``source``: ``huggingface``, ``onnx``, ``pt2`` or ``factory``. Raises InputError for none."""
     if not isinstance(source, (str, Path)):
-        if hasattr(source, "config") and hasattr(source, "forward"):
+        if is_transformers_model(source):
             return "huggingface"
         if hasattr(source, "forward"):
             raise InputError(
@@ -71,6 +71,11 @@ def kind_of(source: Any) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/")):
         return "huggingface"
     raise InputError(f"there is no model {text!r}", f"give a path, org/name[@revision], package.module:factory or {EMBEDDED}")
+
+
+def is_transformers_model(thing: Any) -> bool:
+    """Whether ``thing`` is a live transformers model (told by its configuration, without importing transformers)."""
+    return hasattr(thing, "forward") and hasattr(getattr(thing, "config", None), "model_type")
 
 
 def save(graph: Graph, path: str | Path, **options: Any) -> Path:

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from actgraph.errors import InputError
+from actgraph.formats import is_transformers_model
 from actgraph.graph import Graph
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def load_factory(source: str, **options: Any) -> Graph:
         graph: Graph = made
     elif isinstance(made, tuple) and 2 <= len(made) <= 4:
         graph = _trace(attribute, *made)
-    elif hasattr(made, "config") and hasattr(made, "forward"):
+    elif is_transformers_model(made):
         from actgraph.formats.huggingface import load_huggingface
 
         graph = load_huggingface(made)

@@ -101,6 +101,8 @@ def example_call(model: Any, length: int = 16) -> Call:
     if "input_ids" not in parameters:
         main = getattr(model, "main_input_name", "?")
         raise InputError(f"do not know how to call a model that takes {main!r}", "use actgraph.trace with example inputs")
+    if "pixel_values" in parameters and not model.can_generate():
+        raise InputError("do not know how to call a model of both text and images", "use actgraph.trace with example inputs")
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 1 else None  # XLNet says -1: no limit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ def trace(
                     program = program.run_decompositions({})
                 break
             except Exception as error:
-                changes = explain_violation(error, plan, watch)
+                changes = explain_violation(error, plan, watch, notes)
                 if not changes:
                     raise CaptureError(*_explain(module, error)) from error
                 if strict_dims:
@@ -151,7 +152,8 @@ def _quiet() -> Iterator[None]:
     """Capture prints nothing: warnings and torch's log lines are about internals."""
     loggers = [logging.getLogger(n) for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export", "transformers")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    # torch prints the graph so far to standard error when a capture fails
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import sympy
 import torch
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from actgraph.errors import InputError
+from actgraph.graph.fx_types import size_expression
 
 DynamicSpec = Mapping[str, Any]  # argument -> names per axis, nested as the argument is
 Limits = Mapping[str, tuple[int | None, int | None]]
@@ -256,37 +258,60 @@ def _line(filename: str, number: int) -> str:
     return f"{short}:{number}" + (f": {code}" if code else "")
 
 
-def explain_violation(error: Exception, plan: Plan, watch: ConstantWatch) -> list[Change]:
-    """The changes to dimensions that torch's message demands, each with the line that says so; empty for other errors."""
+def explain_violation(error: Exception, plan: Plan, watch: ConstantWatch, known: Sequence[str] = ()) -> list[Change]:
+    """The changes to dimensions that torch's message demands, each with the line that says so; empty for other errors.
+
+    known: the lines of changes made before. Where torch demands one of them again, or knows no way to keep a dimension
+    dynamic, the dimension becomes static.
+    """
     message = str(error)
-    if "Suggested fixes:" not in message:
+    violated = re.search(r"Constraints violated \(([\w, ]+)\)", message)
+    if violated is None:
         return []
-    fixes = message.split("Suggested fixes:")[1]
+    changes = [change for change in _suggested(message, plan, watch) if change.text not in known]
+    if changes:
+        return changes
+    guard = re.search(r"satisfy the generated guard (.+)", message)
+    reason = f"torch cannot express the guard {guard.group(1).rstrip('.')}" if guard else "torch cannot capture it otherwise"
+    names = [name.strip() for name in violated.group(1).split(",")]
+    return [_static(name, plan, reason) for name in names if plan.dims.get(name) is not None]
+
+
+def _static(name: str, plan: Plan, reason: str) -> Change:
+    return Change(name, plan.given_sizes[name], f"dimension {name!r} is kept static at {plan.given_sizes[name]}: {reason}")
+
+
+def _suggested(message: str, plan: Plan, watch: ConstantWatch) -> Iterator[Change]:
+    """The fixes that torch suggests: ``seq = 8``, ``seq = Dim('seq', max=9)``, ``seq = 2*_seq``."""
     new_dims: dict[str, Any] = {}
-    changes: list[Change] = []
-    for line in fixes.splitlines():
+    for line in message.partition("Suggested fixes:")[2].splitlines():
         match = re.fullmatch(r"\s*(\w+) = (.+?)\s*(#.*)?", line)
         if not match:
             continue
         name, value = match.group(1), match.group(2)
-        if value.isdigit():
-            if plan.dims.get(name) is not None:
-                place = watch.places.get(plan.sizes[name], "")
-                where = f" (at {place})" if place else ""
-                changes.append(Change(name, int(value), f"dimension {name!r} is kept static at {plan.given_sizes[name]}: "
-                                      f"torch can only capture it as a constant{where}"))  # fmt: skip
-        elif value.startswith("Dim("):
+        root = re.search(r"[A-Za-z_]\w*", value)
+        if value.startswith("Dim("):
             limits = dict(re.findall(r"(min|max)=(\d+)", value))
-            made = Dim(name, **{key: int(number) for key, number in limits.items()})
-            new_dims[name] = made
+            new_dims[name] = Dim(name, **{key: int(number) for key, number in limits.items()})
             if name in plan.dims:
-                changes.append(Change(name, made, f"dimension {name!r} is restricted to {value[4:-1]} by the model"))
-        elif name in plan.dims:
-            root = re.search(r"[A-Za-z_]\w*", value)
-            base = new_dims.get(root.group(0)) or plan.dims.get(root.group(0)) if root else None
-            if base is None and root is not None:
-                base = Dim(root.group(0))
-            if root is not None:
-                derived = eval(value, {"__builtins__": {}}, {root.group(0): base})
-                changes.append(Change(name, derived, f"dimension {name!r} must be {value} for the model"))
-    return changes
+                yield Change(name, new_dims[name], f"dimension {name!r} is restricted to {_limits_text(limits)} by the model")
+        elif plan.dims.get(name) is None:
+            continue
+        elif root is None:
+            place = watch.places.get(plan.sizes[name], "")
+            yield _static(name, plan, "torch can only capture it as a constant" + (f" (at {place})" if place else ""))
+        else:
+            base = new_dims.get(root.group()) or plan.dims.get(root.group()) or Dim(root.group())
+            yield Change(name, _derived(value, base), f"dimension {name!r} must be {value} for the model")
+
+
+def _limits_text(limits: Mapping[str, str]) -> str:
+    return " and ".join(f"{'at least' if key == 'min' else 'at most'} {number}" for key, number in limits.items())
+
+
+def _derived(text: str, root: Any) -> Any:
+    """The ``Dim`` of ``2*root + 1``."""
+    expression = size_expression(text)
+    factor, rest = sympy.div(expression, next(iter(expression.free_symbols)))
+    result = root if factor == 1 else int(factor) * root
+    return result if rest == 0 else result + int(rest)

@@ -320,6 +320,20 @@ def test_a_modality_that_is_not_known_is_refused() -> None:
         example_call(Ears())
 
 
+def test_a_model_of_text_and_images_is_refused() -> None:
+    class Both(torch.nn.Module):
+        config = object()
+
+        def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+        def can_generate(self) -> bool:
+            return False
+
+    with pytest.raises(InputError, match="text and images"):
+        example_call(Both())
+
+
 # --- factories -------------------------------------------------------------------------------------------------------------
 
 

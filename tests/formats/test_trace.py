@@ -123,6 +123,17 @@ def test_a_multiple_that_the_model_demands_is_noted() -> None:
     assert graph.run({"x": np.ones((8, 3), np.float32)})["shaped"].shape == (4, 1, 3)
 
 
+def test_a_guard_that_torch_cannot_express_makes_a_dimension_static_loudly() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            size = x.shape[0]
+            return x + 1 if (2 * size - 1) % size != 0 else x
+
+    with pytest.warns(UserWarning, match="'n' is kept static at 4: torch cannot express the guard"):
+        graph = trace(Odd(), (torch.randn(4),), dynamic={"x": ("n",)})
+    assert types(graph) == {"x": "f32[4]"}
+
+
 class Branch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.sum() > 0:  # depends on data
