@@ -34,8 +34,9 @@ def describe(graph: FxGraph, node: Node) -> Prim | None:
     target = native.target
     if not isinstance(target, torch._ops.OpOverload):
         return None
-    rule = _RULES.get(target._schema.name.partition("::")[2])
-    if rule is None:
+    domain, _, op = target._schema.name.partition("::")
+    rule = _RULES.get(op)
+    if rule is None or (domain == "actgraph" and op not in _OURS):
         return None
     call = _Call(graph, native)
     reading = rule(call)
@@ -47,6 +48,8 @@ def describe(graph: FxGraph, node: Node) -> Prim | None:
     return Prim(name, values, attributes, node.outputs, node)
 
 
+#: The ops of our own dialect that the vocabulary has names for: ``actgraph::clip`` is not ``aten::clip``.
+_OURS = frozenset({"grouped_linear", "dequantize"})
 #: Ops whose one-element parameters stay values: they are weights, not numbers.
 _TENSORS_ONLY = frozenset({
     "linear", "matmul", "conv", "conv_transpose", "layer_norm", "rms_norm", "batch_norm", "group_norm", "gather", "index",

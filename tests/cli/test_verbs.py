@@ -100,6 +100,20 @@ def test_diff_tells_what_changed(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert cli("diff", model, model, "-q").out == ""
 
 
+def test_diff_and_verify_across_dialects(cli: Cli, tmp_path: Path) -> None:
+    """One graph saved from torch in both formats: sites and views of passes' ops included."""
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    graph = ag.trace(model, (torch.zeros(2, 4),), dynamic={"input": ("batch", None)})
+    out = ag.run(graph, "clip{site=activation.0 max=1.0}").graph
+    out.save(tmp_path / "m.pt2")
+    out.save(tmp_path / "m.onnx")
+    assert cli("verify", tmp_path / "m.pt2", tmp_path / "m.onnx").code == 0
+    same = cli("diff", tmp_path / "m.pt2", tmp_path / "m.onnx")
+    assert same.code == 0 and "compared: signature, sites and views" in same.out
+
+
 def test_verify_two_models(cli: Cli, model: Path, tmp_path: Path) -> None:
     cli("export", model, "--inline", "all", "-o", tmp_path / "copy.onnx")
     assert cli("verify", model, tmp_path / "copy.onnx").code == 0
