@@ -97,7 +97,7 @@ def _onnx_facts(graph: Graph) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any], verbose: bool) -> None:
-    from actgraph.cli.output import megabytes
+    from actgraph.pipeline.report import human
 
     kind = facts["dialect"]
     if kind == "onnx":
@@ -112,9 +112,9 @@ def _print(facts: dict[str, Any], verbose: bool) -> None:
             role = "" if item["role"] == "user" else f"  ({item['role']})"
             print(f"{title[:-1]}: {item['name']}: {item['type']}{role}")
     total = sum(entry["bytes"] for entry in facts["parameters"].values())
-    each = ", ".join(f"{dtype} {megabytes(e['bytes'])} in {e['tensors']}" for dtype, e in facts["parameters"].items())
-    print(f"parameters: {megabytes(total)} ({each})")
-    print("passes: " + ("none" if not facts["history"] else ""))
+    each = ", ".join(f"{dtype} {human(e['bytes'])} in {e['tensors']}" for dtype, e in facts["parameters"].items())
+    print(f"parameters: {human(total)} ({each})")
+    print("passes:" if facts["history"] else "passes: none")
     for number, record in enumerate(facts["history"], 1):
         counts = ", ".join(f"{rule} {count}" for rule, count in record["counts"].items() if count)
         print(f"  {number}. {record['text'] or record['name']}: {counts or 'nothing to do'}")

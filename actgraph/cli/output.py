@@ -74,8 +74,3 @@ def waiting(text: str, *, quiet: bool = False) -> Iterator[None]:
 
     with Console(stderr=True).status(text):
         yield
-
-
-def megabytes(count: int) -> str:
-    """A size for people."""
-    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} bytes"
