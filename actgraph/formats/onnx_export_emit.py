@@ -29,8 +29,8 @@ _NOT_FOLDED = _RANDOM | {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeL
 class Emitter:
     """Collects the nodes of one ONNX graph (or of one function body, when ``constants_as_nodes``).
 
-    may_share: asked before a helper that reads a value of the source graph is shared with other ops.
-    may_fold: whether results on constants are computed here.
+    protected: values that the op under translation must read itself, because an edge site denotes that operand: what reads
+    them is neither shared with other ops nor computed here.
     """
 
     def __init__(self, opset: int, *, constants_as_nodes: bool = False, prefix: str = "") -> None:
@@ -40,8 +40,7 @@ class Emitter:
         self.initializers: dict[str, ir.Value] = {}
         self.constants: dict[Any, ir.Value] = {}
         self.recorder_constants: dict[Any, ir.Value] = {}
-        self.may_share: Callable[[ir.Value], bool] = lambda value: True
-        self.may_fold = True
+        self.protected: set[ir.Value] = set()
         self._constants_as_nodes = constants_as_nodes
         self._pending: list[ir.Node] = []
         self._shared: dict[Any, tuple[ir.Value, ...]] = {}
@@ -267,7 +266,7 @@ class Emitter:
     def _sharable(self, node: ir.Node) -> bool:
         if node.op_type in ("Shape", "Size"):
             return True
-        return all(v is None or id(v) not in self._source_values or self.may_share(v) for v in node.inputs)
+        return self.protected.isdisjoint(node.inputs)
 
     def _share(self, node: ir.Node) -> None:
         key = _key(node)
@@ -276,7 +275,7 @@ class Emitter:
 
     def _fold(self, node: ir.Node) -> list[ir.Value] | None:
         """The results of a helper on constants, or of ``Shape`` on a static shape; ``None`` where it must run."""
-        if node.domain != "" or node.op_type in _NOT_FOLDED or has_graph(node) or not self.may_fold:
+        if node.domain != "" or node.op_type in _NOT_FOLDED or has_graph(node) or not self.protected.isdisjoint(node.inputs):
             return None
         if node.op_type == "Shape":
             return self._fold_shape(node)

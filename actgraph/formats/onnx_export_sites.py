@@ -34,10 +34,6 @@ class Carrier:
                 for node, index in anchor.edges:
                     self._edges.setdefault(node.key, set()).add(index)
 
-    def has_edge(self, node: fx.Node) -> bool:
-        """Whether an edge site is on an operand of ``node``."""
-        return node in self._edges
-
     def must_stay(self, node: fx.Node, constant: bool) -> bool:
         """Whether a node that passes its operand through (or is a constant) must be kept, so that sites stay apart.
 

@@ -148,9 +148,8 @@ class Translator:
         if is_item(node) and node in self.values:
             return
         before = len(self.emit.nodes)
-        edges = {self.values[operand] for operand in self._sites.edge_operands(node)} if self._sites is not None else set()
-        self.emit.may_share = lambda value: value not in edges
-        self.emit.may_fold = self._sites is None or not self._sites.has_edge(node)
+        if self._sites is not None:
+            self.emit.protected = {self.values[operand] for operand in self._sites.edge_operands(node)}
         result = self._translate(node)
         multiple = is_multiple(node)
         values = list(result) if multiple else [result]
@@ -169,7 +168,7 @@ class Translator:
         if self._sites is None or not isinstance(value, ir.Value) or self.emit.is_pending(value):
             return value
         if self._sites.must_stay(node, self.emit.is_constant(value)):
-            self.emit.may_fold = False
+            self.emit.protected.add(value)
             return self.emit.op("Identity", value)
         return value
 
