@@ -236,3 +236,60 @@ def test_blocks_of_every_layout() -> None:
         *(("encoder.", i, "attn+mlp") for i in range(2)), *(("decoder.", i, "attn+cross_attn+mlp") for i in range(2)),
     ]  # fmt: skip
     assert kinds["resnet"] == [(f"stages.{i}.", j, "conv") for i in range(2) for j in range(2)]
+
+
+def test_other_tools_spellings_on_a_real_model() -> None:
+    """Every spelling names the place that its tool means; on an ONNX file without scopes, Hugging Face paths work as well."""
+    meant = {
+        "blocks.1.hook_resid_pre": "blocks.1.resid_pre", "blocks.1.hook_in": "blocks.1.resid_pre",
+        "blocks.1.hook_resid_mid": "blocks.1.resid_mid", "blocks.1.hook_resid_post": "blocks.1.resid_post",
+        "blocks.1.hook_out": "blocks.1.resid_post", "blocks.1.attn.hook_q": "blocks.1.attn.q",
+        "blocks.1.attn.k.hook_out": "blocks.1.attn.k", "blocks.1.attn.hook_z": "blocks.1.attn.head_out",
+        "blocks.1.attn.hook_pattern": "blocks.1.attn.pattern", "blocks.1.hook_attn_out": "blocks.1.attn.out",
+        "blocks.1.attn.hook_out": "blocks.1.attn.out", "blocks.1.ln2.hook_out": "blocks.1.mlp.norm",
+        "blocks.1.mlp.hook_pre": "blocks.1.mlp.pre_act", "blocks.1.mlp.hook_post": "blocks.1.mlp.hidden",
+        "blocks.1.hook_mlp_out": "blocks.1.mlp.out", "hook_embed": "embed", "ln_final.hook_out": "final_norm",
+        "unembed.hook_out": "logits", "layer=1,component=block_output": "blocks.1.resid_post",
+        "layer=0, component=query_output": "blocks.0.attn.q", "model.layers.1": "blocks.1.resid_post",
+        "model.layers.1.self_attn": "blocks.1.attn.out", "model.layers.1.mlp.down_proj:in": "blocks.1.mlp.hidden",
+        "model.embed_tokens": "embed", "lm_head": "logits",
+    }  # fmt: skip
+    for dialect in ("fx", "onnx"):
+        graph = graph_of("llama", dialect)
+        for spelling, name in meant.items():
+            site, expected = graph.site(spelling), graph.site(name)
+            if site.kind is SiteKind.VIRTUAL:
+                assert site.anchor == expected.anchor, spelling
+            else:
+                assert site.value == expected.value, spelling
+
+
+def test_stream_values_are_what_blocks_say() -> None:
+    """Views and sites agree, and keep agreeing after an edit at a site."""
+    graph = zoo.captured("llama")
+    with graph.edit("steer") as editor:
+        editor.insert_at(graph.site("blocks.0.resid_post"), "add", [np.ones(32, np.float32)])
+        editor.insert_at(graph.site("blocks.1.mlp.out"), "add", [np.ones(32, np.float32)])
+    graph.verify()
+    blocks = graph.views.blocks()
+    assert [(b.prefix, b.index, len(b.units)) for b in blocks] == [("", 0, 2), ("", 1, 2)]
+    assert blocks[1].resid_pre == graph.site("blocks.1.resid_pre").value
+    assert blocks[1].feed_forward is not None and blocks[1].units[1].branch == graph.site("blocks.1.mlp.out").value
+
+
+def test_sites_of_a_lifted_joint_graph() -> None:
+    """Nothing assumes that parameters are stored: a graph that takes them as inputs lists its values and edges all the same."""
+    import torch
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+
+    from actgraph.graph.fx import FxGraph
+
+    def loss(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.relu(x @ w).sum(),)
+
+    gm = aot_export_joint_simple(loss, (torch.randn(5, 4), torch.randn(4, 3, requires_grad=True)), trace_joint=True)
+    graph = FxGraph.from_joint(gm)
+    graph.verify()
+    names = [site.name for site in graph.sites()]
+    assert "activation.0" in names
+    assert graph.sites("%*") and graph.text() and graph.content_hash() == graph.clone().content_hash()

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actgraph.errors import SiteError
 from actgraph.graph.sites import SiteKind, SiteTable, edge_anchor, value_anchor, virtual_anchor
@@ -205,6 +207,54 @@ def test_round_trip_through_data_and_clones(graph: ToyGraph) -> None:
 def test_two_sites_cannot_share_a_name(graph: ToyGraph) -> None:
     with pytest.raises(ValueError, match=r"linear\.0"):
         graph.site_table.add("linear.0", value_anchor(graph.value("c")), "linear")
+
+
+@given(st.lists(st.sampled_from(["value.a", "value.b", "edge.c:in", "edge.d:in", "pair:in"]), max_size=8), st.booleans())
+def test_any_sequence_of_edits_composes(places: list[str], copy: bool) -> None:
+    """A reader sees the edits at its value in the order they were made, then those at its own edge.
+
+    An edit that reaches every reader of a value is an edit of the value, however its site is called.
+    """
+    g = ToyGraph()
+    x = g.add_input("x")
+    a = g.add_node("toy.a", x, name="a")
+    b = g.add_node("toy.b", a, name="b")
+    c = g.add_node("toy.c", b, name="c")
+    d = g.add_node("toy.d", b, name="d")
+    g.add_result("y", g.add_node("toy.e", c, d, name="e"))
+    nodes = {n.name: n for n in g.nodes()}
+    g._sites = SiteTable()
+    for value in (a, b):
+        g._sites.add(f"value.{value.name}", value_anchor(value), "value")
+    for name in ("c", "d"):
+        g._sites.add(f"edge.{name}:in", edge_anchor([(nodes[name], 0)]), "edge")
+    g._sites.add("pair:in", edge_anchor([(nodes["c"], 0), (nodes["d"], 0)]), "pair")
+    seen: dict[str, list[str]] = {"value.a": [], "value.b": [], "edge.c:in": [], "edge.d:in": []}
+    for step, place in enumerate(places):
+        apart = bool(seen["edge.c:in"] or seen["edge.d:in"])
+        try:
+            with g.edit(f"pass{step}") as editor:
+                editor.insert_at(g.site(place), "toy.edit", name=f"edit{step}")
+        except SiteError:
+            assert place == "pair:in" and apart
+            continue
+        seen["value.b" if place == "pair:in" else place].append(f"edit{step}")
+        if copy:
+            g = g.clone()  # type: ignore[assignment]
+    g.verify()
+
+    def above(reader: str) -> tuple[list[str], str]:
+        found: list[str] = []
+        value = next(n for n in g.nodes() if n.name == reader).operands[0]
+        while value is not None and value.producer is not None and value.name.startswith("edit"):
+            found.insert(0, value.name)
+            value = value.producer.operands[0]
+        return found, value.name if value is not None else ""
+
+    assert above("b") == (seen["value.a"], "a")
+    assert above("c") == (seen["value.b"] + seen["edge.c:in"], "b")
+    assert above("d") == (seen["value.b"] + seen["edge.d:in"], "b")
+    assert above("a") == ([], "x")
 
 
 def test_listing_ten_thousand_sites_is_fast() -> None:

@@ -154,7 +154,7 @@ class Flow:
     def _step(
         self, value: Value, passed: set[str], ends: dict[Value, int], steps: int
     ) -> Value | tuple[int, frozenset[str]] | None:
-        plain = through(self.s, value)
+        plain = through(self.s, value) if value not in self.linears else None
         if plain is not None:
             return plain
         prim = self.s.prim(value)

@@ -115,7 +115,7 @@ def _stream_values(s: Semantics, skip: Value) -> Iterator[Value]:
 
 
 def through(s: Semantics, value: Value) -> Value | None:
-    """The value before a cast, a reshape, an edit in place or a multiplication by a number."""
+    """The value before a cast, a reshape, an edit in place, a constant added or a multiplication by a number."""
     edited = s.edited(value)
     if edited != value:
         return edited
@@ -125,6 +125,10 @@ def through(s: Semantics, value: Value) -> Value | None:
     first = prim.operands[0]
     if prim.op in ("identity", "cast", "reshape") and isinstance(first, Value):
         return first
+    if prim.op in ("add", "sub"):
+        data = [operand for operand in prim.operands if isinstance(operand, Value) and s.is_data(operand)]
+        kept = len(data) == 1 and data[0].shape == prim.output.shape and (prim.op == "add" or data[0] is first)
+        return data[0] if kept else None
     if prim.op in ("mul", "div"):
         second = prim.operands[1]
         if isinstance(first, Value) and isinstance(second, (int, float)):
