@@ -92,7 +92,7 @@ class Recording:
 @contextmanager
 def recording(opset: int, constants: dict[Any, ir.Value]) -> Iterator[Recording]:
     """Record the ONNX nodes that translations make inside the block. ``constants`` is shared by all blocks of a graph."""
-    recorder = _building.OpRecorder(values.Opset("", opset), constants)
+    recorder = _building.OpRecorder(values.Opset("", opset), constants)  # type: ignore[abstract]
     with evaluator.default_as(recorder):
         _core.current_tracer = recorder  # read by the translations of higher-order ops
         try:
@@ -151,7 +151,8 @@ def decompose(node: torch.fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    name: str = target.name()  # type: ignore[no-untyped-call]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def namespace(node: torch.fx.Node) -> str:
