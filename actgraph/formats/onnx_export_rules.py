@@ -53,7 +53,11 @@ def _rank(node: fx.Node) -> int:
 
 
 @rule(
-    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
     complex_too=True,
 )
 def identity(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:

@@ -107,4 +107,3 @@ def _edge(
     if len(same) == len(found):  # the same value twice: take the reader in the same place
         found = [found[same.index(position)]]
     yield from found
-

@@ -251,9 +251,7 @@ def _view_lines(graph: Graph) -> dict[str, str]:
         "norm": [f"{v.kind}, eps {v.eps:.3g}" for v in views.norms()],
         "activation": [v.function for v in views.activations()],
         "attention": [f"{v.heads}/{v.kv_heads} heads of {v.head_dim}, scale {v.scale:.5g}" for v in views.attentions()],
-        "feed_forward": [
-            f"{v.activation.function}{', gated' if v.gate is not None else ''}" for v in views.feed_forwards()
-        ],
+        "feed_forward": [f"{v.activation.function}{', gated' if v.gate is not None else ''}" for v in views.feed_forwards()],
         "moe": [f"{v.experts} experts" for v in views.moe()],
         "block": [f"{v.prefix}{' '.join(unit.kind for unit in v.units)}" for v in views.blocks()],
     }
