@@ -71,7 +71,11 @@ def run(command: list[str], page: str, cwd: Path, environment: dict[str, str]) -
     assert result.returncode == 0, f"{page}: {command[-1]}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "CONTRIBUTING.md"])
+#: The guides run for a while; the README is what everybody tries first.
+RUN = ["README.md", *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES if page.startswith("docs/"))]
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     execute(page, tmp_path, surroundings(tmp_path, ROOT))
 
