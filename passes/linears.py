@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from actgraph.errors import PassError
-from actgraph.graph import Graph, SiteKind, Value
+from actgraph.graph import Graph, Value
+from actgraph.graph.sites import Anchor
 from actgraph.graph.views import Convolution, Linear
 from actgraph.passes.places import Selector
 
@@ -23,10 +24,20 @@ class Places:
 
     @staticmethod
     def of(graph: Graph, selector: Selector) -> Places:
-        sites = graph.sites(selector) if selector else []
+        """What is selected. Raises SiteError when a selector matches nothing."""
+        return Places._from(site.anchor for site in graph.sites(selector)) if selector else Places(frozenset(), frozenset())
+
+    @staticmethod
+    def ignored(graph: Graph, ignore: Selector) -> Places:
+        """What is left out; patterns may match nothing."""
+        return Places._from(graph.site_table.ignored(graph, ignore)) if ignore else Places(frozenset(), frozenset())
+
+    @staticmethod
+    def _from(anchors: Iterable[Anchor]) -> Places:
+        listed = list(anchors)
         return Places(
-            frozenset(s.anchor.value for s in sites if s.kind is SiteKind.VALUE and s.anchor.value is not None),
-            frozenset((s.anchor.node, s.anchor.index) for s in sites if s.kind is SiteKind.EDGE),
+            frozenset(anchor.value for anchor in listed if anchor.value is not None),
+            frozenset(edge for anchor in listed for edge in anchor.edges),
         )
 
     def covers(self, weighted: Linear | Convolution) -> bool:
@@ -56,5 +67,12 @@ def edge_name(graph: Graph, weighted: Linear | Convolution) -> str:
 
 def chosen(graph: Graph, weighted: Sequence[Weighted], site: Selector, ignore: Selector) -> list[Weighted]:
     """Those of ``weighted`` that ``site`` names (all of them when empty) and ``ignore`` does not."""
-    wanted, unwanted = Places.of(graph, site), Places.of(graph, ignore)
+    wanted, unwanted = Places.of(graph, site), Places.ignored(graph, ignore)
     return [w for w in weighted if (not site or wanted.covers(w)) and not unwanted.covers(w)]
+
+
+def check_selectors(graph: Graph, site: Selector, acts: Callable[[Places], bool], what: str) -> None:
+    """Raises PassError for a selector that names sites but nothing that the pass acts on (``acts``): asked for, not done."""
+    for selector in (site,) if isinstance(site, str) else site:
+        if selector and not acts(Places.of(graph, selector)):
+            raise PassError(f"{selector!r} names no {what}", "list the sites with `actgraph sites MODEL`")

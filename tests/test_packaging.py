@@ -91,7 +91,10 @@ def environment(folder: Path, *install: str) -> str:
     return executable
 
 
-WHERE = "import actgraph, actgraph.passes, actgraph.runtime, actgraph.passes.tap; print(actgraph.__file__, actgraph.passes.__file__)"
+WHERE = (
+    "import actgraph, actgraph.passes, actgraph.runtime, actgraph.passes.tap; "
+    "print(actgraph.__file__, actgraph.passes.__file__)"
+)
 NO_TOP_LEVEL = "import importlib.util as u; print(u.find_spec('passes'), u.find_spec('runtime'))"
 
 

@@ -8,7 +8,6 @@ file with one 1-D tensor is a steering vector too: it has no site of its own.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actgraph.errors import InputError
+from actgraph.formats.atomic import atomic_file
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
@@ -56,15 +56,16 @@ class SteeringVector:
         from safetensors.numpy import save
 
         path = Path(path)
-        manifest = {"format": FORMAT, "model": self.model, "method": self.method, "position": self.position, "notes": dict(self.notes)}
+        manifest = {
+            "format": FORMAT,
+            "model": self.model,
+            "method": self.method,
+            "position": self.position,
+            "notes": dict(self.notes),
+        }
         tensors = {name or "vector": np.ascontiguousarray(v, np.float32) for name, v in self.directions.items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(save(tensors, metadata={"actgraph": json.dumps(manifest, sort_keys=True)}))
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"cannot write {path}: {error.strerror}", "choose another folder") from error
+        with atomic_file(path) as stream:
+            stream.write(save(tensors, metadata={"actgraph": json.dumps(manifest, sort_keys=True)}))
         return path
 
 
@@ -98,7 +99,7 @@ def load_vector(path: str | Path) -> SteeringVector:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a safetensors file: {error}", "steering vectors are safetensors files") from error
-    manifest: dict[str, Any] = json.loads(metadata.get("actgraph", "{}"))
+    manifest = _manifest(path, metadata.get("actgraph", "{}"))
     wrong = [name for name, tensor in tensors.items() if tensor.ndim != 1]
     if wrong or not tensors:
         raise InputError(f"{path} holds no steering vector", "its tensors must be 1-D directions, named by site")
@@ -108,5 +109,19 @@ def load_vector(path: str | Path) -> SteeringVector:
         return SteeringVector({"": next(iter(tensors.values()))})
     directions = {("" if name == "vector" else name): t for name, t in tensors.items()}
     return SteeringVector(
-        directions, manifest.get("model", ""), manifest.get("method", ""), manifest.get("position", ""), manifest.get("notes", {})
+        directions,
+        manifest.get("model", ""),
+        manifest.get("method", ""),
+        manifest.get("position", ""),
+        manifest.get("notes", {}),
     )
+
+
+def _manifest(path: Path, text: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the manifest of {path} is damaged: {error.msg}", "extract the vector again") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"the manifest of {path} is no object", "extract the vector again")
+    return manifest

@@ -57,6 +57,7 @@ class Editor:
         self._snapshot = self.graph.clone()
         self.counts.clear()
         self.touched.clear()
+        self.messages.clear()
         self._names = None
         self._numbers.clear()
 

@@ -70,7 +70,9 @@ def _evaluate_fx(graph: FxGraph, node: Node, operands: list[Array | None]) -> li
     from actgraph.graph.fx_types import array_of, tensor_of
 
     values = {
-        operand.key: tensor_of(array) for operand, array in zip(node.operands, operands, strict=True) if operand is not None and array is not None
+        operand.key: tensor_of(array)
+        for operand, array in zip(node.operands, operands, strict=True)
+        if operand is not None and array is not None
     }
 
     def concrete(n: Any) -> Any:
@@ -91,10 +93,19 @@ def _evaluate_onnx(graph: OnnxGraph, node: Node, operands: list[Array | None]) -
 
     native: ir.Node = node.key
     inputs = [
-        None if value is None else ir.Value(name=f"i{index}", type=value.type, shape=ir.Shape(array.shape) if array is not None else None)
+        None
+        if value is None
+        else ir.Value(name=f"i{index}", type=value.type, shape=ir.Shape(array.shape) if array is not None else None)
         for index, (value, array) in enumerate(zip(native.inputs, operands, strict=True))
     ]
-    copy = ir.Node(native.domain, native.op_type, inputs, list(native.attributes.values()), overload=native.overload, num_outputs=len(native.outputs))
+    copy = ir.Node(
+        native.domain,
+        native.op_type,
+        inputs,
+        list(native.attributes.values()),
+        overload=native.overload,
+        num_outputs=len(native.outputs),
+    )
     for index, (output, original) in enumerate(zip(copy.outputs, native.outputs, strict=True)):
         output.name = f"o{index}"
         output.type = original.type

@@ -168,7 +168,7 @@ class Use(NamedTuple):
     """One place that reads a value: operand ``index`` of ``node``, or graph output ``index`` when ``node`` is None."""
 
     node: Node | None
-    index: int
+    index: int  # type: ignore[assignment]  # the operand, not tuple.index
 
 
 @dataclass

@@ -189,6 +189,11 @@ class SiteTable:
             return [pattern.literal] if pattern.literal in self.anchors or pattern.literal in self.aliases else []
         return [name for name in self.all_names() if pattern.matches(name)]
 
+    def ignored(self, graph: Graph, ignore: str | Sequence[str]) -> list[Anchor]:
+        """The places that ``ignore`` leaves out. A pattern may match nothing; a plain name that does not exist is an error."""
+        keys = self._ignored(graph, _as_list(ignore))
+        return [anchor for anchor in dict.fromkeys(self.anchors.values()) if anchor.key in keys]
+
     def _ignored(self, graph: Graph, selectors: list[str]) -> set[tuple[object, ...]]:
         """Keys of the anchors to leave out. A pattern without a suffix leaves out the edges of what it names, too."""
         dropped: set[tuple[object, ...]] = set()
@@ -326,9 +331,22 @@ class SiteTable:
             self._forget(name, by or "an edit")
 
     def forget(self, value: Value, by: str) -> None:
-        """The sites that denote ``value`` no longer hold what their names say; asking for them names ``by``."""
+        """The sites that denote ``value``, and the edges that read it, no longer hold what their names say.
+
+        Asking for them names ``by``.
+        """
         for name in self.names_of(value):
             self._forget(name, by)
+        for use in value.uses:
+            if use.node is not None:
+                self.forget_edge(use.node, use.index, by)
+
+    def forget_edge(self, node: Node, index: int, by: str) -> None:
+        """The edges that include operand ``index`` of ``node`` no longer hold what their names say."""
+        for name in list(self._on_node.get(node, ())):
+            anchor = self.anchors[name]
+            if anchor.kind is SiteKind.EDGE and (node, index) in anchor.edges:
+                self._forget(name, by)
 
     def _forget(self, name: str, by: str) -> None:
         self._unplace(name)
@@ -386,6 +404,7 @@ class SiteTable:
                     table.removed.update(dict.fromkeys([row["name"], *row.get("aliases", ())], "another tool"))
                 continue
             table.add(row["name"], anchor, row.get("role", ""), row.get("aliases", ()))
+        table.role_names &= table.anchors.keys() | table.aliases.keys()
         return table
 
 

@@ -11,7 +11,7 @@ from actgraph.pipeline.base import Pass, PassContext, PassResult
 
 
 class CommonSubexpressions(Pass):
-    """Compute equal nodes once. Two values that both carry sites stay apart: editing one must not edit the other."""
+    """Compute equal nodes once. A value that carries a site stays as it is: an edit there must reach its own readers only."""
 
     name: ClassVar[str] = "cse"
     family: ClassVar[str] = "cleanup"
@@ -33,7 +33,7 @@ class CommonSubexpressions(Pass):
                 if first is node or any(o in outputs for o in node.outputs):
                     continue
                 table = graph.site_table
-                if any(table.names_of(a) and table.names_of(b) for a, b in zip(first.outputs, node.outputs, strict=True)):
+                if any(table.names_of(output) for output in (*first.outputs, *node.outputs)):
                     continue
                 for kept, duplicate in zip(first.outputs, node.outputs, strict=True):
                     editor.redirect(duplicate, kept)

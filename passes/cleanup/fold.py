@@ -17,7 +17,7 @@ _KEEP = frozenset({"actgraph.dequantize", "onnx.DequantizeLinear", "onnx.Quantiz
 
 
 class FoldConstants(Pass):
-    """Evaluate nodes that depend on constants alone, where the result is small or no larger than what it replaces."""
+    """Evaluate nodes that depend on constants alone, where the result is small or no larger than the constants it frees."""
 
     name: ClassVar[str] = "fold"
     family: ClassVar[str] = "cleanup"
@@ -25,7 +25,7 @@ class FoldConstants(Pass):
     repeatable: ClassVar[bool] = True
     may_do_nothing: ClassVar[bool] = True
 
-    limit: int = Field(default=65536, ge=1, description="Largest result in elements that may grow the model.")
+    limit: int = Field(default=1024, ge=1, description="Largest result in elements that may grow the model.")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         result = PassResult()
@@ -40,7 +40,10 @@ class FoldConstants(Pass):
                 if not all(operand.is_parameter or operand in known for operand in present):
                     continue
                 size = _elements(node.outputs[0])
-                if size is None or size > max(self.limit, sum(_elements(operand) or 0 for operand in present)):
+                if size is None or size > max(
+                    self.limit,
+                    sum(_elements(operand) or 0 for operand in present if all(use.node == node for use in operand.uses)),
+                ):
                     continue
                 arrays = [None if o is None else known[o] if o in known else graph.read(o) for o in node.operands]
                 try:

@@ -32,11 +32,16 @@ class RemoveIdentities(Pass):
                 source = passes_through(prim) if prim is not None else None
                 if prim is None or node.op in _LAYOUT or source is None or source.kind != source.kind.RESULT:
                     continue
-                if source.dtype != prim.output.dtype or source.shape is None or source.shape != prim.output.shape:
+                if (
+                    source.dtype != prim.output.dtype
+                    or source.shape is None
+                    or None in source.shape
+                    or source.shape != prim.output.shape
+                ):
                     continue
                 table = graph.site_table
-                if table.names_of(source) and table.names_of(prim.output):
-                    continue  # two sites whose readers differ must stay two values
+                if table.names_of(prim.output) and len(source.uses) > 1:
+                    continue  # a site must not gain the readers that only its source had
                 editor.redirect(prim.output, source)
                 table.move(prim.output, source)
                 result.counts[prim.op] += 1

@@ -35,8 +35,8 @@ class Clip(SitePass):
     repeatable: ClassVar[bool] = True
     off: ClassVar[Mapping[str, Any]] = {"min": -math.inf, "max": math.inf, "percentile": None, "per": "tensor"}
 
-    min: float | None = Field(default=None, description="Lower bound.")
-    max: float | None = Field(default=None, description="Upper bound.")
+    min: float | None = Field(default=None, allow_inf_nan=False, description="Lower bound.")
+    max: float | None = Field(default=None, allow_inf_nan=False, description="Upper bound.")
     percentile: float | None = Field(default=None, gt=50.0, le=100.0, description="Bounds from calibration, in percent.")
     per: Literal["tensor", "channel"] = Field(default="tensor", description="One range for the site, or one for each channel.")
     axis: int = Field(default=-1, description="The channel axis (1 for NCHW images).")

@@ -14,10 +14,10 @@ from pydantic import Field
 
 from actgraph.calibrate.statistics import Request
 from actgraph.errors import PassError
-from actgraph.graph import Editor, Graph, Value
+from actgraph.graph import Editor, Graph, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.views import FeedForward, Linear
-from actgraph.passes.linears import Places, edge_name
+from actgraph.passes.linears import Places, check_selectors, edge_name
 from actgraph.passes.places import Selector
 from actgraph.passes.prune.importance import DOCS, Importance, keep_indices, neuron_importance
 from actgraph.passes.prune.region import Region, neuron_region
@@ -83,11 +83,12 @@ class Prune(Pass):
 
     def _groups(self, graph: Graph) -> list[list[FeedForward]]:
         """Selected feed-forwards, those that share their weights (ALBERT's layers) together."""
-        wanted, unwanted = Places.of(graph, self.site), Places.of(graph, self.ignore)
+        wanted, unwanted = Places.of(graph, self.site), Places.ignored(graph, self.ignore)
         groups: dict[object, list[FeedForward]] = {}
-        for f in graph.views.feed_forwards():
-            named = wanted.covers_input(f.down) or f.hidden in wanted.values
-            if (not self.site or named) and not (unwanted.covers_input(f.down) or f.hidden in unwanted.values):
+        found = graph.views.feed_forwards()
+        check_selectors(graph, self.site, lambda named: any(_named(f, named) for f in found), "feed-forward")
+        for f in found:
+            if (not self.site or _named(f, wanted)) and not _named(f, unwanted):
                 groups.setdefault(f.down.weight, []).append(f)
         return list(groups.values())
 
@@ -99,6 +100,10 @@ class Prune(Pass):
             moments = [context.statistics.array(_request(graph, f)) for f in group]
         mean_square = np.sum(moments, axis=0) if moments else None
         return neuron_importance(self.importance, group[0].down.read_weight(), mean_square)
+
+
+def _named(feed_forward: FeedForward, places: Places) -> bool:
+    return places.covers_input(feed_forward.down) or feed_forward.hidden in places.values
 
 
 def _request(graph: Graph, feed_forward: FeedForward) -> Request:
@@ -120,7 +125,7 @@ def _projections(feed_forward: FeedForward) -> list[Linear]:
 def _refusal(group: list[FeedForward]) -> str:
     for f in group:
         for linear in (*_projections(f), f.down):
-            if not linear.weight.is_parameter:
+            if not linear.weight.is_parameter or linear.matrix is None:
                 return f"the weight {linear.weight.name} is not stored as it is used: prune before quantizing"
     if len(group) > 1 and group[0].fused_gate_up:
         return "shared fused projections are not supported"
@@ -144,15 +149,15 @@ def _remove(editor: Editor, group: list[FeedForward], regions: list[Region], kee
     if group[0].fused_gate_up:
         _split_fused(editor, group[0], keep)
     else:
-        done = set()
-        for linear in [linear for f in group for linear in _projections(f)]:
-            if linear.weight in done:
-                continue
-            done.add(linear.weight)
-            weight, bias = linear.read_weight(), linear.read_bias()
-            _store(editor, linear, weight[keep], group)
-            if bias is not None and linear.bias is not None:
-                editor.set_parameter(linear.bias, np.ascontiguousarray(bias[keep]))
+        planned = {
+            linear.weight: (linear, linear.read_weight()[keep], linear.read_bias()) for f in group for linear in _projections(f)
+        }
+        for linear, weight, bias in planned.values():
+            _store(editor, linear, weight, group)
+            if bias is not None and len(group) == 1:
+                linear.write_bias(editor, bias[keep])
+            elif bias is not None and linear.bias is not None:
+                editor.set_parameter(linear.bias, np.ascontiguousarray(bias[keep]), uses=_uses(linear.bias, group))
     cut = set()
     for operand, use in [pair for region in regions for pair in region.companions]:
         if (operand, use) not in cut and not any(operand == linear.bias for f in group for linear in _projections(f)):
@@ -168,7 +173,14 @@ def _store(editor: Editor, linear: Linear, weight: Array, group: list[FeedForwar
     if len(group) == 1:
         linear.write_weight(editor, np.ascontiguousarray(weight))
     else:
-        editor.set_parameter(linear.weight, np.ascontiguousarray(weight if linear.out_axis == 0 else weight.T))
+        data = np.ascontiguousarray(weight if linear.out_axis == 0 else weight.T)
+        editor.set_parameter(linear.weight, data, uses=_uses(linear.weight, group))
+
+
+def _uses(parameter: Value, group: list[FeedForward]) -> list[Use]:
+    """The places where the projections of the group read a shared parameter."""
+    nodes = {node for f in group for linear in (*_projections(f), f.down) for node in linear.nodes}
+    return [use for use in parameter.uses if use.node in nodes]
 
 
 def _split_fused(editor: Editor, f: FeedForward, keep: Array) -> None:

@@ -57,6 +57,9 @@ def _pointwise(node: Node) -> bool:
     if node.op.startswith(f"{DOMAIN}."):
         if node.op == f"{DOMAIN}.shift":
             return bool(node.attributes.get("norm", "none") == "none")
-        return Trait.ELEMENTWISE in get_op(node.op).traits or node.op == f"{DOMAIN}.fake_quant"
+        if node.op == f"{DOMAIN}.fake_quant":  # a dynamic scale is taken over all neurons together
+            settings = get_op(node.op).complete(node.attributes)
+            return settings["source"] == "static" and settings["granularity"] in ("tensor", "axis")
+        return Trait.ELEMENTWISE in get_op(node.op).traits
     prim = node.prim
     return prim is not None and prim.op in _POINTWISE

@@ -19,10 +19,11 @@ from actgraph.errors import PassError
 from actgraph.graph import Editor, Graph, Use, Value
 from actgraph.graph.graph import Array, parameter_bytes
 from actgraph.graph.views import Convolution, Linear
+from actgraph.ops.dtypes import DType
 from actgraph.ops.quantizer import symmetric_parameters
-from actgraph.passes.linears import chosen, edge_name
+from actgraph.passes.linears import check_selectors, chosen, edge_name
 from actgraph.passes.places import Selector
-from actgraph.passes.quantize.weights import embeddings, pack, packable, symmetric_int8
+from actgraph.passes.quantize.weights import embeddings, float_readers, pack, packable, symmetric_int8
 from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
 
 
@@ -74,10 +75,10 @@ class Quantize(Pass):
 
     def _places(self, graph: Graph) -> list[Linear | Convolution]:
         views = graph.views
-        return [
-            *chosen(graph, views.linears(), self.site, self.ignore),
-            *chosen(graph, views.convs(), self.site, self.ignore),
-        ]
+        linears, convs = views.linears(), views.convs()
+        every: list[Linear | Convolution] = [*linears, *convs]
+        check_selectors(graph, self.site, lambda named: any(named.covers(w) for w in every), "linear or convolution")
+        return [*chosen(graph, linears, self.site, self.ignore), *chosen(graph, convs, self.site, self.ignore)]
 
     def _pack_weights(self, graph: Graph, editor: Editor, places: list[Linear | Convolution], result: PassResult) -> None:
         """Pack each weight once, however many linears share it."""
@@ -94,8 +95,7 @@ class Quantize(Pass):
                 shared[weight, place.out_axis if isinstance(place, Linear) else 0].append(place)
         tables = {prim.operands[0]: prim for prim in embeddings(graph)} if self.embeddings else {}
         for (weight, axis), group in shared.items():
-            readers = [use for use in map(packable, group) if use is not None]
-            packed, scale = pack(editor, weight, axis, readers)
+            packed, scale = pack(editor, weight, axis, [use for use in map(packable, group) if use is not None])
             result.counts["weights packed"] += 1
             if weight in tables and axis == 0:
                 self._pack_table(editor, weight, packed, scale, result)
@@ -105,8 +105,12 @@ class Quantize(Pass):
                 q, scales = symmetric_int8(graph.read(table), 0)
                 self._pack_table(
                     editor, table, editor.add_parameter(f"{table.name}_int8", q),
-                    editor.add_parameter(f"{table.name}_scale", scales.astype(graph.read(table).dtype)), result,
+                    editor.add_parameter(f"{table.name}_scale", scales), result,
                 )  # fmt: skip
+
+        for weight in [weight for weight, _ in shared]:
+            if readers := float_readers(weight):
+                editor.messages.append(f"{weight.name} stays in float for {', '.join(readers)}: both forms are stored")
 
     def _pack_table(self, editor: Editor, table: Value, packed: Value, scale: Value, result: PassResult) -> None:
         """Gather int8 rows and their scales instead of float rows: the table is never dequantized as a whole."""
@@ -118,8 +122,10 @@ class Quantize(Pass):
                 continue
             rows = editor.copy_region([prim.node], {table: packed})[prim.output]
             scales = editor.copy_region([prim.node], {table: column})[prim.output]
-            wide = editor.insert("cast", [rows], {"to": dtype}, after=scales.producer)
+            wide = editor.insert("cast", [rows], {"to": DType.F32}, after=scales.producer)
             product = editor.insert("mul", [wide.output, scales], after=wide)
+            if dtype is not DType.F32:
+                product = editor.insert("cast", [product.output], {"to": dtype}, after=product)
             editor.redirect(prim.output, product.output)
             result.counts["embeddings packed"] += 1
 

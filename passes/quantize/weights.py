@@ -77,7 +77,7 @@ def pack(editor: Editor, weight: Value, axis: int, readers: list[Use]) -> tuple[
     data = graph.read(weight)
     q, scale = symmetric_int8(data, axis)
     packed = editor.add_parameter(f"{weight.name}_int8", q)
-    scales = editor.add_parameter(f"{weight.name}_scale", scale.astype(data.dtype if data.dtype != np.float64 else np.float32))
+    scales = editor.add_parameter(f"{weight.name}_scale", scale)  # float32 whatever the weight: half precision would underflow
     # An explicit zero point: onnxruntime takes a missing one for uint8 when it moves quantizers about.
     zero = editor.add_parameter(f"{weight.name}_zero_point", np.zeros(scale.shape, np.int8))
     dtype = str(weight.dtype)
@@ -96,10 +96,12 @@ def pack(editor: Editor, weight: Value, axis: int, readers: list[Use]) -> tuple[
                 "actgraph.dequantize", [source, scales, zero], {"axis": stored_axis, "dtype": dtype}, before=node, like=node
             ).output
         editor.redirect(operand, made[operand], [Use(node, index)])
-    others = [use.node.name for use in weight.uses if use.node is not None and use.node.outputs and use.node.output.uses]
-    if others:
-        editor.messages.append(f"{weight.name} stays in float for {', '.join(others)}: both forms are stored")
     return packed, scales
+
+
+def float_readers(weight: Value) -> list[str]:
+    """The nodes that still read the float form of a packed weight."""
+    return [use.node.name for use in weight.uses if use.node is not None and any(output.uses for output in use.node.outputs)]
 
 
 def _transposes(operand: Value, weight: Value) -> list[Prim]:

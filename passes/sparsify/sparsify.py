@@ -16,7 +16,7 @@ from actgraph.calibrate.statistics import Request
 from actgraph.errors import OptionError, PassError
 from actgraph.graph import Graph, Use, Value
 from actgraph.graph.views import FeedForward, Linear
-from actgraph.passes.linears import Places, edge_name, input_value
+from actgraph.passes.linears import Places, check_selectors, edge_name, input_value
 from actgraph.passes.places import Selector
 from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
 
@@ -87,19 +87,22 @@ class Sparsify(Pass):
 
     def _places(self, graph: Graph) -> list[tuple[str, Value, list[Use] | None]]:
         """``(site name, value, uses)``: what to gate and for which readers (``None``: all)."""
-        wanted, unwanted = Places.of(graph, self.site), Places.of(graph, self.ignore)
+        wanted, unwanted = Places.of(graph, self.site), Places.ignored(graph, self.ignore)
         views = graph.views
         if self.method == "cats":
             gated = [f for f in views.feed_forwards() if f.gate is not None and f.act != f.hidden]
+            check_selectors(graph, self.site, lambda named: any(f.act in named.values for f in gated), "gated activation")
             return [
                 (_act_name(graph, f), f.act, None)
                 for f in gated
                 if (not self.site or f.act in wanted.values) and f.act not in unwanted.values
             ]
+        linears = views.linears()
+        check_selectors(graph, self.site, lambda named: any(named.covers_input(x) for x in linears), "input of a linear")
         inside = _in_blocks(graph)
         return [
             (edge_name(graph, linear), input_value(linear), [linear.input])
-            for linear in views.linears()
+            for linear in linears
             if (wanted.covers_input(linear) if self.site else linear in inside)
             and not (unwanted.covers_input(linear) or unwanted.covers(linear))
         ]

@@ -15,6 +15,7 @@ from actgraph.errors import PassError
 from actgraph.formats.vectors import SteeringVector, load_vector
 from actgraph.graph import Editor, Graph, Site, SiteKind
 from actgraph.graph.graph import Array
+from actgraph.graph.views import Linear
 from actgraph.passes.places import Selector, SitePass
 from actgraph.passes.steer.folding import linear_readers
 from actgraph.pipeline.base import Declined, PassContext, PassResult
@@ -80,7 +81,7 @@ class Ablate(SitePass):
             readers = [linear for linear in linears if linear.input in site.uses(graph)]
         elif site.kind is SiteKind.VALUE:
             writer = next((linear for linear in linears if linear.output == site.value), None)
-            if writer is not None and writer.weight.is_parameter:
+            if writer is not None and _stored(writer):
                 weight = writer.read_weight().astype(np.float64)
                 writer.write_weight(editor, (weight - np.outer(unit, unit @ weight)).astype(writer.read_weight().dtype))
                 bias = writer.read_bias()
@@ -91,14 +92,23 @@ class Ablate(SitePass):
             readers = linear_readers(graph, site.value, linears) or []
         else:
             return False
-        if not readers or not all(linear.weight.is_parameter for linear in readers):
+        if not readers or not all(_stored(linear) for linear in readers):
             return False
         for linear in readers:
             weight = linear.read_weight().astype(np.float64)
             linear.write_weight(editor, (weight - np.outer(weight @ unit, unit)).astype(linear.read_weight().dtype))
+        by = f"{self.name} (folded into the weights of its readers)"
         if site.kind is SiteKind.VALUE:
-            graph.site_table.forget(site.value, f"{self.name} (folded into the weights of its readers)")
+            graph.site_table.forget(site.value, by)
+        for linear in readers:
+            assert linear.input.node is not None
+            graph.site_table.forget_edge(linear.input.node, linear.input.index, by)
         return True
+
+
+def _stored(linear: Linear) -> bool:
+    """Whether the weight is stored in floating point and can be replaced."""
+    return linear.weight.is_parameter and linear.matrix is not None
 
 
 def _unit(direction: Array) -> Array:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from actgraph.errors import PassError
 from actgraph.formats.vectors import SteeringVector, load_vector
-from actgraph.graph import Editor, Graph, Site, SiteKind, Value
+from actgraph.graph import Editor, Graph, Site, SiteKind, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.views import Linear
 from actgraph.ops import get_op
@@ -104,7 +104,7 @@ class Steer(SitePass):
         if old is None or not old.is_parameter or get_op(node.op).complete(node.attributes) != plain:
             return False
         total = graph.read(old).astype(np.float64) + direction
-        editor.set_parameter(old, total.astype(graph.read(old).dtype))
+        editor.set_parameter(old, total.astype(graph.read(old).dtype), uses=[Use(node, 1)])
         return True
 
     def _fold(self, graph: Graph, editor: Editor, site: Site, direction: Array) -> bool:
