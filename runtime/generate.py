@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from actgraph.errors import InputError
+from actgraph.graph.context import logits_output
 from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role
 
@@ -174,21 +175,6 @@ class _Generator:
         return int(order[min(place, len(order) - 1)])
 
 
-def logits_output(graph: Graph) -> str:
-    """The name of the output that holds next-token scores ``[batch, seq, vocabulary]``.
-
-    Raises InputError when there is none.
-    """
-    users = [(name, value) for name, value in graph.outputs() if graph.role(name) is Role.USER]
-    if any(name == "logits" for name, _ in users):
-        return "logits"
-    candidates = [name for name, value in users if value.type.rank == 3 and value.dtype is not None and value.dtype.is_float]
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(name for name, _ in users)
-    raise InputError(f"{graph.name} has no output of next-token logits (outputs: {found})", "generation needs a causal LM")
-
-
 def _feeds(graph: Graph) -> dict[str, np.dtype[Any]]:
     """The graph's inputs that generation fills in, with their dtypes."""
     feeds: dict[str, np.dtype[Any]] = {}
@@ -199,8 +185,6 @@ def _feeds(graph: Graph) -> dict[str, np.dtype[Any]]:
             raise InputError(
                 f"generation does not know what to feed input {value.name!r} of {graph.name}", f"it fills {', '.join(_FILL)}"
             )
-    if "input_ids" not in feeds:
-        raise InputError(f"{graph.name} has no input named input_ids", "generation needs a causal LM")
     return feeds
 
 

@@ -17,6 +17,7 @@ from actgraph.calibrate.corpora import Corpus
 from actgraph.calibrate.encode import Signature, samples
 from actgraph.calibrate.engine import _bar, limited
 from actgraph.errors import InputError
+from actgraph.graph.context import logits_output
 from actgraph.graph.executor import executor_for
 
 if TYPE_CHECKING:
@@ -94,17 +95,6 @@ def log_likelihoods(
 def perplexity(graph: Graph, corpus: Any = None, **options: Any) -> float:
     """The perplexity of ``corpus`` (default: the packaged sample text); options as in ``log_likelihoods``."""
     return log_likelihoods(graph, corpus, **options).perplexity
-
-
-def logits_output(graph: Graph) -> str:
-    """The output that holds logits ``[batch, seq, vocabulary]``. Raises InputError when there is none."""
-    outputs = graph.outputs()
-    if "input_ids" not in {value.name for value in graph.inputs()}:
-        raise InputError(f"{graph.name} takes no input_ids: it is no language model")
-    for name, value in outputs:
-        if name == "logits" or (len(outputs) == 1 and value.shape is not None and len(value.shape) == 3):
-            return name
-    raise InputError(f"{graph.name} has no output called logits", f"its outputs are {', '.join(name for name, _ in outputs)}")
 
 
 def _total(logits: Array, labels: Array) -> float:

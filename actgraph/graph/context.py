@@ -94,6 +94,29 @@ def token_dims(graph: Graph) -> tuple[Dim, ...] | None:
     return None
 
 
+def logits_output(graph: Graph) -> str:
+    """The name of the output that holds next-token scores ``[batch, seq, vocabulary]``: ``logits``, or the only one of rank 3.
+
+    Raises InputError when ``graph`` is no language model.
+    """
+    users = [(name, value) for name, value in graph.outputs() if graph.role(name) is Role.USER]
+    names = [name for name, _ in users]
+    scores = [name for name, value in users if value.shape is not None and len(value.shape) == 3 and _is_float(value)]
+    if "input_ids" not in {value.name for value in graph.inputs()}:
+        raise InputError(f"{graph.name} takes no input_ids: it is no language model", "use a causal language model")
+    if "logits" in names:
+        return "logits"
+    if len(scores) == 1:
+        return scores[0]
+    raise InputError(
+        f"{graph.name} has no output of next-token logits (outputs: {', '.join(names)})", "use a causal language model"
+    )
+
+
+def _is_float(value: Value) -> bool:
+    return value.dtype is not None and value.dtype.is_float
+
+
 def _own_input(graph: Graph, kind: ContextKind) -> Value | None:
     """The input that is the context value: spelled like it, with its axes."""
     dims = token_dims(graph)

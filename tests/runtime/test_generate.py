@@ -138,7 +138,7 @@ def test_bad_arguments_are_refused_before_the_first_step(stories: Stories) -> No
 
 def test_other_models_are_refused() -> None:
     linear = ag.trace(torch.nn.Linear(4, 2), (torch.zeros(3, 4),))
-    with pytest.raises(InputError, match=r"next-token logits|causal LM"):
+    with pytest.raises(InputError, match="takes no input_ids"):
         ag.generate(linear, [1])
 
 
