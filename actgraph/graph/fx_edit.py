@@ -176,24 +176,24 @@ def add_parameter(graph: FxGraph, name: str, data: Array, *, buffer: bool) -> Va
 
 
 def _free_path(graph: FxGraph, name: str) -> str:
-    """A dotted path derived from ``name`` that no tensor and no module has."""
-    taken = {path for path, _ in fx_build.named_tensors(graph.root)}
+    """A dotted path derived from ``name`` that nothing has and that leads through no tensor."""
     parts = [part or "_" for part in name.split(".")]
     path = ".".join(parts)
-    if any(".".join(parts[:depth]) in taken for depth in range(1, len(parts))):
+    if any(isinstance(_found(graph.root, ".".join(parts[:depth])), torch.Tensor) for depth in range(1, len(parts))):
         path = "_".join(parts)
     number, result = 0, path
-    while result in taken or _module_at(graph.root, result):
+    while _found(graph.root, result) is not None:
         number += 1
         result = f"{path}_{number}"
     return result
 
 
-def _module_at(root: torch.nn.Module, path: str) -> bool:
+def _found(root: torch.nn.Module, path: str) -> Any:
+    """What stands at a dotted path, ``None`` for nothing. As long as the path, however many tensors there are."""
     try:
-        return isinstance(fx_build.lookup(root, path), torch.nn.Module)
+        return fx_build.lookup(root, path)
     except AttributeError:
-        return False
+        return None
 
 
 def set_parameter(graph: FxGraph, parameter: Value, data: Array) -> None:
