@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from actgraph.graph.graph import Graph, Role, Value
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.onnx_native import native_dtype
 from actgraph.ops.dtypes import DType
+from actgraph.runtime.inputs import InputChecker
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 _NOT_IN_NUMPY = frozenset({DType.BF16, DType.F8E4M3, DType.F8E5M2, DType.I4, DType.U4})
+#: What onnxruntime calls the element types that numpy has: all others pass through OrtValues.
+_IN_NUMPY = frozenset(
+    f"tensor({name})"
+    for name in (
+        "float", "double", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
+        "string", "complex64", "complex128",
+    )
+)  # fmt: skip
 _ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 
 
@@ -56,35 +66,26 @@ class OrtRunner:
             keys = {file: key for file, key in keys.items() if key != value.name} | {label: value.name}
         self._names = list(keys)
         self._keys = keys
-        self._inputs = {value.name: value.dtype for value in graph.inputs()}
-        self._optional = graph.optional
+        self._check = InputChecker(graph, graph.dim_ranges, graph.optional)
         options = session_options(graph)
         with _model_source(twin) as (source, self._weights):
             if self._weights:
                 shared = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]
                 options.add_external_initializers(list(self._weights), shared)
             self.session = open_session(source, options, graph.name)
-        kinds = {*self._inputs.values(), *(value.dtype for value in values), *(value.dtype for _, value in graph.outputs())}
-        self._binary = not kinds.isdisjoint(_NOT_IN_NUMPY)
+        declared = {item.type for item in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self._binary = any(kind.startswith("tensor(") and kind not in _IN_NUMPY for kind in declared)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name. Raises InputError for missing, unknown or ill-shaped inputs."""
-        unknown = sorted(set(inputs) - set(self._inputs))
-        missing = [name for name in self._inputs if name not in inputs and name not in self._optional]
-        if unknown or missing:
-            problem = f"there is no input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
-            raise InputError(problem, f"inputs are {', '.join(self._inputs)}")
-        feed = {name: self._cast(name, array) for name, array in inputs.items()}
+        """Outputs by name. Raises InputError for inputs that are not as declared (see ``InputChecker``)."""
+        feed = self._check(inputs)
         try:
             results = self._run_values(feed) if self._binary else self.session.run(self._names, feed)
+        except UnsupportedError:
+            raise
         except Exception as error:  # onnxruntime raises its own classes, which derive from Exception directly
             raise InputError(f"onnxruntime cannot run these inputs: {_first_line(error)}") from error
         return {self._keys[name]: array for name, array in zip(self._names, results, strict=True)}
-
-    def _cast(self, name: str, array: Array) -> Array:
-        kind = self._inputs[name]
-        array = np.asarray(array)
-        return array if kind is None or array.dtype == kind.numpy else array.astype(kind.numpy)
 
     def _run_values(self, feed: Mapping[str, Array]) -> list[Array]:
         """Through OrtValues, which carry the element types that numpy lacks."""
@@ -142,33 +143,58 @@ def _model_source(graph: OnnxGraph) -> Iterator[tuple[bytes | str, dict[str, Arr
 
 
 def _ort_value(array: Array) -> ort.OrtValue:
+    """``array`` as onnxruntime holds it: without a copy, except for 4-bit integers, which it packs two to a byte."""
+    import ctypes
+
     import onnxruntime as ort
 
-    kind = DType.of(array.dtype)
+    try:
+        kind = DType.of(array.dtype) if array.dtype.kind not in "OSU" else DType.STRING
+    except KeyError as error:
+        raise UnsupportedError(f"an input of element type {array.dtype} cannot be given", "cast it inside the graph") from error
+    array = np.ascontiguousarray(array).reshape(array.shape)
     if kind not in _NOT_IN_NUMPY:
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-    raw = np.ascontiguousarray(array).view(np.uint8 if kind.bits == 8 else np.uint16)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, kind.onnx)
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    if kind.bits >= 8:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{kind.bits // 8}"), kind.onnx)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), kind.onnx)
+    packed = pack4(array)
+    ctypes.memmove(value.data_ptr(), packed.ctypes.data, packed.nbytes)
+    return value
 
 
 def _array(value: ort.OrtValue) -> Array:
-    import onnx_ir as ir
-
-    kind = native_dtype(ir.DataType(value.element_type()))
-    if kind in (DType.BF16, DType.F8E4M3, DType.F8E5M2):
-        return np.asarray(_copy_raw(value, kind))
-    return np.asarray(value.numpy())
-
-
-def _copy_raw(value: ort.OrtValue, kind: DType) -> Array:
+    """What onnxruntime returned, as an array of its own. Raises UnsupportedError for an element type that we do not know."""
     import ctypes
 
+    import onnx_ir as ir
+
+    native = ir.DataType(value.element_type())
+    kind = native_dtype(native)
+    if kind is None:
+        raise UnsupportedError(f"an output of element type {native.name} cannot be returned", "cast it inside the graph")
+    if kind not in _NOT_IN_NUMPY:
+        return np.asarray(value.numpy())
     shape = tuple(value.shape())
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if count == 0:
         return np.empty(shape, kind.numpy)
-    data = ctypes.string_at(value.data_ptr(), count * kind.bits // 8)
-    return np.frombuffer(data, kind.numpy).reshape(shape).copy()
+    data = np.frombuffer(ctypes.string_at(value.data_ptr(), (count * kind.bits + 7) // 8), np.uint8)
+    return unpack4(data, shape, kind) if kind.bits < 8 else data.view(kind.numpy).reshape(shape).copy()
+
+
+def pack4(array: Array) -> Array:
+    """4-bit integers, two to a byte, the first in the low half: ``[ceil(size / 2)]`` uint8, as ONNX stores them."""
+    halves = np.zeros(-(-array.size // 2) * 2, np.uint8)
+    halves[: array.size] = array.reshape(-1).astype(np.int8).view(np.uint8) & 0xF
+    return halves[::2] | halves[1::2] << 4
+
+
+def unpack4(data: Array, shape: tuple[int, ...], kind: DType) -> Array:
+    """The inverse of ``pack4``: an array of ``shape`` and of the 4-bit type ``kind``."""
+    halves = np.stack([data & 0xF, data >> 4], axis=-1).reshape(-1)[: math.prod(shape)].view(np.int8)
+    signed = np.where(halves > 7, halves - 16, halves) if kind is DType.I4 else halves
+    return signed.astype(kind.numpy).reshape(shape)
 
 
 def _first_line(error: BaseException) -> str:

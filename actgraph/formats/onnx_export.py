@@ -8,6 +8,7 @@ the opset of the model, so that any ONNX runtime can run the result.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,6 +68,8 @@ def to_onnx(graph: FxGraph, opset: int | None = None) -> OnnxGraph:
     result.history = list(graph.history)
     result.notes = list(graph.notes)
     result.metadata = dict(graph.metadata)
+    if graph.dim_ranges:
+        result.metadata["dim_ranges"] = json.dumps(graph.dim_ranges, sort_keys=True)
     result.companions = dataclasses.replace(graph.companions)
     result._sites = carrier.table(result, translator)
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -206,6 +207,12 @@ class OnnxGraph(Graph):
     def optional(self) -> frozenset[str]:
         """Names of inputs that have a default."""
         return frozenset(self._optional)
+
+    @property
+    def dim_ranges(self) -> dict[str, tuple[int | None, int | None]]:
+        """The smallest and largest size allowed, by dimension name. ONNX has no place for them: they are metadata."""
+        ranges = json.loads(self.metadata.get("dim_ranges", "{}"))
+        return {name: (low, high) for name, (low, high) in ranges.items()}
 
     def parameters(self) -> tuple[Value, ...]:
         return tuple(Value(self, v) for v in self.model.graph.initializers.values() if v.name not in self._optional)

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 import actgraph  # noqa: F401  # installs the engines
-from actgraph.errors import InputError, UnsupportedError
+from actgraph.errors import UnsupportedError
 from actgraph.formats import onnx_file
 from actgraph.graph.executor import executor_for
 from actgraph.graph.onnx import OnnxGraph
@@ -48,42 +48,55 @@ def test_inputs_and_parameters_as_extra_values():
     np.testing.assert_array_equal(result["w"], models.weights(4, 4))
 
 
-def test_inputs_are_checked_and_cast():
-    graph = models.mlp()
-    run = executor_for(graph).open(graph)
-    x = models.feed(graph)["x"]
-    with pytest.raises(InputError, match="'x' is missing"):
-        run({})
-    with pytest.raises(InputError, match="no input 'z'"):
-        run({"x": x, "z": x})
-    with pytest.raises(InputError, match="onnxruntime cannot run these inputs") as caught:
-        run({"x": x[..., :3]})
-    assert "\n" not in str(caught.value)
-    np.testing.assert_array_equal(run({"x": x.astype(np.float64)})["y"], run({"x": x})["y"])
-
-
 def test_what_onnxruntime_lacks_is_one_clear_line():
     with pytest.raises(UnsupportedError, match="onnxruntime cannot run function_call") as caught:
         executor_for(models.function_call()).open(models.function_call())
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [DType.F16, DType.BF16, DType.F64, DType.F8E4M3])
-def test_element_types(kind):
-    """In and out through OrtValues where numpy has no such type."""
+_NAMES = {
+    DType.F16: "float16", DType.BF16: "bfloat16", DType.F64: "double", DType.F8E4M3: "float8e4m3fn", DType.F8E5M2: "float8e5m2",
+    DType.I4: "int4", DType.U4: "uint4",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", _NAMES)
+@pytest.mark.parametrize("width", [3, 4])
+def test_element_types(kind: DType, width: int):
+    """In and out through OrtValues where numpy has no such type; 4-bit integers are packed, also an odd number of them."""
     graph = models.graph(
-        f"""<ir_version: 9, opset_import: ["": 19]> g ({_NAMES[kind]}[n, 4] x) => ({_NAMES[kind]}[n, 4] y, float[n, 4] wide)
+        f"""<ir_version: 10, opset_import: ["": 21]> g ({_NAMES[kind]}[n, {width}] x)
+        => ({_NAMES[kind]}[n, {width}] y, float[n, {width}] wide)
         {{ wide = Cast <to = 1> (x)  y = Cast <to = {kind.onnx}> (wide) }}"""
     )
-    x = np.linspace(-2, 2, 12).reshape(3, 4).astype(kind.numpy)
-    result = graph.run({"x": x})
-    assert result["y"].dtype == kind.numpy
-    np.testing.assert_array_equal(result["y"].astype(np.float32), x.astype(np.float32))
-    np.testing.assert_array_equal(result["wide"], x.astype(np.float32))
-    assert graph.run({"x": x[:0]})["y"].shape == (0, 4)
+    low, high = {DType.I4: (-8, 7), DType.U4: (0, 15)}.get(kind, (-2, 2))
+    x = np.linspace(low, high, 3 * width).reshape(3, width).astype(kind.numpy)
+    for given in (x, x[:1], x[:, ::-1]):
+        result = graph.run({"x": given})
+        assert result["y"].dtype == kind.numpy and result["y"].shape == given.shape
+        np.testing.assert_array_equal(result["y"].astype(np.float32), given.astype(np.float32))
+        np.testing.assert_array_equal(result["wide"], given.astype(np.float32))
+    assert graph.run({"x": x[:0]})["y"].shape == (0, width)
 
 
-_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F64: "double", DType.F8E4M3: "float8e4m3fn"}
+def test_an_intermediate_value_of_a_type_that_numpy_lacks():
+    graph = models.graph(
+        f"""<ir_version: 10, opset_import: ["": 21]> g (float[n, 3] x) => (float[n, 3] y)
+        {{ q = Cast <to = {DType.I4.onnx}> (x)  y = Cast <to = 1> (q) }}"""
+    )
+    x = np.array([[-8, 7, 1]], np.float32)
+    result = executor_for(graph).open(graph, [graph.value("q")])({"x": x})
+    assert result["q"].dtype == DType.I4.numpy
+    np.testing.assert_array_equal(result["q"].astype(np.float32), x)
+
+
+def test_an_element_type_that_we_do_not_know_is_one_clear_line():
+    graph = models.graph(
+        """<ir_version: 10, opset_import: ["": 21]> g (float[n, 3] x) => (float8e4m3fnuz[n, 3] y) { y = Cast <to = 18> (x) }"""
+    )
+    with pytest.raises(UnsupportedError, match="FLOAT8E4M3FNUZ cannot be returned") as caught:
+        graph.run({"x": np.ones((1, 3), np.float32)})
+    assert "\n" not in str(caught.value)
 
 
 def quantized(activations: bool) -> OnnxGraph:
