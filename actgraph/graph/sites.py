@@ -175,6 +175,8 @@ class SiteTable:
                     found[canonical] = name
                 elif name == canonical or canonical not in found:
                     found[canonical] = canonical
+        if selector in self.removed and not found:
+            raise self._gone(selector)  # not what another model's spelling of the same name would stand for
         if not found:
             for pattern in compile_selector(_normal_spelling(selector), self.spellings):
                 table = self.spellings()

@@ -18,7 +18,7 @@ from actgraph.errors import OptionError
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
 from actgraph.passes.places import SitePass
-from actgraph.pipeline.base import PassContext, PassResult
+from actgraph.pipeline.base import UNBOUNDED, PassContext, PassResult
 
 Bound = float | Array | None
 
@@ -35,8 +35,8 @@ class Clip(SitePass):
     repeatable: ClassVar[bool] = True
     off: ClassVar[Mapping[str, Any]] = {"min": -math.inf, "max": math.inf, "percentile": None, "per": "tensor"}
 
-    min: float | None = Field(default=None, allow_inf_nan=False, description="Lower bound.")
-    max: float | None = Field(default=None, allow_inf_nan=False, description="Upper bound.")
+    min: float | None = Field(default=None, description="Lower bound.")
+    max: float | None = Field(default=None, description="Upper bound.")
     percentile: float | None = Field(default=None, gt=50.0, le=100.0, description="Bounds from calibration, in percent.")
     per: Literal["tensor", "channel"] = Field(default="tensor", description="One range for the site, or one for each channel.")
     axis: int = Field(default=-1, description="The channel axis (1 for NCHW images).")
@@ -48,6 +48,8 @@ class Clip(SitePass):
             raise OptionError("clip takes either min and max, or percentile", "for example max=6, or percentile=99.9")
         if self.percentile is None and self.per == "channel":
             raise OptionError("clip per=channel takes its bounds from calibration", "give percentile")
+        if any(bound is not None and math.isnan(bound) for bound in (self.min, self.max)):
+            raise OptionError("clip: a bound is NaN", "give numbers; .inf and -.inf leave a side open")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise OptionError(f"clip: min={self.min:g} is above max={self.max:g}", "swap them")
         return self
@@ -58,7 +60,7 @@ class Clip(SitePass):
         return [self._request(site.name) for site in self.select(graph)]
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        result = PassResult(expected_change="activations out of range are clipped")
+        result = PassResult(expected_change="activations out of range are clipped", expected_size=UNBOUNDED)
         with context.edit(graph) as editor:
             for site in self.select(graph):
                 low, high = self._range(context, site.name)

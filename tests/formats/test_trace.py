@@ -341,3 +341,17 @@ def test_no_architecture_of_the_zoo_needs_its_class_name() -> None:
         for key, value in expected.items():
             assert np.abs(found[key] - value).max() <= 1e-5 * np.abs(value).max(), (name, key)
             assert value.std() > 0.05, f"{name}: a test on this model would have no power"
+
+
+def test_a_tensor_given_for_two_arguments_is_two_inputs() -> None:
+    """torch.export would read both arguments from one input, and the other one would be ignored ever after."""
+
+    class Difference(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return 2 * x - y
+
+    x = torch.randn(2, 3)
+    graph = trace(Difference(), (x, x), dynamic={"x": ("batch", None), "y": ("batch", None)})
+    assert [value.name for value in graph.inputs()] == ["x", "y"]
+    a, b = np.ones((4, 3), np.float32), np.full((4, 3), 5, np.float32)
+    np.testing.assert_array_equal(graph.run({"x": a, "y": b})["output"], 2 * a - b)

@@ -271,3 +271,54 @@ def test_listing_ten_thousand_sites_is_fast() -> None:
     assert len(graph.sites("blocks.*.resid_post")) == 10_000
     assert len(graph.sites("blocks.{2..4}.resid_post")) == 3
     assert time.perf_counter() - start < 3  # tens of milliseconds on an idle machine
+
+
+def test_an_edge_is_named_by_its_own_name_only(graph: ToyGraph) -> None:
+    """``norm.0:in`` holds the operands of two nodes: it is the name of neither."""
+    nodes = {node.name: node for node in graph.nodes()}
+    assert graph.site_table.edge_name(nodes["c"], 0) == "linear.2:in"
+    assert graph.site_table.edge_name(nodes["d"], 0) == ""
+
+
+def test_forgetting_a_value_forgets_the_edges_that_read_it(graph: ToyGraph) -> None:
+    table = graph.site_table
+    table.forget(graph.value("b"), "ablate")
+    assert {"blocks.0.resid_post", "linear.2:in", "model.layers.1.c:in", "norm.0:in"} <= set(table.removed)
+    assert names(graph, "*") == ["embed", "blocks.1.attn.pattern", "blocks.1.resid_post"]
+    with pytest.raises(SiteError, match="norm.0:in was removed by ablate"):
+        graph.site("norm.0:in")
+
+
+def test_forgetting_an_edge_forgets_those_that_include_it(graph: ToyGraph) -> None:
+    nodes = {node.name: node for node in graph.nodes()}
+    graph.site_table.forget_edge(nodes["d"], 0, "ablate")
+    assert "norm.0:in" in graph.site_table.removed and graph.site("linear.2:in").anchor.edges == ((nodes["c"], 0),)
+
+
+def test_a_removed_name_is_not_read_as_a_foreign_spelling(graph: ToyGraph) -> None:
+    """``blocks.0.hook_resid_post`` is a spelling of a site; where a site of that very name was removed, it is gone."""
+    spelling = "blocks.0.hook_resid_post"
+    assert graph.site(spelling).name == "blocks.0.resid_post"
+    graph.site_table.removed[spelling] = "ablate"
+    with pytest.raises(SiteError, match="removed by ablate"):
+        graph.site(spelling)
+
+
+def test_ignored_places(graph: ToyGraph) -> None:
+    table = graph.site_table
+    assert [anchor.edges for anchor in table.ignored(graph, "model.layers.1.*")] == [graph.site("linear.2:in").anchor.edges]
+    assert table.ignored(graph, "no.such.*") == [] and table.ignored(graph, ()) == []
+    with pytest.raises(SiteError, match="no.such.site"):
+        table.ignored(graph, "no.such.site")
+
+
+def test_a_table_read_back_spells_only_the_sites_it_found(graph: ToyGraph) -> None:
+    data = graph.site_table.to_dict()
+    row = next(row for row in data["sites"] if row["name"] == "blocks.0.resid_post")
+    row["value"] = "a value that the other container does not have"
+    table = SiteTable.from_dict(graph, data)
+    assert not {"blocks.0.resid_post", "blocks.1.resid_pre"} & table.role_names
+    graph._sites = table
+    assert graph.site("blocks.0.hook_resid_pre").name == "embed"
+    with pytest.raises(SiteError, match="removed by another tool"):
+        graph.site("blocks.0.hook_resid_post")

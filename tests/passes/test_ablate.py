@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from actgraph.errors import SiteError
 from actgraph.graph import Graph
 from tests.passes.conftest import apply, hooked_logits, relative, run, token_inputs
 
@@ -56,6 +57,21 @@ def test_at_every_writer_equals_ablation_of_the_stream(stories: Graph) -> None:
     for name, value in edited.items():
         if name != "logits":
             assert np.abs(value @ UNIT).max() < 1e-4 < np.abs(plain[name] @ UNIT).max()
+
+
+@pytest.mark.parametrize("site", ["blocks.2.mlp.norm", "model.layers.2.mlp.gate_proj:in"])
+def test_edges_behind_a_fold_are_gone(stories: Graph, site: str) -> None:
+    """Folded into its readers, the projection is no longer in what they read: an edge that shows it would show the wrong tensor."""
+    folded = apply(stories, f"ablate{{direction={TEXT} site={site!r}}}")
+    for name in ("model.layers.2.mlp.gate_proj:in", "model.layers.2.mlp:in"):
+        with pytest.raises(SiteError, match=f"{name} was removed by ablate"):
+            folded.site(name)
+    up = "model.layers.2.mlp.up_proj:in"
+    if site.endswith(":in"):
+        assert folded.site(up).value == folded.site("blocks.2.mlp.norm").value, "the edges beside it are as they were"
+    else:
+        with pytest.raises(SiteError, match="ablate"):
+            folded.site(up)
 
 
 @pytest.mark.parametrize("site", ["blocks.0.mlp.out", "blocks.0.resid_post"])

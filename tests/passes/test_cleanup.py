@@ -8,6 +8,8 @@ import torch
 
 import actgraph as ag
 from actgraph.graph import Graph
+from actgraph.graph.sites import value_anchor
+from tests.graph import onnx_models
 from tests.passes.conftest import apply, relative, run
 
 
@@ -85,6 +87,48 @@ def test_sites_stay_apart() -> None:
     edited = apply(cleaned, "clip{site=activation.0 min=0 max=0.01}")
     assert np.array_equal(run(graph, X)[:, 4:], run(edited, X)[:, 4:])
     assert not np.array_equal(run(graph, X)[:, :4], run(edited, X)[:, :4])
+
+
+BESIDE = """<ir_version: 9, opset_import: ["": 18]>
+    g (float[batch, 4] x) => (float[batch, 4] y, float[batch, 4] z)
+    { a = Abs(x)  b = %s  y = Neg(a)  z = Exp(b) }"""
+
+
+@pytest.mark.parametrize(("step", "twin"), [("identity", "Mul(a, one)"), ("cse", "Abs(x)")])
+def test_a_site_does_not_gain_readers(step: str, twin: str) -> None:
+    """``b`` equals ``a``: after the cleanup, an edit at the site on ``b`` still leaves what only read ``a``."""
+    graph = onnx_models.graph(BESIDE % twin, **({"one": np.ones((), np.float32)} if "one" in twin else {}))
+    graph.site_table.add("here", value_anchor(graph.value("b")), "value")
+    before = graph.run(X)
+    after = apply(graph, f"{step}, dce, clip{{site=here min=0 max=0.01}}").run(X)
+    assert np.array_equal(before["y"], after["y"])
+    assert np.allclose(after["z"], np.exp(np.clip(np.abs(X["x"]), 0, 0.01)), rtol=1e-6)
+
+
+def test_reshapes_between_unknown_sizes_stay() -> None:
+    graph = onnx_models.graph(
+        """<ir_version: 9, opset_import: ["": 18]>
+        g (float[n] x, int64[2] s, int64[2] t) => (float[a, b] y)
+        { u = Reshape(x, s)  v = Abs(u)  w = Reshape(v, t)  y = Neg(w) }"""
+    )
+    assert graph.value("v").shape == graph.value("w").shape == (None, None), "equal as far as anyone can say"
+    feed = {"x": np.arange(6, dtype=np.float32), "s": np.array([2, 3]), "t": np.array([3, 2])}
+    assert run(apply(graph, "identity, dce"), feed).shape == (3, 2)
+
+
+def test_fold_grows_the_model_up_to_its_limit_only() -> None:
+    """A result may be as large as the constants that it frees; constants that stay for others do not count."""
+    text = """<ir_version: 9, opset_import: ["": 18]>
+        g (float[batch, 4] x) => (float[batch, 4] y%s)
+        { c = Cos(table)  s = Add(x, c)  y = Neg(s)  %s }"""
+    table = np.linspace(0, 1, 4, dtype=np.float32)
+    freed = onnx_models.graph(text % ("", ""), table=table)
+    shared = onnx_models.graph(text % (", float[batch, 4] z", "z = Mul(x, table)"), table=table)
+    counts = [
+        sum(node.op == "onnx.Cos" for node in apply(graph, f"fold{{limit={limit}}}").nodes())
+        for graph, limit in ((freed, 1), (shared, 3), (shared, 4))
+    ]
+    assert counts == [0, 1, 0]
 
 
 def test_fold_keeps_packed_weights(stories: Graph) -> None:

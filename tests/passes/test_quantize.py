@@ -104,6 +104,26 @@ def test_dynamic_activations_against_torch(tiny: Graph) -> None:
     assert np.allclose(out["q.linear.0:in"], (torch.round(x / scale).clamp(-127, 127) * scale).numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("embeddings", ["false", "true"])
+def test_scales_of_half_precision_models_are_float32(embeddings: str) -> None:
+    """A scale is absmax / 127: in half precision, those of weights that half precision holds well would be subnormal or 0."""
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 5, bias=False))
+    for weight in model.parameters():
+        weight.data *= 1e-4
+    half = ag.trace(model.half().eval(), (torch.zeros(2, 3, dtype=torch.long),), dynamic={"input": ("batch", "seq")})
+    quantized = apply(half, f"quantize{{weights=int8 embeddings={embeddings}}}")
+    scales = [p for p in quantized.parameters() if p.name.endswith("_scale")]
+    assert len(scales) == (2 if embeddings == "true" else 1) and {p.dtype for p in scales} == {"f32"}
+    (linear,) = quantized.views.linears()
+    assert relative(half.views.linears()[0].read_weight().astype(np.float32), linear.read_weight().astype(np.float32)) < 1e-2
+    if embeddings == "true":
+        ids = {"input": np.arange(6).reshape(2, 3)}
+        tapped = [apply(g, "tap{site='linear.0:in' prefix=t.}").run(ids)["t.linear.0:in"] for g in (half, quantized)]
+        assert tapped[1].dtype == np.float16 and relative(*(t.astype(np.float32) for t in tapped)) < 1e-2
+
+
 def test_convolutions_too() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()

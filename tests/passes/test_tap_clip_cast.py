@@ -9,6 +9,7 @@ import torch
 import actgraph as ag
 from actgraph.errors import OptionError, PassError
 from actgraph.graph import Graph, Role
+from actgraph.passes.clip.clip import Clip
 from tests.passes.conftest import apply, corpus_batches, hf_stories, relative, run, token_inputs
 
 
@@ -73,6 +74,13 @@ def test_clip_options(stories: Graph) -> None:
     for bad in ("site=blocks.0.mlp.act", "site=blocks.0.mlp.act min=2 max=1", "site=blocks.0.mlp.act min=1 per=channel"):
         with pytest.raises(OptionError):
             apply(stories, f"clip{{{bad}}}")
+
+
+@pytest.mark.parametrize("bounds", [{"min": float("nan")}, {"min": 0.0, "max": float("nan")}])
+def test_clip_refuses_bounds_that_are_not_numbers(bounds: dict[str, float]) -> None:
+    """NaN compares false with everything: no check of the order of the bounds would notice it."""
+    with pytest.raises(OptionError, match="a bound is NaN"):
+        Clip(site="linear.0", **bounds)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "f64"])
