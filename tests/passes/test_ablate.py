@@ -61,7 +61,7 @@ def test_at_every_writer_equals_ablation_of_the_stream(stories: Graph) -> None:
 
 @pytest.mark.parametrize("site", ["blocks.2.mlp.norm", "model.layers.2.mlp.gate_proj:in"])
 def test_edges_behind_a_fold_are_gone(stories: Graph, site: str) -> None:
-    """Folded into its readers, the projection is no longer in what they read: an edge that shows it would show the wrong tensor."""
+    """Folded into its readers, the projection is not in what they read: their edges would show the wrong tensor."""
     folded = apply(stories, f"ablate{{direction={TEXT} site={site!r}}}")
     for name in ("model.layers.2.mlp.gate_proj:in", "model.layers.2.mlp:in"):
         with pytest.raises(SiteError, match=f"{name} was removed by ablate"):
