@@ -6,7 +6,7 @@ from pydantic import Field
 
 import actgraph as ag
 from actgraph.passes.places import SitePass
-from actgraph.pipeline import PassContext, PassResult
+from actgraph.pipeline import UNBOUNDED, PassContext, PassResult
 
 
 @ag.register
@@ -19,7 +19,7 @@ class Dim(SitePass):
     factor: float = Field(ge=0.0, le=1.0, description="What is left of the activation, from 0 to 1.")
 
     def run(self, graph: ag.Graph, context: PassContext) -> PassResult:
-        result = PassResult(expected_change=f"activations are scaled by {self.factor:g}")
+        result = PassResult(expected_change=f"activations are scaled by {self.factor:g}", expected_size=UNBOUNDED)
         with context.edit(graph) as editor:
             for site in self.select(graph):
                 editor.insert_at(site, "mul", [self.factor])

@@ -12,7 +12,7 @@ from actgraph.cli.options import example
 
 EXAMPLE = example(
     "actgraph bisect stories260k -p 'quantize, sparsify{sparsity=0.9}, cast{dtype=f16}' --perplexity 6",
-    "actgraph bisect model.onnx -r recipe.yaml --parity 0.01",
+    "actgraph bisect model.onnx -r recipe.yaml --tolerance 0.01",
 )
 
 
@@ -20,8 +20,9 @@ def bisect(
     model: options.Model,
     passes: options.Pipeline = None,
     recipe: options.Recipe = None,
-    parity: Annotated[
-        float | None, typer.Option(metavar="TOLERANCE", help="Good while the outputs move by no more, relative.")
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Good while outputs differ by no more, relative to the largest number of each."),
     ] = None,
     perplexity: Annotated[
         float | None, typer.Option(metavar="BOUND", help="Good while the perplexity of the corpus is no higher.")
@@ -38,7 +39,7 @@ def bisect(
 ) -> None:
     """Find the first pass of a pipeline that breaks the model.
 
-    Without --parity or --perplexity a graph is bad when it fails to verify, to run, or to give finite outputs. The
+    Without --tolerance or --perplexity a graph is bad when it fails to verify, to run, or to give finite outputs. The
     corpus is what passes calibrate on and what perplexity is measured on. The exit code is 1 when a bad pass is
     found.
     """
@@ -47,11 +48,11 @@ def bisect(
     from actgraph.pipeline import bisect as module
 
     pipeline = read_pipeline(passes, recipe)
-    if parity is not None and perplexity is not None:
-        raise typer.BadParameter("give either --parity or --perplexity")
+    if tolerance is not None and perplexity is not None:
+        raise typer.BadParameter("give either --tolerance or --perplexity")
     graph = open_model(model, tokenizer, quiet=quiet)
-    if parity is not None:
-        predicate = module.parity(graph, parity, seed=seed)
+    if tolerance is not None:
+        predicate = module.parity(graph, tolerance, seed=seed)
     elif perplexity is not None:
         predicate = module.perplexity_below(perplexity, corpus, progress=not quiet)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from actgraph.cli.options import example
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
-    from actgraph.pipeline import Pass, Pipeline
+    from actgraph.pipeline import Pass, PassManager, Pipeline
 
 EXAMPLE = example(
     "actgraph verify stories260k stories.onnx",
@@ -25,12 +26,21 @@ EXAMPLE = example(
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. ``change`` is the largest relative difference of any output; ``None`` where nothing could be compared."""
+    """One comparison. ``change`` is the largest relative difference of any output; ``None`` where nothing could be compared.
+
+    checked: false where nothing was learned, which is not ok.
+    """
 
     what: str
     ok: bool
     change: float | None = None
     detail: str = ""
+    checked: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """In words, for the table."""
+        return "ok" if self.ok else "FAILED" if self.checked else "NOT CHECKED"
 
 
 def verify(
@@ -43,7 +53,7 @@ def verify(
     recipe: options.Recipe = None,
     corpus: options.Corpus = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference allowed, relative to the largest output.")
+        float, typer.Option(min=0.0, help="How far outputs may differ, relative to the largest number of each.")
     ] = 1e-4,
     inputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Compare on the arrays of this .npz file, by input name.")
@@ -57,9 +67,10 @@ def verify(
     """Compare two models, or check a pipeline on one. The exit code is 1 when a check fails.
 
     With two models their outputs are compared on drawn inputs of several sizes (or on --inputs). With passes, the
-    pipeline runs, each pass that has an off setting must be the identity there, each that has another way to compute
-    the same must agree with it, and the result must give the same outputs when exported to ONNX with its functions
-    kept and inlined.
+    pipeline runs, each pass must move the outputs by no more than it declares, each that has an off setting must be
+    the identity there, each that has another way to compute the same must agree with it, and the result must give the
+    same outputs when exported to ONNX with its functions kept and inlined. A check in which no numbers could be
+    compared counts as failed.
     """
     from actgraph.cli.models import open_model, read_pipeline
     from actgraph.cli.output import dump_json, table
@@ -78,7 +89,7 @@ def verify(
     if json:
         dump_json({"ok": ok, "tolerance": tolerance, "checks": [asdict(check) for check in checks]})
     elif not quiet:
-        rows = [("ok" if c.ok else "FAILED", c.what, "" if c.change is None else f"{c.change:.2g}", c.detail) for c in checks]
+        rows = [(c.verdict, c.what, "" if c.change is None else f"{c.change:.2g}", c.detail) for c in checks]
         table(["", "check", "difference", ""], rows)
     if not ok:
         raise typer.Exit(1)
@@ -105,18 +116,17 @@ def check_pipeline(
     seed: int = 0,
     quiet: bool = False,
 ) -> Iterator[Check]:
-    """Run ``pipeline`` pass by pass and yield what is found."""
+    """Run ``pipeline`` pass by pass and yield what is found. Promises are checked on the last of ``inputs``."""
     from actgraph.pipeline import PassManager
 
-    manager = PassManager(pipeline, corpus, verify="each", seed=seed, calibration={"progress": not quiet})
+    calibration = {"progress": not quiet}
+    manager = PassManager(
+        pipeline, corpus, verify="each", parity="each", seed=seed, calibration=calibration, inputs=inputs[-1], reproducer=False
+    )  # fmt: skip
     for index, step in enumerate(pipeline):
         before = graph
-        result = manager.run(before, start=index, stop=index + 1)
-        graph = result.graph
-        change = result.report[0].change
-        yield Check(
-            f"{step}: keeps its promise ({result.report[0].expected_change})", True, change.relative if change else None
-        )
+        graph, check = _promise(manager, before, index)
+        yield check
         for what, setting, reference in (("off", step.off, before), ("oracle", step.oracle, graph)):
             if setting and any(getattr(step, name) != value for name, value in setting.items()):
                 yield _variant(manager, index, step, what, dict(setting), before, reference, inputs, tolerance)
@@ -124,8 +134,28 @@ def check_pipeline(
         yield from check_exports(graph, Path(folder), inputs, tolerance)
 
 
+def _promise(manager: PassManager, graph: Graph, index: int) -> tuple[Graph, Check]:
+    """What the pass at ``index`` makes of ``graph``, and whether the outputs moved by no more than it declares."""
+    from actgraph.errors import ParityError
+
+    what = f"{manager.pipeline.passes[index]}: keeps its promise"
+    try:
+        result = manager.run(graph, start=index, stop=index + 1)
+    except ParityError as error:
+        unchecked = copy.copy(manager)  # go on, so that the checks behind this one are seen as well
+        unchecked.parity = "none"
+        return unchecked.run(graph, start=index, stop=index + 1).graph, Check(what, False, None, str(error))
+    row = result.report[0]
+    what, change = f"{what} ({row.expected_change})", row.change
+    if change is None or not change.compared:
+        why = f"no output of before is left: {', '.join(change.missing)}" if change else result.report.parity
+        return result.graph, Check(what, False, None, why, checked=False)
+    bound = "finite (no bound is known)" if change.tolerance is None else f"declared: <= {change.tolerance:.1g}"
+    return result.graph, Check(what, True, change.relative, bound)
+
+
 def _variant(
-    manager: Any,
+    manager: PassManager,
     index: int,
     step: Pass,
     what: str,
@@ -138,9 +168,9 @@ def _variant(
     """The pass with other options, on the graph that it ran on, against the graph that it should equal."""
     import actgraph as ag
 
-    changed = type(step)(**{**{name: getattr(step, name) for name in type(step).model_fields}, **options})
     shown = " ".join(f"{name}={value}" for name, value in options.items() if value is not None)
     try:
+        changed = type(step)(**{**{name: getattr(step, name) for name in type(step).model_fields}, **options})
         graph = ag.run(before, changed, manager.corpus, seed=manager.seed, parity="none", calibration=manager.calibration).graph
     except ag.ActgraphError as error:
         return Check(f"{step.name} at {shown}", False, None, str(error))
@@ -163,14 +193,8 @@ def compared(what: str, left: Graph, right: Graph, inputs: Sequence[dict[str, An
     import actgraph as ag
 
     report = ag.compare(left, right, inputs, rtol=tolerance)
-    detail = (
-        ""
-        if report.ok
-        else str(report.worst)
-        if not report.missing
-        else f"only one has the outputs {', '.join(report.missing)}"
-    )
-    return Check(what, report.ok, report.max_rel, detail)
+    checked = any(pair.compared or pair.problem for pair in report.outputs)
+    return Check(what, report.ok, report.max_rel if checked else None, report.problem, checked=checked)
 
 
 def _read_inputs(path: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 ``compare`` runs both graphs, of any dialects, on the same inputs and measures how far apart their outputs (and, on request,
 values inside) are. The relative error of a pair is ``max|a - b| / max|a|`` with the left graph as the reference: one number
 per tensor, relative to the scale of the tensor and not of the single element, because elements near zero carry no
-information about relative precision. Where the reference is all zeros it is infinite unless both are.
+information about relative precision. Where the reference is all zeros it is infinite unless both are. NaN on both sides and
+tensors without elements are no evidence: a comparison in which nothing else was compared fails.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Difference:
     worst: where the largest absolute error is: number of the input, then the index in the tensor; values left and right.
     mismatched: elements that are NaN or infinite on one side only (or infinite with different signs).
     same_argmax: the share of positions whose best score has the same index on both sides; ``None`` for other tensors.
+    elements, compared: how many there are, and how many were compared: all but those that are NaN on both sides.
     """
 
     name: str
@@ -43,14 +45,23 @@ class Difference:
     mismatched: int = 0
     same_argmax: float | None = None
     problem: str = ""  # why the tensors cannot be compared: different shapes or dtypes
+    elements: int = 0
+    compared: int = 0
 
     def within(self, rtol: float, atol: float) -> bool:
-        """Whether the pair agrees: no problem, equal NaN and infinity, and one of both errors within its tolerance."""
-        return not self.problem and self.mismatched == 0 and (self.max_rel <= rtol or self.max_abs <= atol)
+        """Whether the pair agrees: no problem, equal NaN and infinity, and one of both errors within its tolerance.
+
+        A tensor that is NaN everywhere on both sides does not; one without elements does.
+        """
+        if self.problem or self.mismatched or (self.elements and not self.compared):
+            return False
+        return self.max_rel <= rtol or self.max_abs <= atol
 
     def __str__(self) -> str:
         if self.problem:
             return f"{self.name}: {self.problem}"
+        if not self.compared:
+            return f"{self.name}: nothing compared, {'all NaN on both sides' if self.elements else 'no elements'}"
         text = f"{self.name}: max abs {self.max_abs:.3g}, rel {self.max_rel:.3g}"
         if self.max_abs > 0:
             text += f" at input {self.worst[0]}, {list(self.worst[1:])} ({self.left:.6g} and {self.right:.6g})"
@@ -63,7 +74,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The result of ``compare``. ``ok`` is true when every pair agrees within the tolerances."""
+    """The result of ``compare``. ``ok`` is true when something was compared and every pair agrees within the tolerances."""
 
     left: str
     right: str
@@ -76,13 +87,25 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
-        return not self.missing and all(d.within(self.rtol, self.atol) for d in (*self.outputs, *self.values))
+        return not self.problem
+
+    @property
+    def problem(self) -> str:
+        """Why the graphs do not agree, in one line; empty when they do."""
+        if self.missing:
+            return f"only one of them has the outputs {', '.join(self.missing)}"
+        pairs = (*self.outputs, *self.values)
+        failed = [d for d in pairs if not d.within(self.rtol, self.atol)]
+        if failed:
+            return f"{max(failed, key=_badness)}{f' and {len(failed) - 1} more' if len(failed) > 1 else ''}"
+        if not any(d.compared for d in pairs):
+            return "nothing was compared: " + ("; ".join(map(str, pairs)) or "they have no output in common")
+        return ""
 
     @property
     def worst(self) -> Difference | None:
         """The pair with the largest relative error (or one that cannot be compared)."""
-        everything = (*self.outputs, *self.values)
-        return max(everything, key=lambda d: (bool(d.problem), d.mismatched, d.max_rel), default=None)
+        return max((*self.outputs, *self.values), key=_badness, default=None)
 
     @property
     def max_rel(self) -> float:
@@ -99,19 +122,18 @@ class ParityReport:
         if self.ok:
             return self
         if self.missing:
-            names = ", ".join(self.missing)
-            raise ParityError(f"only one of {self.left} and {self.right} has the outputs {names}", "compare equal graphs")
-        failed = [d for d in (*self.outputs, *self.values) if not d.within(self.rtol, self.atol)]
-        worst = max(failed, key=lambda d: (bool(d.problem), d.mismatched, d.max_rel))
-        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        tolerance = f"tolerance is {self.rtol:g} relative or {self.atol:g} absolute"
-        raise ParityError(f"{self.left} and {self.right} disagree: {worst}{more}", tolerance)
+            hint = "compare graphs with equal outputs"
+        elif not any(d.compared for d in (*self.outputs, *self.values)):
+            hint = "give inputs on which the graphs compute numbers"
+        else:
+            hint = f"tolerance is {self.rtol:g} relative or {self.atol:g} absolute"
+        raise ParityError(f"{self.left} and {self.right} disagree: {self.problem}", hint)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON data."""
         return {
             "left": self.left, "right": self.right, "rtol": self.rtol, "atol": self.atol, "inputs": self.inputs, "ok": self.ok,
-            "missing": list(self.missing), "outputs": [_as_dict(d) for d in self.outputs],
+            "problem": self.problem, "missing": list(self.missing), "outputs": [_as_dict(d) for d in self.outputs],
             "values": [_as_dict(d) for d in self.values],
         }  # fmt: skip
 
@@ -119,7 +141,14 @@ class ParityReport:
         verdict = "agree" if self.ok else "disagree"
         head = f"{self.left} and {self.right} {verdict} on {self.inputs} inputs (rtol {self.rtol:g}, atol {self.atol:g})"
         lines = [f"  {d}" for d in (*self.outputs, *self.values)]
+        if not self.ok and not any(d.compared for d in (*self.outputs, *self.values)):
+            lines.append(f"  {self.problem}")
         return "\n".join([head, *lines, *(f"  only one has {name}" for name in self.missing)])
+
+
+def _badness(d: Difference) -> tuple[bool, bool, int, float]:
+    """The order from pairs that agree to those that disagree most."""
+    return bool(d.problem), bool(d.elements and not d.compared), d.mismatched, d.max_rel
 
 
 def compare(
@@ -169,6 +198,13 @@ def difference(name: str, left: Array, right: Array) -> Difference:
     return gauge.result()
 
 
+def real(array: Array) -> Array:
+    """``array`` in float64; complex numbers as their two parts along a new last axis."""
+    if np.iscomplexobj(array):
+        return np.stack([array.real, array.imag], axis=-1).astype(np.float64)
+    return array.astype(np.float64)
+
+
 class _Gauge:
     """Accumulates the difference of one pair over inputs."""
 
@@ -192,7 +228,7 @@ class _Gauge:
             return
         if left.size == 0:
             return
-        a, b = left.astype(np.float64), right.astype(np.float64)
+        a, b = real(left), real(right)
         self._scores(a, b)
         comparable = np.isfinite(a) & np.isfinite(b)
         same = comparable | (np.isnan(a) & np.isnan(b)) | (a == b)
@@ -208,6 +244,8 @@ class _Gauge:
             (number, *map(int, place)) if worse else was.worst,
             float(a[place]) if worse else was.left, float(b[place]) if worse else was.right,
             was.mismatched + int(np.count_nonzero(~same)),
+            elements=was.elements + a.size,
+            compared=was.compared + int(np.count_nonzero(~(np.isnan(a) & np.isnan(b)))),
         )  # fmt: skip
 
     def _scores(self, a: Array, b: Array) -> None:

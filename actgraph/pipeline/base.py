@@ -8,17 +8,22 @@ instruments do that), and says what it did in its result. One pass a file, under
 from __future__ import annotations
 
 import abc
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from actgraph.calibrate.statistics import Request, Statistics
     from actgraph.graph import Editor, Graph
+
+
+#: The sizes of change that a pass may declare besides a number of its own: other sums in the same precision, and no bound.
+ROUNDING = 1e-5
+UNBOUNDED = math.inf
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,19 @@ class PassResult:
 
     ``counts`` are per rule (``{"inserted": 4, "folded": 1}``). All zero means that nothing matched, which is an error unless
     the pass may do nothing.
+
+    expected_change: ``"exact"``, or why the outputs change. expected_size: how far any output may move at most, as the largest
+    absolute difference over the largest magnitude of that output before; ``UNBOUNDED`` where no bound is known. A pass that
+    says nothing promises rounding. The parity instrument enforces the size on every output of floats (of a pass that declares
+    a change, an index or a flag may flip), and that no finite number becomes NaN or infinite, whatever the size.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     declined: list[Declined] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)  # one row per place, for the report's table
     messages: list[str] = field(default_factory=list)
-    expected_change: str = "exact"  # "exact": outputs stay equal within the tolerance; else the declared reason for change
-    tolerance: float = 1e-5  # relative, when exact
-    expected_size: float | None = None  # when not exact: the largest relative change of an output that is still as intended
+    expected_change: str = "exact"
+    expected_size: float = ROUNDING
 
 
 @dataclass
@@ -62,10 +71,6 @@ class PassContext:
         """The transaction through which the pass changes ``graph``."""
         return graph.edit(self.name, self.text)
 
-    def rng(self, *key: int) -> np.random.Generator:
-        """Counter-based random numbers for ``key`` (site index, position ...): independent of order and batch split."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, hash(key) & 0xFFFFFFFFFFFFFFFF]))
-
 
 class Pass(BaseModel, abc.ABC):
     """Base class. Fields are the options; their descriptions, units and ranges become the JSON Schema and the docs.
@@ -82,7 +87,6 @@ class Pass(BaseModel, abc.ABC):
     name: ClassVar[str]
     family: ClassVar[str]
     dialects: ClassVar[frozenset[str]] = frozenset({"fx", "onnx"})
-    requires: ClassVar[frozenset[str]] = frozenset()
     preserves: ClassVar[frozenset[str]] = frozenset()
     #: A pass that may run twice in one pipeline with equal options (``steer`` twice is composition). Others are the
     #: identity, or an error, when found in the graph's history with the same options.

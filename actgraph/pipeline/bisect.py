@@ -49,12 +49,17 @@ class Trial:
 
 @dataclass
 class BisectReport:
-    """index: the first bad pass (from 0), ``None`` when the whole pipeline is good. trials: in the order of the search."""
+    """What was found.
+
+    index: the first bad pass (from 0), ``None`` when the whole pipeline is good. culprit: that pass as pipeline text, and
+    culprit_name its name; reason: why the predicate rejects it. trials: in the order of the search.
+    """
 
     graph: str
     pipeline: str
     index: int | None
     culprit: str = ""
+    culprit_name: str = ""
     reason: str = ""
     trials: list[Trial] = field(default_factory=list)
 
@@ -63,7 +68,9 @@ class BisectReport:
         return self.index is not None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values: the fields, ``found``, and ``step``, the number of the bad pass counted from 1 as reports do."""
+        step = None if self.index is None else self.index + 1
+        return {"found": self.found, "step": step, **asdict(self)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -110,7 +117,8 @@ def bisect(
         low, high = (reached, high) if good else (low, reached)
         probe = (low + high) // 2
     if high <= len(steps):
-        report.index, report.culprit = high - 1, str(steps.passes[high - 1])
+        culprit = steps.passes[high - 1]
+        report.index, report.culprit, report.culprit_name = high - 1, str(culprit), culprit.name
         report.reason = next(trial.detail for trial in reversed(report.trials) if trial.passes == high)
     if folder is not None:
         _write(Path(folder), report, search.graphs.get(low), search.graphs.get(high))
@@ -179,8 +187,8 @@ def parity(graph: Graph, tolerance: float = 1e-4, inputs: Mapping[str, Any] | No
 
     def predicate(candidate: Graph) -> Verdict:
         found = compare(graph, candidate, [chosen], rtol=tolerance)
-        if found.missing:
-            return Verdict(False, f"outputs differ: {', '.join(found.missing)}")
+        if found.missing or not any(pair.compared or pair.problem for pair in found.outputs):
+            return Verdict(False, found.problem)
         moved = float(found.max_rel)
         return Verdict(found.ok, f"outputs moved by {moved:.3g}, bound {tolerance:.3g}", moved if np.isfinite(moved) else None)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import numpy as np
 from actgraph.errors import InputError, OptionError, ParityError
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Role, parameter_bytes
-from actgraph.graph.parity import difference, is_optional, sample_inputs
+from actgraph.graph.parity import difference, is_optional, real, sample_inputs
 from actgraph.ops.dtypes import DType
-from actgraph.pipeline.base import Pass, PassResult
+from actgraph.pipeline.base import UNBOUNDED, Pass, PassResult
 from actgraph.pipeline.instruments import Instrument, Run
 from actgraph.pipeline.report import Change, human
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]
+Steps = Sequence[tuple[Pass, PassResult]]
 
 MODES = ("auto", "each", "boundary", "none")
 #: Above this size of parameters ``auto`` leaves parity out: running doubles the memory that a pipeline needs.
@@ -34,8 +36,10 @@ class Parity(Instrument):
 
     mode: ``each`` pass, ``boundary`` (input against result), or ``auto``: each, unless the model is large or cannot be run.
     inputs: arrays by input name; default: token ids drawn from the vocabulary (normal numbers for float inputs), with padding
-    in the last row. A pass that declared ``exact`` and moved an output by more than its tolerance raises ParityError; so does
-    one that moved it by more than the size it declared. Tolerances are no tighter than 8 units in the last place of the output.
+    in the last row. A pass that moves an output by more than the size that it declared raises ParityError (at the boundary: by
+    more than the sizes of all passes allow together), and so does one that makes a finite number NaN or infinite, whatever its
+    size. Sizes are no tighter than 8 units in the last place of the output. Outputs that are NaN on all sample inputs, or have
+    no elements, prove nothing: that is said, and ``each`` and ``boundary`` refuse when there is nothing else.
     """
 
     def __init__(self, mode: str = "auto", inputs: Inputs | None = None) -> None:
@@ -45,6 +49,7 @@ class Parity(Instrument):
         self.inputs = inputs
         self._first: dict[str, Array] | None = None
         self._last: dict[str, Array] = {}
+        self._steps: list[tuple[Pass, PassResult]] = []
 
     def start(self, run: Run) -> None:
         report = run.report
@@ -64,47 +69,91 @@ class Parity(Instrument):
                 raise InputError(message, "give inputs, or parity=none") from error
             report.parity = f"not checked: the input graph does not run on sample inputs ({error})"
             return
+        vacuous = [name for name, array in self._first.items() if np.isnan(real(array)).all()]
+        if len(vacuous) == len(self._first):
+            what = "gives no outputs" if not vacuous else f"gives no numbers but NaN on sample inputs ({', '.join(vacuous)})"
+            if self.mode != "auto":
+                raise InputError(f"{run.source.name} {what}, so that parity proves nothing", "give inputs, or parity=none")
+            report.parity, self._first = f"not checked: the input graph {what}", None
+            return
         self.inputs = inputs
         checked = "after each pass" if self.mode != "boundary" else "of input and result"
         report.parity = f"{checked}, on {', '.join(f'{name} {list(array.shape)}' for name, array in inputs.items())}"
+        if vacuous:
+            report.parity += f"; nothing to compare in {', '.join(vacuous)} (NaN, or no elements)"
 
     def after(self, run: Run, step: Pass, result: PassResult) -> None:
-        if self._first is None or self.inputs is None or self.mode == "boundary":
+        if self._first is None or self.inputs is None:
+            return
+        self._steps.append((step, result))
+        if self.mode == "boundary":
             return
         outputs = _outputs(run.graph, self.inputs)
         run.row.change = change = measure(self._last, outputs)
-        exact = result.expected_change == "exact"
-        change.tolerance = max(result.tolerance, _rounding(self._last)) if exact else result.expected_size
+        _check(change, self._last, outputs, [(step, result)])
         self._last = outputs
-        if exact and change.missing:
-            lost = change.missing[0]
-            raise ParityError(f"the output {lost} is gone or has another shape, and {step.name} promises exact outputs")
-        if change.tolerance is not None and not change.relative <= change.tolerance:
-            promised = "exact outputs" if exact else f"'{result.expected_change}'"
-            raise ParityError(
-                f"the output {change.output} moved by {change.relative:.3g} relative, and {step.name} promises {promised} "
-                f"within {change.tolerance:.3g}"
-            )
 
     def finish(self, run: Run) -> None:
-        if self._first is not None and self.inputs is not None:
-            last = self._last if self.mode != "boundary" else _outputs(run.graph, self.inputs)
-            run.report.change = measure(self._first, last)
+        if self._first is None or self.inputs is None:
+            return
+        last = self._last if self.mode != "boundary" else _outputs(run.graph, self.inputs)
+        run.report.change = change = measure(self._first, last)
+        if self.mode == "boundary":
+            _check(change, self._first, last, self._steps)
 
 
 def measure(before: Mapping[str, Array], after: Mapping[str, Array]) -> Change:
     """The largest movement of any output of ``before``; NaN or infinity on one side only is an infinite one."""
-    worst, moved, missing = "", 0.0, []
-    for name, left in before.items():
-        right = after.get(name)
+    worst, moved, compared, missing, broken = "", 0.0, 0, [], ""
+    for name, array in before.items():
+        left, right = real(array), real(after[name]) if name in after else None
+        if right is not None and not broken and _breaks(left, right):
+            broken = name
         if right is None or right.shape != left.shape:
             missing.append(name)
             continue
-        found = difference(name, left.astype(np.float64), right.astype(np.float64))
+        found = difference(name, left, right)
+        compared += found.compared
         size = np.inf if found.mismatched else found.max_rel
         if size > moved or not worst:
             worst, moved = name, float(size)
-    return Change(moved, worst, missing=tuple(missing))
+    return Change(moved, worst, missing=tuple(missing), compared=compared, broken=broken)
+
+
+def _breaks(left: Array, right: Array) -> bool:
+    """Whether ``right`` has NaN or infinity where ``left`` has none (anywhere, if their shapes differ)."""
+    finite = np.isfinite(left)
+    return bool((~np.isfinite(right) & (finite if left.shape == right.shape else finite.all())).any())
+
+
+def _check(change: Change, before: Mapping[str, Array], after: Mapping[str, Array], steps: Steps) -> None:
+    """Hold ``change`` against what ``steps`` declare, and write the size that they allow into it. Raises ParityError."""
+    names = " and ".join(dict.fromkeys(step.name for step, _ in steps))
+    promise = "promises" if len({step.name for step, _ in steps}) == 1 else "promise"
+    if change.broken:
+        raise ParityError(
+            f"the output {change.broken} became NaN or infinite over {names}", "no pass may do that, whatever it declares"
+        )
+    size = math.prod(1.0 + result.expected_size for _, result in steps) - 1.0  # each is relative to what the former one left
+    if size == UNBOUNDED:
+        return
+    change.tolerance = size = max(size, _rounding(before))
+    reasons = [result.expected_change for _, result in steps if result.expected_change != "exact"]
+    promised = f"{' and '.join(map(repr, reasons)) or 'exact outputs'} within {size:.3g}"
+    if change.missing:
+        raise ParityError(f"the output {change.missing[0]} is gone or has another shape, and {names} {promise} {promised}")
+    if reasons and not all(_is_float(array) for array in before.values()):
+        # A rounding may flip an index or a flag, by any amount: sizes bound the numbers behind them.
+        change = measure({name: array for name, array in before.items() if _is_float(array)}, after)
+    if not change.relative <= size:
+        raise ParityError(
+            f"the output {change.output} moved by {change.relative:.3g} relative, and {names} {promise} {promised}",
+            "a pass declares in its result how far outputs may move: expected_size, UNBOUNDED where no bound is known",
+        )
+
+
+def _is_float(array: Array) -> bool:
+    return DType.of(array.dtype).is_float or np.iscomplexobj(array)
 
 
 def _outputs(graph: Graph, inputs: Inputs) -> dict[str, Array]:

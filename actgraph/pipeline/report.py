@@ -19,13 +19,16 @@ class Change:
     """How far the outputs moved over one pass, on the sample inputs.
 
     relative: the largest absolute difference of any output over the largest magnitude of that output before.
-    output: the output that moved most. tolerance: what was allowed (None: a change was declared and no size was given).
+    output: the output that moved most. tolerance: what was allowed (None: the pass knows no bound, or this is no single pass).
+    compared: how many numbers were compared; at 0 nothing is known. broken: an output with a new NaN or infinity.
     """
 
     relative: float
     output: str = ""
     tolerance: float | None = None
     missing: tuple[str, ...] = ()  # outputs that the pass removed or reshaped
+    compared: int = 0
+    broken: str = ""
 
 
 @dataclass
@@ -152,7 +155,7 @@ def _row_cells(number: int, row: PassRow) -> list[str]:
     size = human(row.bytes_after)
     if row.bytes_before != row.bytes_after:
         size = f"{human(row.bytes_before)} -> {size}"
-    moved = "not checked" if row.change is None else f"{row.change.relative:.2g}"
+    moved = "not checked" if row.change is None or not row.change.compared else f"{row.change.relative:.2g}"
     if row.change is not None and row.change.tolerance is not None:
         moved += f" (<= {row.change.tolerance:.0e})"
     return [str(number), row.text, row.did, str(len(row.declined) or ""), nodes, size, moved, f"{row.seconds:.3f}"]

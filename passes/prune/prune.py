@@ -21,7 +21,7 @@ from actgraph.passes.linears import Places, check_selectors, edge_name
 from actgraph.passes.places import Selector
 from actgraph.passes.prune.importance import DOCS, Importance, keep_indices, neuron_importance
 from actgraph.passes.prune.region import Region, neuron_region
-from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
+from actgraph.pipeline.base import UNBOUNDED, Declined, Pass, PassContext, PassResult
 
 
 class Prune(Pass):
@@ -51,7 +51,9 @@ class Prune(Pass):
         groups = self._groups(graph)
         if not groups:
             raise PassError("prune: no feed-forward is selected", "list them with `actgraph sites MODEL '*.mlp.hidden'`")
-        result = PassResult(expected_change=f"{self.ratio:.0%} of the feed-forward neurons are removed")
+        result = PassResult(
+            expected_change=f"{self.ratio:.0%} of the feed-forward neurons are removed", expected_size=UNBOUNDED
+        )
         with context.edit(graph) as editor:
             for group in groups:
                 name = edge_name(graph, group[0].down)

@@ -26,6 +26,9 @@ from actgraph.passes.places import Selector
 from actgraph.passes.quantize.weights import embeddings, float_readers, pack, packable, symmetric_int8
 from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
 
+#: How far outputs may move, relative: far more than 8 bits cost a sound model, far less than a wrong scale or axis does.
+_WEIGHTS_SIZE, _ACTIVATIONS_SIZE = 0.5, 1.0
+
 
 class Quantize(Pass):
     """Quantize the weights of linears and convolutions, and on request their inputs and the embedding table."""
@@ -53,7 +56,11 @@ class Quantize(Pass):
         tables = [prim.operands[0] for prim in embeddings(graph)] if self.embeddings else []
         if not places and not tables:
             raise PassError("quantize: no linear or convolution is selected", "check site and ignore with `actgraph sites`")
-        result = PassResult(expected_change="weights and activations are rounded to 8 bits")
+        rounded = [what for what in ("weights", "activations") if getattr(self, what) != "none"]
+        result = PassResult(
+            expected_change=f"{' and '.join(rounded) or 'embeddings'} are rounded to 8 bits",
+            expected_size=_WEIGHTS_SIZE if self.activations == "none" else _ACTIVATIONS_SIZE,
+        )
         before = sum(parameter_bytes(p) for p in graph.parameters())
         with context.edit(graph) as editor:
             if self.weights == "int8":

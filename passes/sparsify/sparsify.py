@@ -18,7 +18,7 @@ from actgraph.graph import Graph, Use, Value
 from actgraph.graph.views import FeedForward, Linear
 from actgraph.passes.linears import Places, check_selectors, edge_name, input_value
 from actgraph.passes.places import Selector
-from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
+from actgraph.pipeline.base import UNBOUNDED, Declined, Pass, PassContext, PassResult
 
 
 class Sparsify(Pass):
@@ -60,7 +60,7 @@ class Sparsify(Pass):
                 f"sparsify: no {'linear input' if self.method == 'teal' else 'gated feed-forward'} is selected",
                 "list candidates with `actgraph sites MODEL '*.mlp.*'`",
             )
-        result = PassResult(expected_change=f"activations with |x| <= t are dropped ({self.method})")
+        result = PassResult()
         with context.edit(graph) as editor:
             for name, value, uses in places:
                 threshold, measured = self._threshold(context, name)
@@ -70,6 +70,9 @@ class Sparsify(Pass):
                 node = editor.insert("actgraph.gate", [value, None], {"threshold": threshold}, after=value.producer)
                 editor.redirect(value, node.output, uses)
                 result.counts["gates"] += 1
+                if threshold > 0:
+                    result.expected_change = f"activations with |x| <= t are dropped ({self.method})"
+                    result.expected_size = UNBOUNDED
                 result.details.append({"site": name, "threshold": threshold, "sparsity": measured})
         if not result.counts:
             raise PassError(f"sparsify changed nothing: {result.declined[0].site}: {result.declined[0].reason}")

@@ -18,7 +18,7 @@ from actgraph.graph.graph import Array
 from actgraph.graph.views import Linear
 from actgraph.passes.places import Selector, SitePass
 from actgraph.passes.steer.folding import linear_readers
-from actgraph.pipeline.base import Declined, PassContext, PassResult
+from actgraph.pipeline.base import UNBOUNDED, Declined, PassContext, PassResult
 
 
 class Ablate(SitePass):
@@ -47,7 +47,7 @@ class Ablate(SitePass):
         selector = self.site or tuple(name for name in vector.directions if name)
         if not selector:
             raise PassError("ablate: the direction names no site", "say where with site=blocks.2.resid_post")
-        result = PassResult(expected_change="a direction is projected out")
+        result = PassResult(expected_change="a direction is projected out", expected_size=UNBOUNDED)
         with context.edit(graph) as editor:
             for site in self.model_copy(update={"site": selector}).select(graph):
                 unit = _unit(vector.for_site((site.name, *site.aliases)))

@@ -20,7 +20,7 @@ from actgraph.graph.views import Linear
 from actgraph.ops import get_op
 from actgraph.passes.places import Selector, SitePass
 from actgraph.passes.steer.folding import bias_writer
-from actgraph.pipeline.base import Declined, PassContext, PassResult
+from actgraph.pipeline.base import ROUNDING, UNBOUNDED, Declined, PassContext, PassResult
 
 
 class Steer(SitePass):
@@ -56,7 +56,7 @@ class Steer(SitePass):
         if not selector:
             raise PassError("steer: the vector names no site", "say where with site=blocks.2.resid_post")
         sites = self.model_copy(update={"site": selector}).select(graph)
-        result = PassResult(expected_change="the outputs are steered")
+        result = PassResult(expected_change="the outputs are steered", expected_size=UNBOUNDED)
         with context.edit(graph) as editor:
             for site in sites:
                 direction = vector.for_site((site.name, *site.aliases)).astype(np.float64) * self.scale
@@ -67,6 +67,8 @@ class Steer(SitePass):
                         {"site": site.name, "rule": rule, "scale": self.scale, "norm": float(np.linalg.norm(direction))}
                     )
         result.messages += editor.messages
+        if set(result.counts) == {"identity"}:
+            result.expected_change, result.expected_size = "exact", ROUNDING
         if not result.counts:
             raise PassError(f"steer changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
         return result

@@ -31,7 +31,7 @@ def test_usage(cli: Cli, model: Path) -> None:
     refused(cli("run", model, "-p", "dce"), "-o OUT.onnx")
     refused(cli("export", model), "-o OUT.onnx")
     refused(cli("verify", model, model, "-p", "dce"), "second model or passes")
-    refused(cli("bisect", model, "-p", "dce", "--parity", 1, "--perplexity", 1), "either")
+    refused(cli("bisect", model, "-p", "dce", "--tolerance", 1, "--perplexity", 1), "either")
 
 
 @pytest.mark.parametrize("name", ["missing.onnx", "missing.pt2", "missing-folder", "no.such.module:factory", "org/"])

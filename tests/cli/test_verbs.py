@@ -143,10 +143,10 @@ def test_verify_a_pipeline(cli: Cli, model: Path, tmp_path: Path) -> None:
         assert expected in what
 
 
-def test_verify_notices_a_pass_that_breaks_its_promise(cli: Cli, model: Path) -> None:
+def test_verify_notices_a_pass_that_is_not_the_identity_where_it_should_be(cli: Cli, model: Path) -> None:
     from typing import ClassVar
 
-    from actgraph.pipeline import Pass, PassContext, PassResult, registry
+    from actgraph.pipeline import UNBOUNDED, Pass, PassContext, PassResult, registry
 
     class Liar(Pass):
         name: ClassVar[str] = "liar"
@@ -157,7 +157,7 @@ def test_verify_notices_a_pass_that_breaks_its_promise(cli: Cli, model: Path) ->
         def run(self, graph: ag.Graph, context: PassContext) -> PassResult:
             with context.edit(graph) as editor:
                 editor.insert_at(graph.site("blocks.1.mlp.hidden"), "actgraph.gate", attributes={"threshold": 0.5})
-            result = PassResult(expected_change="something")
+            result = PassResult(expected_change="something", expected_size=UNBOUNDED)
             result.counts["inserted"] = 1
             return result
 
@@ -188,8 +188,9 @@ def test_tokenizer_option(cli: Cli, model: Path, tmp_path: Path) -> None:
 
 def test_bisect(cli: Cli, model: Path, tmp_path: Path) -> None:
     pipeline = "sparsify{threshold=0.0}, tap{site=blocks.1.resid_post}, quantize, dce"
-    found = cli("bisect", model, "-p", pipeline, "--parity", 0.001, "-o", tmp_path / "found", "--json")
+    found = cli("bisect", model, "-p", pipeline, "--tolerance", 0.001, "-o", tmp_path / "found", "--json")
     assert found.code == 1 and found.json["culprit"] == "quantize"
+    assert (found.json["found"], found.json["step"], found.json["culprit_name"]) == (True, 3, "quantize")
     assert (tmp_path / "found" / "bisect.json").is_file()
     assert cli("bisect", model, "-p", "sparsify{threshold=0.0}, dce").code == 0
     corpus = tmp_path / "texts.txt"

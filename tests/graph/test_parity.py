@@ -41,6 +41,36 @@ def test_shapes_dtypes_and_zeros() -> None:
     assert difference("x", np.zeros((0, 2)), np.zeros((0, 2))).within(0, 0)
 
 
+def test_nan_everywhere_is_no_agreement() -> None:
+    nan = np.full(3, np.nan)
+    found = difference("x", nan, nan)
+    assert (found.elements, found.compared) == (3, 0) and not found.within(np.inf, np.inf)
+    assert "all NaN on both sides" in str(found)
+    assert difference("x", np.full(3, np.inf), np.full(3, np.inf)).within(0, 0)
+    assert not difference("x", np.array([1 + 1j]), np.array([1 - 1j])).within(0.1, 0)
+
+
+def test_comparing_nothing_fails_and_says_so() -> None:
+    graph = zoo.captured("mlp")
+    (name,) = zoo.inputs("mlp")
+    array = zoo.inputs("mlp")[name]
+    for inputs, why in (({name: np.full_like(array, np.nan)}, "all NaN"), ({name: array[:0]}, "no elements")):
+        report = compare(graph, graph.clone(), [inputs], rtol=1.0)
+        assert not report.ok and why in report.problem and why in str(report) and report.to_dict()["problem"] == report.problem
+        with pytest.raises(ParityError, match=f"nothing (was )?compared.*{why}"):
+            report.check()
+        assert compare(graph, graph.clone(), [inputs, {name: array}], rtol=0).ok  # some input gives numbers
+    left, right = graph.clone(), graph.clone()
+    for side, tapped in ((left, "a"), (right, "b")):
+        with side.edit("test") as editor:
+            editor.add_output(side.site("linear.1").value, tapped, role=Role.TAP)
+            for output, _ in list(side.outputs()):
+                if output != tapped:
+                    editor.remove_output(output)
+    report = compare(left, right, [{name: array}], rtol=1.0)
+    assert not report.ok and report.problem == "nothing was compared: they have no output in common"
+
+
 def test_compare_across_dialects_and_at_values() -> None:
     torch_graph = zoo.captured("llama")
     onnx_graph = to_onnx(torch_graph)

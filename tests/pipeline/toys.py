@@ -15,7 +15,7 @@ from pydantic import Field
 import actgraph as ag
 from actgraph.calibrate import Request
 from actgraph.graph import Graph
-from actgraph.pipeline import Declined, Pass, PassContext, PassResult, register
+from actgraph.pipeline import ROUNDING, UNBOUNDED, Declined, Pass, PassContext, PassResult, register
 from actgraph.pipeline.registry import unregister
 
 Array = np.ndarray[Any, Any]
@@ -55,7 +55,7 @@ class Scale(Pass):
 
     factor: float = Field(default=1.0, description="Factor.")
     site: str = Field(default="linear.0", description="Where.")
-    claim: Literal["honest", "exact", "small"] = Field(default="honest", description="What it says of the change.")
+    claim: Literal["honest", "exact", "small", "vague"] = Field(default="honest", description="What it says of the change.")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         with context.edit(graph) as editor:
@@ -64,7 +64,8 @@ class Scale(Pass):
             node = editor.insert("mul", [value, np.float32(self.factor)], after=value.producer)
             editor.redirect(value, node.output, site.uses(graph))
         said = "exact" if self.claim == "exact" else "the site is scaled"
-        result = PassResult(expected_change=said, expected_size=0.01 if self.claim == "small" else None)
+        sizes = {"honest": UNBOUNDED, "small": 0.01}
+        result = PassResult(expected_change=said, expected_size=sizes.get(self.claim, ROUNDING))
         result.counts["scaled"] += 1
         result.details.append({"site": self.site, "factor": self.factor})
         return result
