@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actgraph.graph import Graph, Site
     from actgraph.graph.diff import GraphDiff, diff
     from actgraph.graph.parity import ParityReport, compare, sample_inputs
+    from actgraph.graph.program import Driver, Program
     from actgraph.passes.steer.extract import extract_vector
     from actgraph.pipeline import Pass, PassManager, Pipeline, Report, RunResult, register
     from actgraph.pipeline.bisect import bisect
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActgraphError", "Corpus", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager", "Pipeline",
-    "Report", "RunResult", "Site", "SteeringVector", "Step", "bisect", "compare", "diff", "extract_vector", "generate",
-    "load", "load_vector", "log_likelihoods", "perplexity", "register", "run", "sample_inputs", "stream", "trace",
+    "ActgraphError", "Corpus", "Driver", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager",
+    "Pipeline", "Program", "Report", "RunResult", "Site", "SteeringVector", "Step", "bisect", "compare", "diff",
+    "extract_vector", "generate", "load", "load_vector", "log_likelihoods", "perplexity", "register", "run",
+    "sample_inputs", "stream", "trace",
 ]  # fmt: skip
 
 install_executor("fx", "actgraph.runtime.torch_engine:TorchExecutor")
@@ -60,6 +62,7 @@ _HOMES = {
     "actgraph.graph": ("Graph", "Site"),
     "actgraph.graph.diff": ("GraphDiff", "diff"),
     "actgraph.graph.parity": ("ParityReport", "compare", "sample_inputs"),
+    "actgraph.graph.program": ("Driver", "Program"),
     "actgraph.passes.steer.extract": ("extract_vector",),
     "actgraph.pipeline": ("Pass", "PassManager", "Pipeline", "Report", "RunResult", "register"),
     "actgraph.pipeline.bisect": ("bisect",),

@@ -1,7 +1,8 @@
 """Loading and saving: one file per format, chosen here by what the source looks like.
 
-``load`` takes a Hugging Face directory, hub id or live model, an ``.onnx`` or ``.pt2`` file, ``package.module:factory``, or
-``stories260k``. ``save`` writes ``.onnx`` or ``.pt2`` by the suffix. Formats are imported when used.
+``load`` takes a Hugging Face directory, hub id or live model, an ``.onnx`` or ``.pt2`` file, the folder of a program,
+``package.module:factory``, or ``stories260k``. ``save`` writes ``.onnx`` or ``.pt2`` by the suffix. Formats are imported when
+used.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _LOADERS = {
     "onnx": "actgraph.formats.onnx_file:load_onnx",
     "pt2": "actgraph.formats.pt2:load_pt2",
     "factory": "actgraph.formats.factory:load_factory",
+    "program": "actgraph.formats.program_file:load_program",
 }
 _SAVERS = {
     ".onnx": "actgraph.formats.onnx_file:save_onnx",
@@ -32,7 +34,7 @@ _SAVERS = {
 
 
 def load(source: Any, **options: Any) -> Graph:
-    """The graph of ``source``.
+    """The graph of ``source``; the ``Program`` of a folder that ``Program.save`` wrote.
 
     options: those of the format's loader (``dtype=`` and ``revision=`` for Hugging Face models ...).
     Raises InputError when there is no such source, or when it cannot be read.
@@ -41,7 +43,7 @@ def load(source: Any, **options: Any) -> Graph:
 
 
 def kind_of(source: Any) -> str:
-    """Which loader reads ``source``: ``huggingface``, ``onnx``, ``pt2`` or ``factory``. Raises InputError for none."""
+    """Which loader reads ``source``: ``huggingface``, ``onnx``, ``pt2``, ``program`` or ``factory``. InputError for none."""
     if not isinstance(source, (str, Path)):
         if is_transformers_model(source):
             return "huggingface"
@@ -59,6 +61,8 @@ def kind_of(source: Any) -> str:
             raise InputError(f"there is no file {text}")
         return path.suffix[1:]
     if path.is_dir():
+        if (path / "program.json").is_file():  # looked for first: the companions of a program may include a config.json
+            return "program"
         if (path / "config.json").is_file():
             return "huggingface"
         raise InputError(f"{text} has no config.json", "a Hugging Face model directory holds config.json and *.safetensors")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, alone or several together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,29 +21,89 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     The former file is replaced, not changed: whoever has it open or mapped keeps reading the old content. A symbolic link
     is written through. Raises InputError when the directory is missing or read-only, or the disk is full.
     """
-    target = Path(os.path.realpath(path))
-    with temporary_file(target) as (stream, temporary):
-        yield stream
-        stream.close()
-        os.replace(temporary, target)
+    with StagedFiles() as files, files.file(Path(path)) as staged:
+        yield staged.stream
 
 
-@contextlib.contextmanager
-def temporary_file(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A file beside ``target``, removed at the end of the block unless it was renamed."""
-    with clear_errors(target):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a directory", str(target))
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(errno.EACCES, "the file is read-only", str(target))
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        temporary = Path(name)
+@dataclass
+class Staged:
+    """A file being written: what goes to ``stream`` takes the name ``target``, which may still change, later."""
+
+    stream: BinaryIO
+    target: Path
+    temporary: Path
+
+
+class StagedFiles:
+    """The files of one model, written beside their targets and renamed together, in the order they were written.
+
+    Use as a context manager. When its block ends every file takes its name; when it raises, none does: old files keep their
+    content, and folders that were made are removed. Write the file that refers to the others last: should the machine stop
+    between two renames, it does not name what is not there.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[Staged] = []
+        self._folders: list[Path] = []
+
+    def __enter__(self) -> StagedFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        done = False
         try:
-            with os.fdopen(number, "wb") as stream:
-                os.chmod(temporary, _mode(target))
-                yield stream, temporary
+            if kind is None:
+                for file in self._files:
+                    with clear_errors(file.target):
+                        os.replace(file.temporary, file.target)
+                done = True
         finally:
-            temporary.unlink(missing_ok=True)
+            for file in self._files:
+                file.temporary.unlink(missing_ok=True)
+            if not done:
+                for folder in reversed(self._folders):
+                    with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+                        folder.rmdir()
+
+    def folder(self, path: Path) -> None:
+        """Make ``path`` where it is missing. Raises InputError where that is not possible."""
+        missing = [place for place in (path, *path.parents) if not place.exists()]
+        with clear_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        self._folders += reversed(missing)
+
+    @contextlib.contextmanager
+    def file(self, path: Path) -> Iterator[Staged]:
+        """A new file that will replace ``path`` (a symbolic link is written through). Raises InputError as ``atomic_file``."""
+        target = Path(os.path.realpath(path))
+        with clear_errors(target):
+            stream, temporary = _open_beside(target)
+            staged = Staged(stream, target, temporary)
+            self._files.append(staged)
+            with stream:
+                os.chmod(temporary, _mode(target))
+                yield staged
+
+    def content(self, path: Path) -> bytes | None:
+        """What ``path`` will hold when all is renamed, ``None`` where there will be nothing that can be read."""
+        target = Path(os.path.realpath(path))
+        for file in reversed(self._files):
+            if file.target == target:
+                return file.temporary.read_bytes()
+        return target.read_bytes() if target.is_file() else None
+
+    def exists(self, path: Path) -> bool:
+        """Whether there will be something at ``path``."""
+        return path.exists() or any(file.target == Path(os.path.realpath(path)) for file in self._files)
+
+
+def _open_beside(target: Path) -> tuple[BinaryIO, Path]:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory", str(target))
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "the file is read-only", str(target))
+    number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    return os.fdopen(number, "wb"), Path(name)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ already holds another file of that name, ours goes into ``<stem>.files/``. The m
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from io import BytesIO
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from actgraph.errors import InputError
-from actgraph.formats.atomic import atomic_file, clear_errors
+from actgraph.formats.atomic import StagedFiles
 from actgraph.graph.graph import Companions
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -27,8 +26,10 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def write_companions(companions: Companions, path: str | Path) -> dict[str, Any]:
+def write_companions(companions: Companions, path: str | Path, staged: StagedFiles) -> dict[str, Any]:
     """Write the companions beside the model file ``path``; returns the record that ``read_companions`` takes.
+
+    They take their names together with the other files of ``staged``, when the model is complete.
 
     The record is plain data: ``{"source": ..., "files": {name: relative path}}``.
     """
@@ -40,13 +41,13 @@ def write_companions(companions: Companions, path: str | Path) -> dict[str, Any]
         contents[CONFIG] = _json(companions.config)
     if companions.generation_config:
         contents[GENERATION] = _json(companions.generation_config)
-    files = {name: _write(path, name, data) for name, data in sorted(contents.items())}
+    files = {name: _write(staged, path, name, data) for name, data in sorted(contents.items())}
     if companions.sample_inputs:
         name = f"{path.stem}.sample_inputs.npz"
         buffer = BytesIO()
         arrays: dict[str, Any] = {key: np.asarray(value) for key, value in sorted(companions.sample_inputs.items())}
         np.savez(buffer, **arrays)
-        files["sample_inputs"] = _write(path, name, buffer.getvalue(), replace=True)
+        files["sample_inputs"] = _write(staged, path, name, buffer.getvalue(), replace=True)
     record: dict[str, Any] = {}
     if companions.source:
         record["source"] = companions.source
@@ -83,17 +84,16 @@ def read_companions(path: str | Path, record: Mapping[str, Any] | None = None) -
     return companions
 
 
-def _write(path: Path, name: str, data: bytes, *, replace: bool = False) -> str:
-    """Write one file and return where it went, relative to the model's folder."""
+def _write(staged: StagedFiles, path: Path, name: str, data: bytes, *, replace: bool = False) -> str:
+    """Write one file and return where it will be, relative to the model's folder."""
     target = path.parent / name
-    if not replace and target.exists():
-        if target.is_file() and _digest(target.read_bytes()) == _digest(data):
+    if not replace and staged.exists(target):
+        if staged.content(target) == data:
             return name
         target = path.parent / f"{path.stem}.files" / name
-        with clear_errors(target):
-            target.parent.mkdir(exist_ok=True)
-    with atomic_file(target) as stream:
-        stream.write(data)
+        staged.folder(target.parent)
+    with staged.file(target) as file:
+        file.stream.write(data)
     return target.relative_to(path.parent).as_posix()
 
 
@@ -128,7 +128,3 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path} is not a valid .npz file") from error
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from actgraph import __version__
 from actgraph.errors import ActgraphError, InputError, UnsupportedError
 from actgraph.formats import onnx_finish, onnx_stream
-from actgraph.formats.atomic import atomic_file, temporary_file
+from actgraph.formats.atomic import StagedFiles
 from actgraph.formats.companions import read_companions, write_companions
 from actgraph.graph.graph import Graph
 from actgraph.graph.onnx import OnnxGraph
@@ -90,7 +90,7 @@ def save_onnx(
     external_data: bool | None = None,
     opset: int | None = None,
 ) -> Path:
-    """Write ``graph`` to ``path`` and return it. The file appears whole or not at all.
+    """Write ``graph`` to ``path`` and return it. The file and those beside it appear whole or not at all.
 
     inline: which actgraph ops become standard ops: ``"none"`` (their functions are kept, for kernels to claim), ``"all"``,
     or a list of op names.
@@ -115,8 +115,9 @@ def save_onnx(
     external = size > SINGLE_FILE_BYTES if external_data is None else external_data
     if not external and size > _PROTOBUF_BYTES:
         raise UnsupportedError(f"{size / 1e9:.1f} GB of weights do not fit into one .onnx file", "drop external_data=False")
-    onnx_finish.write_metadata(twin, graph, renamed, write_companions(graph.companions, path))
-    _write(twin, path, external)
+    with StagedFiles() as staged:
+        onnx_finish.write_metadata(twin, graph, renamed, write_companions(graph.companions, path, staged))
+        _write(twin, path, external, staged)
     return path
 
 
@@ -167,7 +168,8 @@ def copied_bytes(graph: OnnxGraph) -> int:
 def write_temporary(graph: OnnxGraph, path: Path) -> None:
     """``graph`` as a file with external data, without metadata and companions. The graph is used up: give a clone."""
     onnx_finish.finish(graph)
-    _write(graph, path, True)
+    with StagedFiles() as staged:
+        _write(graph, path, True, staged)
 
 
 def weight_bytes(graph: OnnxGraph) -> int:
@@ -175,12 +177,12 @@ def weight_bytes(graph: OnnxGraph) -> int:
     return sum(tensor.nbytes for tensor in graph.model.graph.initializers.tensors())
 
 
-def _write(twin: OnnxGraph, path: Path, external: bool) -> None:
+def _write(twin: OnnxGraph, path: Path, external: bool, staged: StagedFiles) -> None:
     target = Path(os.path.realpath(path))
     proto, tensors = _split(twin.model)
-    entries = _write_external(target, tensors) if external else list(onnx_stream.headers(tensors))
-    with atomic_file(target) as stream:
-        onnx_stream.write_model(stream, proto, entries)
+    entries = _write_external(target, tensors, staged) if external else list(onnx_stream.headers(tensors))
+    with staged.file(target) as file:
+        onnx_stream.write_model(file.stream, proto, entries)
 
 
 def _split(model: ir.Model) -> tuple[onnx.ModelProto, list[tuple[str, ir.TensorProtocol]]]:
@@ -198,7 +200,9 @@ def _split(model: ir.Model) -> tuple[onnx.ModelProto, list[tuple[str, ir.TensorP
     return proto, tensors
 
 
-def _write_external(target: Path, tensors: Sequence[tuple[str, ir.TensorProtocol]]) -> list[onnx_stream.Entry]:
+def _write_external(
+    target: Path, tensors: Sequence[tuple[str, ir.TensorProtocol]], staged: StagedFiles
+) -> list[onnx_stream.Entry]:
     """Write large tensors to a data file named by content, and return the headers of all."""
     large = [
         (name, tensor)
@@ -207,11 +211,10 @@ def _write_external(target: Path, tensors: Sequence[tuple[str, ir.TensorProtocol
     ]
     if not large:
         return list(onnx_stream.headers(tensors))
-    with temporary_file(target.with_suffix(".data")) as (stream, temporary):
-        places, digest = onnx_stream.write_data(stream, large)
-        stream.close()
+    with staged.file(target.with_suffix(".data")) as file:
+        places, digest = onnx_stream.write_data(file.stream, large)
         location = onnx_stream.data_name(target, digest)
-        os.replace(temporary, target.with_name(location))
+        file.target = target.with_name(location)
     offsets = {name: offset for name, offset, _ in places}
     entries: list[onnx_stream.Entry] = []
     for name, tensor in tensors:

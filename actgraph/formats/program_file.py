@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import onnx_ir as ir
 
 from actgraph.errors import InputError
 from actgraph.formats import onnx_finish, onnx_stream
-from actgraph.formats.atomic import atomic_file, clear_errors, temporary_file
+from actgraph.formats.atomic import StagedFiles
 from actgraph.formats.companions import write_companions
 from actgraph.formats.onnx_file import load_onnx
 from actgraph.graph.graph import Graph
@@ -28,33 +27,36 @@ _Tensor = tuple[str, ir.TensorProtocol, str]  # name, data, content hash
 def save_program(program: Program, folder: Path, *, opset: int | None = None) -> Path:
     """Write ``program`` into ``folder`` (made if missing) and return it. Weights of equal content are stored once.
 
-    The manifest is written last: a folder without one was not finished. Raises InputError where it cannot be written.
+    All files take their names when the last one is written, the manifest at the end: a program that was there before stays
+    whole where this one cannot be written. Raises InputError then.
     """
-    with clear_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     graphs = {name: _as_onnx(graph, opset) for name, graph in program.graphs.items()}
     opened = {name: graph.clone() for name, graph in graphs.items()}
     renamed = {name: onnx_finish.finish(graph) for name, graph in opened.items()}
     tensors = {name: _tensors(graph) for name, graph in opened.items()}
-    location, offsets = _write_weights(folder, [item for listed in tensors.values() for item in listed])
-    files = {}
-    for name, graph in opened.items():
-        path = folder / f"{name}.onnx"
-        record = write_companions(graphs[name].companions, path)
-        onnx_finish.write_metadata(graph, graphs[name], renamed[name], record)
-        _write_graph(graph, path, tensors[name], location, offsets)
-        files[name] = path.name
-    manifest = {
-        "version": _VERSION, "name": program.name, "graphs": files, "driver": program.driver.to_dict(), "weights": location,
-        "slots": [program.slots[name].to_dict() for name in sorted(program.slots)],
-    }  # fmt: skip
-    with atomic_file(folder / MANIFEST) as stream:
-        stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    with StagedFiles() as staged:
+        staged.folder(folder)
+        location, offsets = _write_weights(staged, folder, [item for listed in tensors.values() for item in listed])
+        files = {}
+        for name, graph in opened.items():
+            path = folder / f"{name}.onnx"
+            record = write_companions(graphs[name].companions, path, staged)
+            onnx_finish.write_metadata(graph, graphs[name], renamed[name], record)
+            _write_graph(staged, graph, path, tensors[name], location, offsets)
+            files[name] = path.name
+        manifest = {
+            "version": _VERSION, "name": program.name, "graphs": files, "driver": program.driver.to_dict(), "weights": location,
+            "slots": [program.slots[name].to_dict() for name in sorted(program.slots)],
+        }  # fmt: skip
+        with staged.file(folder / MANIFEST) as file:
+            file.stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
     return folder
 
 
-def load_program(folder: str | Path) -> Program:
+def load_program(folder: str | Path, **options: Any) -> Program:
     """The program that ``save_program`` wrote. Raises InputError for a folder that holds none or is damaged."""
+    if options:
+        raise InputError(f"a program has no loading option {next(iter(options))!r}")
     folder = Path(folder)
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -96,20 +98,21 @@ def _is_external(tensor: ir.TensorProtocol) -> bool:
     return tensor.nbytes >= onnx_stream.SMALLEST_EXTERNAL and not isinstance(tensor, ir.StringTensor)
 
 
-def _write_weights(folder: Path, tensors: list[_Tensor]) -> tuple[str, dict[str, int]]:
+def _write_weights(staged: StagedFiles, folder: Path, tensors: list[_Tensor]) -> tuple[str, dict[str, int]]:
     """Write each content once; returns the name of the file and where each content is."""
     distinct = {digest: tensor for _, tensor, digest in tensors if _is_external(tensor)}
     if not distinct:
         return "", {}
-    with temporary_file(folder / "weights.data") as (stream, temporary):
-        places, digest = onnx_stream.write_data(stream, distinct.items())
-        stream.close()
+    with staged.file(folder / "weights.data") as file:
+        places, digest = onnx_stream.write_data(file.stream, distinct.items())
         location = onnx_stream.data_name(folder / "weights.data", digest)
-        os.replace(temporary, folder / location)
+        file.target = file.target.with_name(location)
     return location, {content: offset for content, offset, _ in places}
 
 
-def _write_graph(graph: OnnxGraph, path: Path, tensors: list[_Tensor], location: str, offsets: dict[str, int]) -> None:
+def _write_graph(
+    staged: StagedFiles, graph: OnnxGraph, path: Path, tensors: list[_Tensor], location: str, offsets: dict[str, int]
+) -> None:
     entries: list[onnx_stream.Entry] = []
     for name, tensor, digest in tensors:
         if digest in offsets and _is_external(tensor):
@@ -123,5 +126,5 @@ def _write_graph(graph: OnnxGraph, path: Path, tensors: list[_Tensor], location:
     proto = ir.to_proto(graph.model)
     for value in values:
         ir.serde.serialize_value_into(proto.graph.value_info.add(), value)
-    with atomic_file(path) as stream:
-        onnx_stream.write_model(stream, proto, entries)
+    with staged.file(path) as file:
+        onnx_stream.write_model(file.stream, proto, entries)

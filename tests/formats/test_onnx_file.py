@@ -202,8 +202,10 @@ def test_string_tensors(tmp_path):
 
 
 def test_companions_travel_beside_the_file(tmp_path):
-    tokenizer = b'{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":null,' \
+    tokenizer = (
+        b'{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":null,'
         b'"post_processor":null,"decoder":null,"model":{"type":"WordLevel","vocab":{"a":0,"b":1},"unk_token":"a"}}'
+    )
     graph = models.mlp()
     graph.companions = Companions(
         tokenizer_files={"tokenizer.json": tokenizer, "vocab.txt": b"a\nb\n"}, config={"model_type": "mlp"},
@@ -541,6 +543,32 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, external, 
         save(big(), path, external_data=external)
     assert path.read_bytes() == before
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(("at", "external"), [("write_model", False), ("write_model", True), ("write_data", True)])
+def test_a_model_that_cannot_be_written_leaves_all_files_beside_it(tmp_path, monkeypatch, external, at):
+    """Companions, the data file and the model change together or not at all."""
+    old, new = big(), big()
+    old.companions = Companions(config={"a": 1}, tokenizer_files={"vocab.txt": b"a"}, sample_inputs={"x": np.zeros(2)})
+    new.companions = Companions(
+        config={"a": 2}, generation_config={"b": 1}, tokenizer_files={"vocab.txt": b"b"}, sample_inputs={"x": np.ones(2)}
+    )
+    with new.edit() as editor:
+        editor.set_parameter(new.value("w"), new.read(new.value("w")) * 2)
+    path = save(old, tmp_path / "m.onnx", external_data=True)
+    before = {place.name: place.read_bytes() for place in tmp_path.rglob("*")}
+    assert {"m.onnx", "config.json", "vocab.txt", "m.sample_inputs.npz"} < set(before)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_stream, at, full)
+        with pytest.raises(InputError, match="no space left"):
+            save(new, path, external_data=external)
+    assert {place.name: place.read_bytes() for place in tmp_path.rglob("*")} == before
+    save(new, path, external_data=external)
+    assert load(path).companions.sample_inputs["x"].tolist() == [1, 1] and load(path).companions.config == {"a": 2}
 
 
 def test_a_read_only_file_is_not_replaced(tmp_path, monkeypatch):

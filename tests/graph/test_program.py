@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 import actgraph as ag
 from actgraph.errors import InputError, PassError, VerifyError
+from actgraph.formats import onnx_stream
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.formats.program_file import load_program
 from actgraph.graph.context import KINDS, counted_positions, graph_context, has_context, input_default
@@ -152,6 +155,56 @@ def test_several_graphs_are_saved_with_one_file_of_weights(dialect: str, tmp_pat
         load_program(folder)
     with pytest.raises(InputError, match="holds no"):
         load_program(tmp_path)
+
+
+def test_a_saved_program_is_loaded_by_its_folder(tmp_path: Path) -> None:
+    program = two("onnx")
+    folder = program.save(tmp_path / "program")
+    (folder / "config.json").write_text("{}")  # as a companion may be
+    for source in (folder, str(folder)):
+        loaded = ag.load(source)
+        assert isinstance(loaded, ag.Program) and loaded.content_hash() == program.content_hash()
+    with pytest.raises(InputError, match="no loading option 'dtype'"):
+        ag.load(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("good", range(3))
+def test_a_program_that_cannot_be_written_leaves_the_old_one(
+    good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever write fails: that of the weights, of the first graph or of the second."""
+    program = two("onnx")
+    for graph in program:
+        graph.companions.sample_inputs = {"x": np.zeros(3, np.float32)}
+    folder = program.save(tmp_path / "program")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = program.map(lambda graph: ag.run(graph, "clip{site=blocks.0.resid_post max=1}", parity="none").graph)
+    for graph in other:
+        graph.companions.sample_inputs = {"x": np.ones(3, np.float32)}
+        with graph.edit() as editor:
+            editor.set_parameter(graph.views.linears()[0].weight, graph.read(graph.views.linears()[0].weight) * 2)
+    writes = 0
+
+    def failing(original):  # type: ignore[no-untyped-def]
+        def write(*args, **options):  # type: ignore[no-untyped-def]
+            nonlocal writes
+            writes += 1
+            if writes > good:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **options)
+
+        return write
+
+    for name in ("write_data", "write_model"):
+        monkeypatch.setattr(onnx_stream, name, failing(getattr(onnx_stream, name)))
+    for place in (folder, tmp_path / "new" / "place"):
+        writes = 0
+        with pytest.raises(InputError, match="no space left"):
+            other.save(place)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "new").exists(), "folders that were made go away again"
+    assert ag.load(folder).content_hash() == program.content_hash()
 
 
 def test_text_and_diff_of_several_graphs() -> None:
