@@ -38,21 +38,22 @@ _ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 class OrtExecutor:
     """Opens ONNX graphs with onnxruntime on the CPU."""
 
-    def open(self, graph: Graph, values: Sequence[Value] = ()) -> OrtRunner:
+    def open(self, graph: Graph, values: Sequence[Value] = (), *, optimize: bool = True) -> OrtRunner:
         """A runner for ``graph`` that also returns ``values`` under their names.
 
-        Where an extra value and an output have one name, the value is returned. Raises UnsupportedError when onnxruntime
-        cannot run the graph, naming why.
+        Where an extra value and an output have one name, the value is returned.
+        optimize: without, onnxruntime's graph optimizations are off, whose time grows faster than the graph.
+        Raises UnsupportedError when onnxruntime cannot run the graph, naming why.
         """
         if not isinstance(graph, OnnxGraph):
             raise UnsupportedError(f"{graph.name} is no ONNX graph", "graphs of torch run with the torch engine")
-        return OrtRunner(graph, values)
+        return OrtRunner(graph, values, optimize)
 
 
 class OrtRunner:
     """A graph in an onnxruntime session. Thread-safe, as sessions are."""
 
-    def __init__(self, graph: OnnxGraph, values: Sequence[Value] = ()) -> None:
+    def __init__(self, graph: OnnxGraph, values: Sequence[Value] = (), optimize: bool = True) -> None:
         import onnxruntime as ort
 
         twin = graph.clone()
@@ -68,6 +69,8 @@ class OrtRunner:
         self._keys = keys
         self._check = InputChecker(graph, graph.dim_ranges, graph.optional)
         options = session_options(graph)
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         with _model_source(twin) as (source, self._weights):
             if self._weights:
                 shared = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]

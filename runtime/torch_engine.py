@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,18 @@ Array = np.ndarray[Any, Any]
 class TorchExecutor:
     """Opens FX graphs (see ``actgraph.graph.executor.Executor``)."""
 
-    def open(self, graph: Graph, values: Sequence[Value] = ()) -> Runner:
-        """A runner over the graph as it is now; later edits do not change it. ``values`` cost no second forward."""
+    def open(self, graph: Graph, values: Sequence[Value] = (), *, optimize: bool = True) -> Runner:
+        """A runner over the graph as it is now; later edits do not change it. ``values`` cost no second forward.
+
+        optimize: generate Python code for the graph; without, it is interpreted.
+        """
         if not isinstance(graph, FxGraph):
             raise InputError(f"the torch engine runs FX graphs, {graph.name} is a graph of dialect {graph.dialect}")
-        return _TorchRunner(graph, values)
+        return _TorchRunner(graph, values, optimize)
 
 
 class _TorchRunner:
-    def __init__(self, graph: FxGraph, values: Sequence[Value]) -> None:
+    def __init__(self, graph: FxGraph, values: Sequence[Value], optimize: bool) -> None:
         self.check = InputChecker(graph, graph.dim_ranges, graph.defaults)
         self.order = [value.name for value in graph.inputs()]
         self.defaults = dict(graph.defaults)
@@ -44,12 +47,16 @@ class _TorchRunner:
             by_name = {node.name: node for node in native.nodes}
             output = native.output_node()
             output.args = ((*output.args[0], *(by_name[value.key.name] for value in values)),)  # type: ignore[misc]
-        self.module = fx.GraphModule(graph.root, native)
+        self.run: Callable[..., Any]
+        if optimize:
+            self.run = fx.GraphModule(graph.root, native)
+        else:
+            self.run = fx.Interpreter(graph.root, graph=native).run
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         arrays = {**self.defaults, **self.check(inputs)}
         with torch.no_grad():
-            results = self.module(*(tensor_of(arrays[name]) for name in self.order))
+            results = self.run(*(tensor_of(arrays[name]) for name in self.order))
         return {name: _array(result) for name, result in zip(self.names, results, strict=True)}
 
 

@@ -29,8 +29,11 @@ class Runner(Protocol):
 class Executor(Protocol):
     """Opens graphs of one dialect."""
 
-    def open(self, graph: Graph, values: Sequence[Value] = ()) -> Runner:
-        """A runner that returns the graph's outputs and, under ``Value.name``, the extra ``values``."""
+    def open(self, graph: Graph, values: Sequence[Value] = (), *, optimize: bool = True) -> Runner:
+        """A runner that returns the graph's outputs and, under ``Value.name``, the extra ``values``.
+
+        optimize: let the engine prepare the graph for many runs; without, it opens sooner and runs node by node.
+        """
         ...
 
 

@@ -85,6 +85,31 @@ def decomposition_table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     return {torch_op(op.name): op.reference for op in all_ops()}
 
 
+def result_fakes(overload: torch._ops.OpOverload, operands: Sequence[Any], attributes: dict[str, Any]) -> Any:
+    """What a call gives, as empty tensors, from the op's ``infer`` alone; ``None`` where a size is none of the operands'.
+
+    An order of magnitude cheaper than the reference on fake tensors, for graphs that are edited node by node. Call it under the
+    operands' fake mode. Raises VerifyError for operands that the op refuses.
+    """
+    op = get_op(overload._schema.name.partition("::")[2])
+    results = op.result_types(operand_types(operands), op.complete(attributes))
+    tensors = [t for o in operands for t in (o if isinstance(o, (list, tuple)) else [o]) if t is not None]
+    sizes = {_dim(size): size for tensor in tensors for size in tensor.shape}
+    made = []
+    for kind in results:
+        if kind.dtype is None or kind.shape is None:
+            return None
+        shape = [size if isinstance(size, int) else sizes.get(size) for size in kind.shape]
+        if None in shape:
+            return None
+        like = next((t for t in tensors if tuple(map(_dim, t.shape)) == kind.shape), None)
+        if like is not None:  # elementwise code keeps the layout
+            made.append(torch.empty_like(like, dtype=kind.dtype.torch))
+        else:
+            made.append(torch.empty(shape, dtype=kind.dtype.torch))  # type: ignore[arg-type]
+    return made[0] if len(op.outputs) == 1 else tuple(made)
+
+
 def operand_types(operands: Sequence[Any]) -> list[TensorType | None]:
     """The types of torch tensors (real or fake), as ``OpDef.infer`` takes them; variadic operands are flattened."""
     types: list[TensorType | None] = []

@@ -10,7 +10,7 @@ from torch.export import Dim, export
 
 from actgraph.errors import VerifyError
 from actgraph.ops import DType, all_ops, get_op
-from actgraph.ops.torch_library import decomposition_table, op_of, register_all, torch_op, torch_schema
+from actgraph.ops.torch_library import decomposition_table, op_of, register_all, result_fakes, torch_op, torch_schema
 from tests.conformance.harness import Case, to_torch
 
 
@@ -157,3 +157,34 @@ def test_double_backward() -> None:
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     v = torch.randn(4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, v: torch_op("shift")(x, v, norm="relative"), (x, v))
+
+
+@pytest.mark.parametrize("op", all_ops(), ids=lambda op: op.name)
+def test_types_from_the_rules_are_those_of_the_fake_kernel(op) -> None:  # type: ignore[no-untyped-def]
+    """Sizes, dtypes and layout, with a symbolic leading size where the op allows one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    told = 0
+    for index, sample in enumerate(op.samples):
+        case = Case(op, index, sample.dtypes[0] if sample.dtypes else DType.F32)
+        call = Call(case)
+        real = [None if o is None else to_torch(o) for o in case.operands()]
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        kinds = [DimDynamic.STATIC if call.shares_rows() or i else DimDynamic.DYNAMIC for i in range(call.first.dim())]
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        first = mode.from_tensor(call.first, symbolic_context=context)
+        fakes = [first, *(None if t is None else mode.from_tensor(t, static_shapes=True) for t in real[1:])]
+        if op.inputs[-1].variadic:
+            count = len(op.inputs) - 1
+            fakes = [*fakes[:count], fakes[count:]]
+        with mode:
+            expected = torch_op(op.name)(*fakes, **case.attributes)
+            found = result_fakes(torch_op(op.name), fakes, dict(case.attributes))
+        if found is None:
+            continue
+        told += 1
+        for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+            assert (one.dtype, tuple(map(str, one.shape))) == (other.dtype, tuple(map(str, other.shape)))
+            assert tuple(map(str, one.stride())) == tuple(map(str, other.stride()))
+    assert told, "the rules never tell"
