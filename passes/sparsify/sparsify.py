@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 
 from actgraph.calibrate.statistics import Request
 from actgraph.errors import OptionError, PassError
-from actgraph.graph import Graph, Use, Value
-from actgraph.graph.views import FeedForward, Linear
+from actgraph.graph import Graph, Node, Use, Value
+from actgraph.graph.views import FeedForward
 from actgraph.passes.linears import Places, check_selectors, edge_name, input_value
 from actgraph.passes.places import Selector
 from actgraph.pipeline.base import UNBOUNDED, Declined, Pass, PassContext, PassResult
@@ -106,7 +106,7 @@ class Sparsify(Pass):
         return [
             (edge_name(graph, linear), input_value(linear), [linear.input])
             for linear in linears
-            if (wanted.covers_input(linear) if self.site else linear in inside)
+            if (wanted.covers_input(linear) if self.site else linear.nodes[0] in inside)
             and not (unwanted.covers_input(linear) or unwanted.covers(linear))
         ]
 
@@ -120,16 +120,16 @@ def _act_name(graph: Graph, feed_forward: FeedForward) -> str:
     return graph.site_table.role_name_of(feed_forward.act) or (names[0] if names else f"%{feed_forward.act.name}")
 
 
-def _in_blocks(graph: Graph) -> list[Linear]:
-    """The projections of attentions and feed-forwards of all blocks (all linears of a model without blocks)."""
+def _in_blocks(graph: Graph) -> set[Node]:
+    """The first nodes of the projections of all blocks (of all linears in a model without blocks)."""
     views = graph.views
     linears = views.linears()
     blocks = views.blocks()
     if not blocks:
-        return linears
+        return {x.nodes[0] for x in linears}
     first, last = blocks[0].resid_pre, {block.resid_post for block in blocks}
     order = {node: position for position, node in enumerate(graph.nodes())}
     start = order.get(first.producer, -1) if first.producer is not None else -1
     end = max(order[value.producer] for value in last if value.producer is not None)
     routers = {moe.router.output for moe in views.moe()}
-    return [x for x in linears if start < order[x.nodes[0]] <= end and x.output not in routers]
+    return {x.nodes[0] for x in linears if start < order[x.nodes[0]] <= end and x.output not in routers}
