@@ -84,8 +84,7 @@ class Inference:
             if op is None:
                 return []
             present = [kind if value is not None else None for kind, value in zip(operands, node.inputs, strict=True)]
-            present += [None] * (len(op.inputs) - len(present))
-            return op.infer(present, plain_attributes(node))
+            return op.result_types(present, plain_attributes(node))
         special = onnx_rules.standard(self, node, operands)
         if special is not None:
             return special

@@ -1,7 +1,8 @@
 """The verifier: every invariant of a graph, checked through the reading interface alone.
 
-Structure (SSA, topological order, no dangling users, unique names, signature), types where they can be known, provenance,
-and the attributes and operands of actgraph ops. What only a dialect can see is in ``Graph.structural_problems``.
+Structure (SSA, topological order, no dangling users, unique names, signature), types where they can be known, operands that
+fit together, provenance, and the attributes and operands of actgraph ops. What only a dialect can see is in
+``Graph.structural_problems``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from actgraph.errors import ActgraphError, VerifyError
+from actgraph.graph.fitting import misfits
 from actgraph.graph.graph import Graph, Kind, Node, Value
-from actgraph.ops.registry import DOMAIN, OpDef, Operand, get_op
-from actgraph.ops.shapes import TensorType
+from actgraph.ops.dtypes import DType
+from actgraph.ops.registry import DOMAIN, get_op
 
 #: How many problems an error lists.
 LISTED = 10
@@ -136,63 +138,32 @@ def _node_problems(node: Node) -> Iterator[str]:
         yield f"{node.name} has no provenance"
     if node.op.startswith(f"{DOMAIN}."):
         yield from _op_problems(node)
+    else:
+        yield from misfits(node)
 
 
 def _op_problems(node: Node) -> Iterator[str]:
     """The contract of an actgraph op: attributes, number and dtypes of operands, output types."""
+    operands = node.operands
     try:
         op = get_op(node.op)
         attributes = op.complete(node.attributes)
-    except ActgraphError as error:
-        yield f"{node.name}: {error.message}"
+        expected = op.result_types([operand.type if operand is not None else None for operand in operands], attributes)
+    except (ActgraphError, ValueError) as error:
+        yield f"{node.name}: {error.message if isinstance(error, ActgraphError) else error}"
         return
-    before = True
-    types: list[TensorType | None] = []
-    operands = node.operands
-    for index, spec in enumerate(op.inputs):
-        if spec.variadic:
-            types += [v.type if v is not None else None for v in operands[index:]]
-            break
-        operand = operands[index] if index < len(operands) else None
-        types.append(operand.type if operand is not None else None)
-        if operand is None:
-            if not spec.optional:
-                before = False
-                yield f"{node.name}: operand {spec.name!r} of {node.op} is missing"
-        else:
-            yield from _dtype_problems(node, op, spec, operand)
-    if len(operands) > len(op.inputs) and not (op.inputs and op.inputs[-1].variadic):
-        before = False
-        yield f"{node.name}: {node.op} takes {len(op.inputs)} operands, not {len(operands)}"
+    names = [spec.name for spec in op.inputs]
+    for spec, operand in zip(op.inputs, operands, strict=False):
+        other = operands[names.index(spec.same_as)] if spec.same_as in names else None
+        if operand is not None and other is not None and _clash(operand.dtype, other.dtype):
+            yield f"{node.name}: operand {spec.name!r} is {operand.dtype} but {spec.same_as!r} is {other.dtype}"
     if len(node.outputs) != len(op.outputs):
         yield f"{node.name}: {node.op} has {len(op.outputs)} outputs, not {len(node.outputs)}"
-    elif before:
-        yield from _output_problems(node, op, types, attributes)
-
-
-def _dtype_problems(node: Node, op: OpDef, spec: Operand, operand: Value) -> Iterator[str]:
-    dtype = operand.dtype
-    if dtype is None:
-        return
-    if dtype not in spec.dtypes:
-        yield f"{node.name}: operand {spec.name!r} of {node.op} cannot be {dtype.value}"
-    names = [each.name for each in op.inputs]
-    if spec.same_as in names:
-        other = node.operands[names.index(spec.same_as)]
-        if other is not None and other.dtype is not None and other.dtype is not dtype:
-            yield f"{node.name}: operand {spec.name!r} is {dtype.value} but {spec.same_as!r} is {other.dtype.value}"
-
-
-def _output_problems(node: Node, op: OpDef, types: list[TensorType | None], attributes: object) -> Iterator[str]:
-    try:
-        expected = op.infer(types, attributes)  # type: ignore[arg-type]
-    except (ActgraphError, ValueError) as error:
-        yield f"{node.name}: {error}"
         return
     for output, want in zip(node.outputs, expected, strict=True):
         have = output.type
-        if have.dtype is not None and want.dtype is not None and have.dtype is not want.dtype:
-            yield f"{_show(output)} is {have.dtype.value}, but {node.op} makes {want.dtype.value}"
+        if _clash(have.dtype, want.dtype):
+            yield f"{_show(output)} is {have.dtype}, but {node.op} makes {want.dtype}"
         if have.shape is None or want.shape is None:
             continue
         clash = len(have.shape) != len(want.shape) or any(
@@ -202,6 +173,10 @@ def _output_problems(node: Node, op: OpDef, types: list[TensorType | None], attr
             yield f"{_show(output)} is {have}, but {node.op} makes {want}"
         elif have.dtype is None:
             yield f"{_show(output)} has no element type, though {node.op} gives it one"
+
+
+def _clash(left: DType | None, right: DType | None) -> bool:
+    return left is not None and right is not None and left is not right
 
 
 def _show(value: Value) -> str:

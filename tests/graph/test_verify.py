@@ -187,7 +187,7 @@ BROKEN: dict[Callable[[ToyGraph], None], str] = {
     unknown_attribute: "no attribute 'wieght'",
     missing_attribute: "'weight' of actgraph.toy_blend is missing",
     ill_typed_attribute: "must be float",
-    missing_operand: "operand 'y' of actgraph.toy_blend is missing",
+    missing_operand: "actgraph.toy_blend needs its operand 'y'",
     too_many_operands: "takes 3 operands, not 4",
     illegal_dtype: "cannot be i64",
     mixed_dtypes: "'y' is f32 but 'x' is f16",
