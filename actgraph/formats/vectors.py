@@ -17,9 +17,12 @@ import numpy as np
 
 from actgraph.errors import InputError
 from actgraph.formats.atomic import atomic_file
+from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
+    from actgraph.graph.graph import Value
 
 Array = np.ndarray[Any, Any]
 FORMAT = "actgraph.steering_vector/1"
@@ -29,7 +32,8 @@ FORMAT = "actgraph.steering_vector/1"
 class SteeringVector:
     """Directions by site.
 
-    directions: site name -> ``[width]`` float32; the name is empty for a vector without a site.
+    directions: site name -> ``[width]`` float32 (``vector.directions["blocks.2.resid_post"]``); the name is empty for a vector
+        without a site.
     model: fingerprint of the model that it was extracted from (``model_fingerprint``), empty when unknown.
     method, position: how it was extracted (``mean_difference``, ``last``).
     """
@@ -39,6 +43,13 @@ class SteeringVector:
     method: str = ""
     position: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: the sites with their widths and norms, and where the vector comes from."""
+        shown = [f"{name or '(any site)'} [{len(v)}] norm {np.linalg.norm(v):.4g}" for name, v in self.directions.items()]
+        more = [f"{len(shown) - 4} more"] if len(shown) > 4 else []
+        how = [f"{key}={value!r}" for key, value in (("method", self.method), ("position", self.position)) if value]
+        return f"SteeringVector({', '.join([*shown[:4], *more, *how])})"
 
     def for_site(self, names: tuple[str, ...]) -> Array:
         """The direction for a site known under ``names``; a vector without a site, or with a single one, serves any site."""
@@ -70,20 +81,45 @@ class SteeringVector:
 
 
 def model_fingerprint(graph: Graph) -> str:
-    """A fingerprint of the model that survives passes and both dialects: sha256 over its embedding table (or, without one,
-    its first float weight of rank 2), 16 hexadecimal digits; empty for a model that has neither.
-    """
-    import hashlib
+    """A fingerprint of the model: type, sizes and sha256 of its token embeddings, such as ``f32[512,64]:116b84d59ccdfc6a``.
 
+    The token embeddings are the largest table of rank 2 that rows are gathered from; without one it is the weight of the
+    first linear layer as ``[out, in]``; empty for a model that has neither. Both dialects give the same, and edits of
+    activations do not change it.
+    """
+    from actgraph.graph.graph import parameter_bytes
+    from actgraph.graph.text import array_hash, data_hash
+
+    tables: dict[Value, int] = {}
     for node in graph.nodes():
         prim = node.prim
         table = prim.operands[0] if prim is not None and prim.op == "gather" and prim.operands else None
         if table is not None and not isinstance(table, (int, float)) and table.is_parameter and len(table.shape or ()) == 2:
-            return hashlib.sha256(np.ascontiguousarray(graph.read(table)).tobytes()).hexdigest()[:16]
-    for parameter in graph.parameters():
-        if parameter.dtype is not None and parameter.dtype.is_float and len(parameter.shape or ()) == 2:
-            return hashlib.sha256(np.ascontiguousarray(graph.read(parameter)).tobytes()).hexdigest()[:16]
+            tables[table] = parameter_bytes(table)
+    if tables:
+        largest = max(tables, key=lambda table: tables[table])  # the first of equal ones
+        return _fingerprint(largest.type, data_hash(largest))
+    for linear in graph.views.linears():
+        weight = linear.read_weight()
+        return _fingerprint(TensorType(DType.of(weight.dtype), weight.shape), array_hash(weight))
     return ""
+
+
+def _fingerprint(kind: TensorType, digest: str) -> str:
+    return f"{str(kind).replace(' ', '')}:{digest[:16]}"
+
+
+def is_of_another_model(fingerprint: str, graph: Graph) -> bool:
+    """Whether what has ``fingerprint`` surely comes from another model than ``graph``.
+
+    Where the fingerprint is unknown, or the embeddings are stored in another type now, nothing can be said.
+    """
+    own = model_fingerprint(graph)
+    (kind, colon, digest), (own_kind, _, own_digest) = fingerprint.rpartition(":"), own.rpartition(":")
+    if not colon or not own:
+        return False
+    (dtype, _, sizes), (own_dtype, _, own_sizes) = kind.partition("["), own_kind.partition("[")
+    return sizes != own_sizes or (dtype == own_dtype and digest != own_digest)
 
 
 def load_vector(path: str | Path) -> SteeringVector:
@@ -110,7 +146,7 @@ def load_vector(path: str | Path) -> SteeringVector:
     directions = {("" if name == "vector" else name): t for name, t in tensors.items()}
     return SteeringVector(
         directions,
-        manifest.get("model", ""),
+        str(manifest.get("model", "")),
         manifest.get("method", ""),
         manifest.get("position", ""),
         manifest.get("notes", {}),

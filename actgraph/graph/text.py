@@ -140,7 +140,7 @@ def attribute_text(value: Any) -> str:
     if isinstance(value, np.ndarray):
         if value.size <= _INLINE_INTEGERS:
             return f"{DType.of(value.dtype).value}{attribute_text(value.tolist())}"
-        return f"{DType.of(value.dtype).value}{list(value.shape)} #{_digest(value)[:12]}"
+        return f"{DType.of(value.dtype).value}{list(value.shape)} #{array_hash(value)[:12]}"
     if isinstance(value, np.generic):
         return attribute_text(value.item())
     if isinstance(value, DType):
@@ -176,14 +176,14 @@ def data_hash(parameter: Value) -> str:
     known = _DIGESTS.get(id(holder))
     if known is not None and known[0]() is holder and known[1] == version:
         return known[2]
-    digest = _digest(parameter.graph.read(parameter))
+    digest = array_hash(parameter.graph.read(parameter))
     key = id(holder)
     with contextlib.suppress(TypeError):  # a holder that takes no weak references is hashed again next time
         _DIGESTS[key] = (weakref.ref(holder, lambda _: _DIGESTS.pop(key, None)), version, digest)
     return digest
 
 
-def _digest(array: Array) -> str:
+def array_hash(array: Array) -> str:
     """sha256 of an array, reading its memory in place."""
     result = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}".encode())
     if array.dtype == object:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from actgraph.errors import PassError
-from actgraph.formats.vectors import SteeringVector, load_vector
+from actgraph.formats.vectors import SteeringVector, is_of_another_model, load_vector
 from actgraph.graph import Editor, Graph, Site, SiteKind, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.views import Linear
@@ -66,6 +66,10 @@ class Steer(SitePass):
                     result.details.append(
                         {"site": site.name, "rule": rule, "scale": self.scale, "norm": float(np.linalg.norm(direction))}
                     )
+        if is_of_another_model(vector.model, graph):
+            result.messages.append(
+                f"{self.vector} was extracted from another model than {graph.name}, or before its embeddings were changed"
+            )
         result.messages += editor.messages
         if set(result.counts) == {"identity"}:
             result.expected_change, result.expected_size = "exact", ROUNDING

@@ -104,7 +104,7 @@ def test_same_text_in_torch_and_onnx(vector: Path, both_stories: dict[str, Graph
 
 def test_files_round_trip(vector: Path, tmp_path: Path) -> None:
     loaded = load_vector(vector)
-    assert loaded.method == "mean_difference" and loaded.position == "last" and len(loaded.model) == 16
+    assert loaded.method == "mean_difference" and loaded.position == "last" and loaded.model.startswith("f32[512,64]:")
     again = load_vector(loaded.save(tmp_path / "again.safetensors"))
     assert np.array_equal(loaded.directions[SITE], again.directions[SITE])
     assert vector.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
