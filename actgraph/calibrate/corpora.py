@@ -46,6 +46,12 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         return iter(self.documents)
 
+    @property
+    def unit(self) -> str:
+        """What one document is called in reports: ``document``, ``sample`` (of arrays) or ``image``."""
+        first = self.documents[0]
+        return "sample" if isinstance(first, Mapping) else "image" if isinstance(first, Path) else "document"
+
     @staticmethod
     def of(source: Any = None) -> Corpus:
         """The corpus that ``source`` describes.

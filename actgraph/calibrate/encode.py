@@ -1,7 +1,8 @@
 """From documents to samples: the arrays of one row, as the graph's inputs want them, without a batch axis and without padding.
 
 Texts go through the graph's own tokenizer, special tokens included (so a document begins with its BOS where the model was
-trained so), and are cut at the model's length. ``attention_mask``, ``position_ids`` and ``token_type_ids`` are filled in.
+trained so), and are cut at the model's length. ``attention_mask``, ``position_ids`` and ``token_type_ids`` are filled in,
+and the decoder of an encoder-decoder reads the text itself, shifted right behind its start token.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ class Signature:
     batch: the dimension that counts rows (``None``: the graph has no batch axis).
     padded: sequence dimensions that may be padded without a mask, because nothing that is read depends on the padding (right
     padding under a causal model).
+    decoder_start: the token that decoder inputs begin with, for an encoder-decoder whose configuration names one.
     """
 
     inputs: tuple[Value, ...]
     batch: Dim
     padded: frozenset[Dim] = frozenset()
+    decoder_start: int | None = None
 
     @staticmethod
     def of(graph: Graph) -> Signature:
@@ -49,9 +52,9 @@ class Signature:
         leading = [v.shape[0] for v in users if v.shape is not None and len(v.shape) > 1]
         named = next((size for size in leading if isinstance(size, str)), None)
         if named is not None:
-            return Signature(users, named)
+            return Signature(users, named, decoder_start=_decoder_start(graph))
         same = len(set(leading)) == 1 and len(leading) == len(users)
-        return Signature(users, leading[0] if same else None)
+        return Signature(users, leading[0] if same else None, decoder_start=_decoder_start(graph))
 
     def by_name(self) -> dict[str, Value]:
         return {value.name: value for value in self.inputs}
@@ -91,6 +94,16 @@ class Signature:
             raise InputError(f"the corpus gives {name} as {list(array.shape)} for one sample, and the graph takes {value.type}")
 
 
+def _decoder_start(graph: Graph) -> int | None:
+    """The first token of a decoder, looked up as transformers does: the configuration's, else the padding or BOS token."""
+    sources = (graph.companions.generation_config, graph.companions.config, graph.companions.config.get("text_config") or {})
+    for key in ("decoder_start_token_id", "pad_token_id", "bos_token_id"):
+        for source in sources:
+            if isinstance(token := source.get(key), int) and token >= 0:
+                return token
+    return None
+
+
 def max_length(graph: Graph, limit: int | None = None) -> int | None:
     """The most tokens that a document may have: the smallest of ``limit``, the model's and the tokenizer's."""
     found = [] if limit is None else [limit]
@@ -122,6 +135,7 @@ def samples(graph: Graph, corpus: Corpus, *, limit: int | None = None, pack: boo
     than the graph takes (see ``Signature.causal``).
     """
     signature = Signature.of(graph) if pack else Signature.of(graph).causal()
+    reads_text = "input_ids" in signature.by_name()
     longest = max_length(graph, limit)
     window = signature.fixed_length() if pack else None
     pending: list[int] = []
@@ -133,6 +147,8 @@ def samples(graph: Graph, corpus: Corpus, *, limit: int | None = None, pack: boo
             from actgraph.calibrate.images import read_image
 
             yield complete(signature, {**read_image(graph, signature, document)})
+        elif not reads_text:
+            raise _takes_no_text(graph, signature, corpus)
         elif window is None:
             ids = token_ids(graph, document, longest)
             yield complete(signature, {"input_ids": np.asarray(ids, np.int64)})
@@ -143,6 +159,16 @@ def samples(graph: Graph, corpus: Corpus, *, limit: int | None = None, pack: boo
                 pending, packed = pending[window:], packed + 1
     if pending and not packed:
         raise InputError(f"{graph.name} takes {window} tokens at a time, and the corpus has {len(pending)}", "use a larger one")
+
+
+def _takes_no_text(graph: Graph, signature: Signature, corpus: Corpus) -> InputError:
+    takes = ", ".join(f"{value.name} {value.type}" for value in signature.inputs)
+    names = ", ".join(value.name for value in signature.inputs if not is_optional(graph, value))
+    images = ", or a folder of images" if "pixel_values" in signature.by_name() else ""
+    return InputError(
+        f"{graph.name} takes {takes} and no text, and the corpus {corpus.name} is text",
+        f"give samples of its inputs: --corpus data.npz with the arrays {names}{images} (Python: corpus={{name: array}})",
+    )
 
 
 def token_ids(graph: Graph, document: str | Messages, longest: int | None = None) -> list[int]:
@@ -220,8 +246,10 @@ def complete(signature: Signature, sample: Sample) -> Sample:
         name = value.name
         if name in sample:
             array = np.asarray(sample[name])
-        elif (ids := _ids_beside(name, sample)) is not None:
+        elif (ids := _ids_beside(name, {**result, **sample})) is not None:
             array = _filled(name, len(ids))
+        elif name.endswith("decoder_input_ids") and signature.decoder_start is not None and "input_ids" in sample:
+            array = shifted_right(np.asarray(sample["input_ids"]), signature.decoder_start)
         elif is_optional(value.graph, value):
             continue
         else:
@@ -229,6 +257,14 @@ def complete(signature: Signature, sample: Sample) -> Sample:
         result[name] = array.astype(value.dtype.numpy, copy=False) if value.dtype is not None else array
         signature.check(name, result[name])
     return result
+
+
+def shifted_right(ids: Array, start: int) -> Array:
+    """Decoder inputs ``[n]`` that make the decoder read the text ``ids [n]``: ``start``, then all but the last of them.
+
+    What transformers does for labels (``shift_tokens_right``, ``_shift_right``), and for a bare text in BART.
+    """
+    return np.concatenate([np.asarray([start], ids.dtype), ids[:-1]])
 
 
 def _ids_beside(name: str, sample: Sample) -> Array | None:

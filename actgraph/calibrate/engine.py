@@ -86,7 +86,8 @@ def _cache(graph: Graph, corpus: Corpus, limits: Sequence[int | None], cache: bo
     for name in sorted(companions.tokenizer_files):
         if name in ("tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
             digest.update(companions.tokenizer_files[name])
-    digest.update(repr(sorted((k, v) for k, v in companions.config.items() if isinstance(v, int))).encode())
+    for settings in (companions.config, companions.generation_config):
+        digest.update(repr(sorted((k, v) for k, v in settings.items() if isinstance(v, int))).encode())
     return Cache(folder, graph.content_hash(), digest.hexdigest()[:16])
 
 

@@ -69,6 +69,9 @@ def log_likelihoods(
     """
     opened = Corpus.of(corpus)
     signature = Signature.of(graph).causal()
+    if "input_ids" not in signature.by_name() or any(name.endswith("decoder_input_ids") for name in signature.by_name()):
+        names = ", ".join(signature.by_name())
+        raise InputError(f"{graph.name} is no causal language model: it takes {names}", "log-likelihoods are defined for those")
     output = logits_output(graph)
     length = signature.fixed_length()
     axis = (signature.by_name()["input_ids"].shape or (None,))[-1]

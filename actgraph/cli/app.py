@@ -97,7 +97,7 @@ def _failed(error: Exception) -> int:
             return 2
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "actgraph"
-        _complain(f"{error.format_message().rstrip('.')} (see `{where} --help`)")
+        _complain(f"{_usage(error).rstrip('.')} (see `{where} --help`)")
         return int(error.exit_code)
     if options.state.debug:
         raise error
@@ -107,9 +107,18 @@ def _failed(error: Exception) -> int:
     if isinstance(error, OSError):
         _complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         return 2
-    _complain(f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (--debug shows where)")
+    detail = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    _complain(f"unexpected {type(error).__name__}: {detail} (--debug shows where)")
     return 2
 
 
+def _usage(error: Any) -> str:
+    """The message of a usage error, without click's `Invalid value:`, which says nothing."""
+    text = str(error.format_message())
+    for prefix in ("Invalid value: ", "Invalid value for "):
+        text = text.removeprefix(prefix)
+    return text.replace(": Input should be ", " should be ")
+
+
 def _complain(message: str) -> None:
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    print("error: " + " ".join(line.strip() for line in message.splitlines() if line.strip()), file=sys.stderr)

@@ -32,6 +32,7 @@ def bisect(
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write the last good and the first bad graph here.")
     ] = None,
     tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = None,
     seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -43,14 +44,20 @@ def bisect(
     corpus is what passes calibrate on and what perplexity is measured on. The exit code is 1 when a bad pass is
     found.
     """
-    from actgraph.cli.models import open_model, read_pipeline
+    from actgraph.cli.models import check_output_folder, open_model, read_pipeline
     from actgraph.cli.output import dump_json
     from actgraph.pipeline import bisect as module
 
     pipeline = read_pipeline(passes, recipe)
     if tolerance is not None and perplexity is not None:
         raise typer.BadParameter("give either --tolerance or --perplexity")
-    graph = open_model(model, tokenizer, quiet=quiet)
+    if folder is not None:
+        check_output_folder(folder)
+    if corpus is not None:
+        from actgraph.calibrate.corpora import Corpus
+
+        Corpus.of(corpus)  # a bad file is said before the model is loaded
+    graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
     if tolerance is not None:
         predicate = module.parity(graph, tolerance, seed=seed)
     elif perplexity is not None:

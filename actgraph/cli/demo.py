@@ -45,17 +45,17 @@ def demo(
     Captures a small language model, rewrites it, proves what happened and writes the result as ONNX. Takes less than
     half a minute and needs no network. The exit code is 1 if a proof fails.
     """
-    from actgraph.cli.models import check_output
+    from actgraph.cli.models import check_output_folder
 
     if keep is not None:
-        check_output(keep / "x.onnx" if keep.is_dir() else keep.with_suffix(".onnx"), (".onnx",))
+        check_output_folder(keep)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for so small a model more threads only wait for each other
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="actgraph-demo-") as folder:
         with contextlib.chdir(folder):  # so that the pipeline reads as a user would write it
             ok = _tour()
         if keep is not None:
-            keep.mkdir(exist_ok=True)
+            keep.mkdir(parents=True, exist_ok=True)
             for path in Path(folder).iterdir():
                 shutil.copy(path, keep)
             print(f"\nfiles kept in {keep}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -29,7 +30,13 @@ def diff(
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json
 
-    changes = ag.diff(open_model(left, quiet=True), open_model(right, quiet=True))
+    graphs = open_model(left, quiet=True), open_model(right, quiet=True)
+    changes = ag.diff(*graphs)
+    # Both files often hold one model under one name: the header says which file is which.
+    shown = [left, right]
+    if graphs[0].dialect != graphs[1].dialect:
+        shown = [f"{source} ({graph.dialect})" for source, graph in zip(shown, graphs, strict=True)]
+    changes = replace(changes, left=shown[0], right=shown[1])
     if json:
         dump_json(changes.to_dict())
     elif not quiet:

@@ -16,6 +16,7 @@ def export(
     inline: options.Inline = "none",
     external_data: options.ExternalData = False,
     tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = None,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -24,13 +25,13 @@ def export(
 
     The same as `run` without passes.
     """
-    from actgraph.cli.models import check_output, open_model
+    from actgraph.cli.models import check_save, open_model
     from actgraph.cli.run import SUFFIXES, save
 
     if output is None:
         raise typer.BadParameter("say where to write the result: -o OUT.onnx or -o OUT.pt2")
-    check_output(output, SUFFIXES)
-    graph = open_model(model, tokenizer, quiet=quiet)
+    check_save(output, SUFFIXES, inline=inline, external_data=external_data)
+    graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
     if dry_run:
         print(f"would write {graph!r} to {output}")
         return

@@ -23,6 +23,7 @@ def extract_vector(
     site: Annotated[list[str], typer.Option(metavar="SELECTOR", help="Where (may be repeated): one direction for each site.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")],
     tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -34,12 +35,14 @@ def extract_vector(
     import numpy as np
 
     import actgraph as ag
+    from actgraph.calibrate.corpora import Corpus
     from actgraph.cli.models import check_output, open_model
     from actgraph.cli.output import dump_json, remark
 
     check_output(output, (".safetensors",))
-    graph = open_model(model, tokenizer, quiet=quiet)
-    vector = ag.extract_vector(graph, positive, negative, site=site, progress=not quiet)
+    corpora = [Corpus.of(positive), Corpus.of(negative)]  # a bad file is said before the model is loaded
+    graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
+    vector = ag.extract_vector(graph, *corpora, site=site, progress=not quiet)
     vector.save(output)
     norms = {name: float(np.linalg.norm(direction)) for name, direction in vector.directions.items()}
     if json:

@@ -23,6 +23,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k most likely tokens; 0 means all.")] = 0,
     seed: options.Seed = 0,
     tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -34,8 +35,12 @@ def generate(
     import actgraph as ag
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json
+    from actgraph.errors import InputError
 
-    graph = open_model(model, tokenizer, quiet=quiet)
+    graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
+    if not any(value.name == "input_ids" for value in graph.inputs()):
+        takes = ", ".join(f"{value.name} {value.type}" for value in graph.inputs())
+        raise InputError(f"{model} is no language model: it takes {takes}", "generate needs an input input_ids")
     if json:
         result = ag.generate(graph, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
         dump_json(

@@ -19,6 +19,7 @@ _ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 def inspect(
     model: options.Model,
     text: options.Text = False,
+    dtype: options.Dtype = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
@@ -31,7 +32,7 @@ def inspect(
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json
 
-    graph = open_model(model, quiet=True)
+    graph = open_model(model, dtype=dtype, quiet=True)
     if text:
         print(graph.text(), end="")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,26 +15,55 @@ if TYPE_CHECKING:
     from actgraph.pipeline import Pipeline
 
 
-def open_model(model: str, tokenizer: Path | None = None, *, quiet: bool = False) -> Graph:
-    """Load MODEL, say what was kept static, and attach the tokenizer of ``--tokenizer``."""
+#: What ``--dtype`` takes: ``auto`` is the checkpoint's own.
+DTYPES = ("float32", "float16", "bfloat16", "auto")
+
+
+def open_model(model: str, tokenizer: Path | None = None, *, dtype: str | None = None, quiet: bool = False) -> Graph:
+    """Load MODEL in ``--dtype``, say what was kept static, and attach the tokenizer of ``--tokenizer``."""
     import actgraph as ag
     from actgraph.cli.output import remark, waiting
+    from actgraph.graph.provenance import RecordedNote
 
+    loading = {} if dtype is None else {"dtype": _dtype(dtype, model)}
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer)
     with waiting(f"loading {model}", quiet=quiet):
-        graph = ag.load(model)
+        graph = ag.load(model, **loading)
+    if isinstance(graph, ag.Program):
+        raise InputError(f"{model} is a program of {len(graph)} graphs", "give one of the .onnx files in it")
     for note in graph.notes:
-        remark(f"note: {note}", quiet=quiet)
+        if not isinstance(note, RecordedNote):  # those are history, which `inspect` shows
+            remark(f"note: {note}", quiet=quiet)
     if tokenizer is not None:
         attach_tokenizer(graph, tokenizer)
     return graph
+
+
+def _dtype(dtype: str, model: str) -> str:
+    """``--dtype`` as the loader wants it. Raises InputError for an unknown one, and for models whose file fixes it."""
+    from actgraph.formats import kind_of
+
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is {dtype!r}", f"choose {', '.join(DTYPES)}")
+    kind = kind_of(model)
+    if kind != "huggingface":
+        what = {"factory": "the factory decides the dtype of its model", "onnx": "an .onnx file has its own dtype"}
+        told = what.get(kind, f"a .{kind} file has its own dtype")
+        raise InputError(f"--dtype is for Hugging Face models: {told}", "use the pass cast{dtype=...} to change it")
+    return dtype
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"there is no tokenizer.json in {folder}", "--tokenizer takes the folder that holds it")
 
 
 def attach_tokenizer(graph: Graph, folder: Path) -> None:
     """Give ``graph`` the tokenizer of a folder, and its generation settings if it has none. Raises InputError."""
     from actgraph.formats.companions import read_companions
 
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"there is no tokenizer.json in {folder}", "--tokenizer takes the folder that holds it")
+    _check_tokenizer(folder)
     found = read_companions(folder / "model")
     if found.tokenizer is None:
         raise InputError("reading a tokenizer needs the package tokenizers", "pip install 'actgraph[hf]'")
@@ -63,8 +93,39 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
         raise InputError(f"cannot write {path}", f"the suffix says the format: {' or '.join(suffixes)}")
     if path.is_dir():
         raise InputError(f"{path} is a folder", "name a file")
-    folder = path.parent
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"the file {path} is read-only", "choose another name")
+    _check_folder(path.parent, "make it first")
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written to before any work is done. Raises InputError."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file", "name a folder")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    _check_folder(existing, "make it first")
+
+
+def _check_folder(folder: Path, hint: str) -> None:
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}", "make it first")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"the folder {folder} is read-only", "choose another folder")
+        raise InputError(f"there is no folder {folder}", hint)
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permission bits do not tell: mounts, quotas and root have their own rules
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}", "choose another folder") from error
+
+
+def check_save(path: Path, suffixes: Sequence[str], *, inline: str, external_data: bool) -> None:
+    """``check_output`` for a model, with the options of its format. Raises InputError, OptionError for an unknown op."""
+    check_output(path, suffixes)
+    given = [name for name, on in (("--inline", inline != "none"), ("--external-data", external_data)) if on]
+    if given and path.suffix != ".onnx":
+        raise InputError(f"{given[0]} is for .onnx files", f"leave it out for {path}")
+    if inline not in ("none", "all"):
+        from actgraph.ops.registry import get_op
+
+        try:
+            get_op(inline)
+        except OptionError as error:
+            raise OptionError(f"--inline {inline}: {error.message}", "give none, all or the name of an op") from error

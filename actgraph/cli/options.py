@@ -60,6 +60,14 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at ran
 Tokenizer = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where the tokenizer is (tokenizer.json), if not beside the model.")
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Weights of a Hugging Face model: float32 (the default), float16, bfloat16, or auto (the checkpoint's).",
+        show_default=False,
+    ),
+]
 Text = Annotated[bool, typer.Option("--text", help="Print the canonical text of the graph instead.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print results only.")]

@@ -30,6 +30,7 @@ def run(
     inline: options.Inline = "none",
     external_data: options.ExternalData = False,
     tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = None,
     seed: options.Seed = 0,
     verify: Annotated[
         str, typer.Option(metavar="WHEN", help="Check the graph's invariants: none, boundary or each (pass).")
@@ -52,19 +53,22 @@ def run(
     The report says what each pass did. Calibration data is the packaged sample text unless --corpus is given. -v also
     lists every place that a pass changed.
     """
-    from actgraph.cli.models import check_output, open_model, read_pipeline
+    from actgraph.cli.models import check_output, check_output_folder, check_save, open_model, read_pipeline
 
     pipeline = read_pipeline(passes, recipe)
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write the result: -o OUT.onnx or -o OUT.pt2 (or --dry-run)")
-    for path, suffixes in ((output, SUFFIXES), (report, (".json",))):
-        if path is not None:
-            check_output(path, suffixes)
+    if output is not None:
+        check_save(output, SUFFIXES, inline=inline, external_data=external_data)
+    if report is not None:
+        check_output(report, (".json",))
+    if reproducer is not None:
+        check_output_folder(reproducer)
     if corpus is not None:
         from actgraph.calibrate.corpora import Corpus
 
         Corpus.of(corpus)  # a bad file is said before the model is loaded
-    graph = open_model(model, tokenizer, quiet=quiet)
+    graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
     if dry_run:
         _plan(graph, pipeline, corpus, json=json)
         return
@@ -99,14 +103,11 @@ def run(
 
 
 def save(graph: Graph, path: Path, *, inline: str, external_data: bool) -> None:
-    """Write ``graph`` as the suffix of ``path`` says; options of ONNX files given for a .pt2 are an error."""
+    """Write ``graph`` as the suffix of ``path`` says; ``check_save`` has refused what does not go together."""
     if path.suffix == ".onnx":
-        graph.save(path, inline=inline, external_data=external_data)
-        return
-    given = [name for name, on in (("--inline", inline != "none"), ("--external-data", external_data)) if on]
-    if given:
-        raise typer.BadParameter(f"{given[0]} is for .onnx files")
-    graph.save(path)
+        graph.save(path, inline=inline, external_data=external_data or None)  # None: as the size asks for
+    else:
+        graph.save(path)
 
 
 def _plan(graph: Graph, pipeline: Pipeline, corpus: str | None, *, json: bool) -> None:

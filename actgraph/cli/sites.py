@@ -24,6 +24,7 @@ def sites(
         ),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(metavar="SELECTOR", help="Leave these out (may be repeated).")] = None,
+    dtype: options.Dtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -37,7 +38,7 @@ def sites(
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json, remark, table
 
-    graph = open_model(model, quiet=quiet)
+    graph = open_model(model, dtype=dtype, quiet=quiet)
     found = graph.sites(selector or None, ignore or ())
     if json:
         dump_json(

@@ -20,7 +20,7 @@ from actgraph.graph.onnx_insert import operand_types
 from actgraph.graph.onnx_native import native_type, plain_attributes, registered
 from actgraph.graph.onnx_normalize import lift_constants, read_origin, unique, write_origin
 from actgraph.graph.onnx_types import complete
-from actgraph.graph.provenance import KEY, PassRecord
+from actgraph.graph.provenance import KEY, PassRecord, RecordedNote
 from actgraph.graph.sites import SiteTable
 from actgraph.ops.body import expand
 from actgraph.ops.registry import DOMAIN, get_op
@@ -214,7 +214,7 @@ def read_metadata(model: ir.Model) -> dict[str, Any]:
 def restore(graph: OnnxGraph, found: Mapping[str, Any]) -> None:
     """Give a loaded graph its history, notes, metadata and sites back."""
     graph.history = [PassRecord.from_dict(record) for record in found.get("history", [])]
-    graph.notes = list(found.get("notes", []))
+    graph.notes = [RecordedNote(note) for note in found.get("notes", [])]
     graph.metadata = dict(found.get("metadata", {}))
     if found.get("sites"):
         graph._sites = SiteTable.from_dict(graph, found["sites"])

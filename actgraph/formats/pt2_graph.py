@@ -20,7 +20,7 @@ from actgraph.graph import fx_build
 from actgraph.graph.fx import FxGraph
 from actgraph.graph.fx_types import DimNames, new_symbol
 from actgraph.graph.graph import Array, Companions, Role
-from actgraph.graph.provenance import KEY, PassRecord
+from actgraph.graph.provenance import KEY, PassRecord, RecordedNote
 from actgraph.graph.sites import SiteTable
 from actgraph.ops.dtypes import DType
 
@@ -91,7 +91,7 @@ def decode(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> FxGr
     graph._parameters = {path: graph._parameters[path] for path in order}
     graph._aliases.update({row["path"]: tuple(row["aliases"]) for row in data["parameters"]})
     graph.history = [PassRecord.from_dict(record) for record in data["history"]]
-    graph.notes, graph.metadata = list(data["notes"]), dict(data["metadata"])
+    graph.notes, graph.metadata = [RecordedNote(note) for note in data["notes"]], dict(data["metadata"])
     graph.companions = _decode_companions(data["companions"])
     graph._sites = SiteTable.from_dict(graph, data["sites"])
     return graph

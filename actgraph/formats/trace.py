@@ -150,7 +150,10 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Capture prints nothing: warnings and torch's log lines are about internals."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export", "transformers")]
+    loggers = [
+        logging.getLogger(n)
+        for n in ("torch.export", "torch._dynamo", "torch.fx", "torch._export", "torch._subclasses", "transformers")
+    ]
     levels = [logger.level for logger in loggers]
     # torch prints the graph so far to standard error when a capture fails
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actgraph.graph.graph import Graph, Node, Value
+from actgraph.graph.graph import Graph, Node, Role, Value
 from actgraph.graph.text import attribute_text, data_hash, value_text
 
 
@@ -39,12 +39,14 @@ class GraphDiff:
     """The differences from ``left`` to ``right``; false when there are none.
 
     scope: what was compared, ``"structure"`` or (across dialects) ``"signature, sites and views"``.
+    unrelated: what each takes, where no input of one is like any input of the other by name or type; empty otherwise.
     """
 
     left: str
     right: str
     scope: str
     changes: tuple[Change, ...]
+    unrelated: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -57,43 +59,77 @@ class GraphDiff:
         return dict(Counter(f"{change.kind} {change.action}" for change in self.changes))
 
     def text(self) -> str:
-        """Lines with ``-`` and ``+``, grouped by kind, under a header that says what was compared."""
+        """Lines with ``-`` and ``+``, grouped by kind, under a header that says what was compared.
+
+        Of models that take different inputs only that is said; iterate over the diff for all the rest.
+        """
         head = [f"--- {self.left}", f"+++ {self.right}", f"compared: {self.scope}"]
+        if self.unrelated:
+            return "\n".join([*head, f"different models: {self.unrelated}"]) + "\n"
         if not self.changes:
             return "\n".join([*head, "no difference"]) + "\n"
         lines = list(head)
         last = ""
         for change in self.changes:
             if change.kind != last:
-                lines.append(f"@@ {change.kind}s" if change.kind not in ("dialect", "metadata") else f"@@ {change.kind}")
+                lines.append(f"@@ {plural(change.kind)}")
                 last = change.kind
             if change.old is not None:
                 lines.append(f"- {change.old}")
             if change.new is not None:
                 lines.append(f"+ {change.new}")
-        lines.append("summary: " + ", ".join(f"{count} {what}" for what, count in self.counts().items()))
+        lines.append("summary: " + ", ".join(map(_counted, self.counts().items())))
         return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """The diff as JSON data."""
         changes = [{"kind": c.kind, "action": c.action, "name": c.name, "old": c.old, "new": c.new} for c in self.changes]
-        return {"left": self.left, "right": self.right, "scope": self.scope, "counts": self.counts(), "changes": changes}
+        return {
+            "left": self.left, "right": self.right, "scope": self.scope, "unrelated": self.unrelated, "counts": self.counts(),
+            "changes": changes,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return self.text()
 
 
+def plural(noun: str, count: int = 2) -> str:
+    """``node`` -> ``nodes``, ``pass`` -> ``passes``; ``metadata`` and one of anything stay."""
+    if count == 1 or noun == "metadata":
+        return noun
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def _counted(item: tuple[str, int]) -> str:
+    """``("node added", 3)`` -> ``3 nodes added``."""
+    kind, action = item[0].split(" ")
+    return f"{item[1]} {plural(kind, item[1])} {action}"
+
+
 def diff(left: Graph, right: Graph) -> GraphDiff:
     """What changed from ``left`` to ``right``. Equal graphs give an empty diff; names of graphs are not compared."""
     if left.dialect == right.dialect:
-        return GraphDiff(left.name, right.name, "structure", tuple(_same_dialect(left, right)))
+        return GraphDiff(left.name, right.name, "structure", tuple(_same_dialect(left, right)), _unrelated(left, right))
     note = Change("dialect", "dialect", left.dialect, right.dialect)
     changes = [note, *_signatures(left, right), *_sites(left, right, types=True), *_views(left, right)]
     if changes == [note]:
         changes = []
     return GraphDiff(
-        f"{left.name} ({left.dialect})", f"{right.name} ({right.dialect})", "signature, sites and views", tuple(changes)
-    )
+        f"{left.name} ({left.dialect})", f"{right.name} ({right.dialect})", "signature, sites and views", tuple(changes),
+        _unrelated(left, right),
+    )  # fmt: skip
+
+
+def _unrelated(left: Graph, right: Graph) -> str:
+    """Why the two cannot be versions of one model: they share no input, by name or by type. Empty where they may be."""
+    users = [[value for value in graph.inputs() if graph.role(value.name) is Role.USER] for graph in (left, right)]
+    if not all(users):
+        return ""
+    for same in (lambda value: value.name, lambda value: str(value.type)):
+        if set(map(same, users[0])) & set(map(same, users[1])):
+            return ""
+    takes = [", ".join(f"{value.name} {value.type}" for value in values) for values in users]
+    return f"the first takes {takes[0]}, the second {takes[1]}"
 
 
 def _same_dialect(left: Graph, right: Graph) -> Iterator[Change]:

@@ -9,6 +9,12 @@ from typing import Any
 KEY = "actgraph"
 
 
+class RecordedNote(str):
+    """A note of ``Graph.notes`` that was read from a file of ours: who made the file has been told, so it is not told again."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """The origin of one node.

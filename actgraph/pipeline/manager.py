@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from actgraph.calibrate.statistics import Request, Statistics
 from actgraph.errors import ActgraphError, InputError, OptionError, ParityError, PassError, VerifyError
-from actgraph.graph.provenance import PassRecord
+from actgraph.graph.provenance import PassRecord, RecordedNote
 from actgraph.pipeline import reproducer as reproducers
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 from actgraph.pipeline.calibration import Calibrator
@@ -103,7 +103,7 @@ class PassManager:
             instrument.finish(run)
         report.forwards = calibrator.forwards
         report.seconds = time.perf_counter() - begun
-        report.notes = list(run.graph.notes)
+        report.notes = [note for note in run.graph.notes if not isinstance(note, RecordedNote)]
         return RunResult(run.graph, report)
 
     def _instruments(self) -> list[Instrument]:
@@ -201,6 +201,7 @@ class PassManager:
         corpus = Corpus.of(self.corpus)
         found = collect(graph, requests, corpus, **self.calibration)
         report.corpus, report.documents, report.tokens = corpus.name, found.documents, found.tokens
+        report.unit = corpus.unit
         return found
 
 

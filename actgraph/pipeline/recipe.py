@@ -22,7 +22,36 @@ from actgraph.pipeline.suggest import nearest
 from actgraph.pipeline.text import write_value
 
 VERSION = 1
-_EXAMPLE = "a recipe looks like\n  actgraph: 1\n  passes:\n    - sparsify: {sparsity: 0.4}"
+_SHOWN = 40  # characters of a recipe's line that a message quotes
+#: A value of pipeline text that YAML reads as syntax: a glob, or a range in braces.
+_UNQUOTED = re.compile(r"(?:(?<=[:\[,-] )|(?<=\[))(?:[*&][^\s,\]}]+|[\w.*]+\{[\w.,]*\}[^\s,\]}]*)")
+_EXAMPLE = "a recipe looks like {actgraph: 1, passes: [{sparsify: {sparsity: 0.4}}, quantize]}, on one line or on several"
+
+
+def _place(mark: yaml.Mark) -> str:
+    """``line 3, character 5 (at 'sparsty: 0.4')``: lines are often long, so the text that stands there is shown."""
+    # PyYAML ends the buffer of a mark with NUL, which is no part of the recipe.
+    rest = (mark.buffer or "").rstrip("\0")[mark.pointer :].split("\n")[0][:_SHOWN].rstrip()
+    return f"line {mark.line + 1}, character {mark.column + 1} (at {rest!r})" if rest else f"line {mark.line + 1}, at its end"
+
+
+def _yaml_problem(error: yaml.YAMLError) -> OptionError:
+    """What PyYAML complains about on one line, with what is around it and, for text that needs quotes, how to mend it."""
+    mark, opened = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+    if mark is None:
+        return OptionError("recipe: not valid YAML", _EXAMPLE)
+    problem = str(getattr(error, "problem", None) or "not valid YAML").replace("'<stream end>'", "the end")
+    context = str(getattr(error, "context", None) or "")
+    message = f"recipe, {_place(mark)}: {problem}"
+    if opened is not None and ("flow mapping" in context or "flow sequence" in context):
+        message += f", in the {'{' if 'mapping' in context else '['} of {_place(opened)}"
+    line = (mark.buffer or "").rstrip("\0").split("\n")[mark.line : mark.line + 1]
+    word = next(iter(_UNQUOTED.findall(line[0] if line else "")), "")
+    if word:
+        return OptionError(message, f'text that begins with or holds one of * & {{ }} goes in quotes: "{word}"')
+    if "\\t" in problem:
+        return OptionError(message, "indent with spaces")
+    return OptionError(message, _EXAMPLE)
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +62,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise OptionError(f"recipe, line {key.start_mark.line + 1}: {key.value!r} is given twice")
+                    raise OptionError(f"recipe, {_place(key.start_mark)}: {key.value!r} is given twice")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -76,9 +105,7 @@ def read_text(text: str, base: Path | None = None) -> list[Pass]:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise OptionError(f"recipe{line}: {getattr(error, 'problem', None) or 'not valid YAML'}", _EXAMPLE) from error
+        raise _yaml_problem(error) from error
     if not isinstance(document, Mapping) or not isinstance(root, yaml.MappingNode):
         raise OptionError("recipe: it is not a mapping", _EXAMPLE)
     unknown = [key for key in document if key not in ("actgraph", "passes")]
@@ -98,24 +125,29 @@ def read_text(text: str, base: Path | None = None) -> list[Pass]:
 
 
 def _step(step: Any, node: yaml.Node, base: Path | None) -> Pass:
-    line = node.start_mark.line + 1
     if isinstance(step, str):
-        return build(step, {}, lambda option: f"recipe, line {line}: ")
+        place = f"recipe, {_place(node.start_mark)}"
+        if "{" in step:
+            raise OptionError(f"{place}: {step!r} is pipeline text", "in a recipe a pass is written `- name: {option: value}`")
+        return build(step, {}, lambda option: f"{place}: ")
     if not isinstance(step, Mapping) or len(step) != 1 or not isinstance(node, yaml.MappingNode):
-        raise OptionError(f"recipe, line {line}: a pass is written `- name: {{option: value}}`", _EXAMPLE)
+        raise OptionError(f"recipe, {_place(node.start_mark)}: a pass is written `- name: {{option: value}}`", _EXAMPLE)
     ((name, options),) = step.items()
-    lines: dict[str, int] = {}
+    marks: dict[str, yaml.Mark] = {}
     value_node = node.value[0][1]
     if isinstance(value_node, yaml.MappingNode):
-        lines = {str(key.value): key.start_mark.line + 1 for key, _ in value_node.value}
+        marks = {str(key.value): key.start_mark for key, _ in value_node.value}
 
     def where(option: str) -> str:
-        return f"recipe, line {lines.get(option, line)}: "
+        return f"recipe, {_place(marks.get(option, node.start_mark))}: "
 
     if options is None:
         options = {}
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise OptionError(f"{where('')}the options of {name} are not a mapping", "write `- name: {option: value}`")
+    wrong = next((key for key, value in options.items() if value is None and "=" in key), "")
+    if wrong:
+        raise OptionError(f"{where(wrong)}{wrong!r} is no option of {name}", f"write {wrong.replace('=', ': ', 1)}")
     if not isinstance(name, str):
         raise OptionError(f"{where('')}{name!r} is not the name of a pass")
     return build(name, _map_paths(name, options, _joined(base)) if base is not None else options, where)

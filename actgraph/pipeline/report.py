@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from actgraph.graph.diff import plural
 from actgraph.pipeline.base import Declined
 
 
@@ -69,6 +70,7 @@ class Report:
     seed: int = 0
     corpus: str = ""
     documents: int = 0
+    unit: str = "document"  # what a document of the corpus is called: document, sample (of arrays) or image
     tokens: int = 0
     forwards: int = 0  # how often the corpus was run
     seconds: float = 0.0  # everything: passes, calibration, checks
@@ -134,11 +136,11 @@ class Report:
         )
 
     def _title(self) -> list[str]:
-        lines = [f"{self.graph} ({self.dialect}): {len(self.rows)} passes in {self.seconds:.2f} s"]
+        lines = [f"{self.graph} ({self.dialect}): {counted(len(self.rows), 'pass')} in {self.seconds:.2f} s"]
         if self.documents:
-            tokens = f", {self.tokens:,} tokens" if self.tokens else ""
+            tokens = f", {counted(self.tokens, 'token')}" if self.tokens else ""
             times = f" (run {self.forwards} times)" if self.forwards > 1 else ""
-            lines.append(f"calibrated on {self.corpus}: {self.documents:,} documents{tokens}{times}")
+            lines.append(f"calibrated on {self.corpus}: {counted(self.documents, self.unit)}{tokens}{times}")
         if self.parity:
             lines.append(f"parity: {self.parity}")
         if self.change is not None and len(self.rows) > 1:
@@ -199,6 +201,11 @@ def human(size: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1000
     raise AssertionError
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 pass``, ``2,000 passes``."""
+    return f"{count:,} {plural(noun, count)}"
 
 
 def _jsonable(value: Any) -> Any:

@@ -105,3 +105,12 @@ def padded(rows: list[list[int]], *, left: bool = False) -> dict[str, Array]:
         where = slice(length - len(row), length) if left else slice(0, len(row))
         ids[index, where], mask[index, where] = row, 1
     return {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+
+
+def words(count: int) -> Any:
+    """A tokenizer of the words ``0`` to ``count - 1``, each its own id, without special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(count)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,54 @@ def test_images_are_resized_scaled_and_normalised(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"c\.png is no image"):
         encoded(graph, tmp_path)
+
+
+def test_a_text_goes_to_the_decoder_too_shifted_right_as_transformers_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actgraph.calibrate.perplexity import log_likelihoods
+    from tests import zoo
+
+    model, graph = zoo.model("t5"), zoo.captured("t5").clone()
+    assert graph.companions.config["pad_token_id"] == 0  # a configuration without a start token of its own
+    graph.companions = replace(graph.companions, tokenizer=models.words(zoo.VOCAB))
+    texts = ["3 1 4 1 5", "9 2 6", "5"]
+    found = encoded(graph, texts)
+    for text, sample in zip(texts, found, strict=True):
+        ids = [int(word) for word in text.split()]
+        assert sample["input_ids"].tolist() == ids
+        assert sample["decoder_input_ids"].tolist() == [0, *ids[:-1]]
+    graph.companions.generation_config = {"decoder_start_token_id": 7}
+    assert [sample["decoder_input_ids"][0] for sample in encoded(graph, texts)] == [7, 7, 7]
+    mean = collect(graph, [Request("decoder.blocks.1.resid_post", "mean", axis=-1)], texts, cache=False)
+    wanted = []
+    monkeypatch.setattr(model.config, "decoder_start_token_id", 7, raising=False)
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([[int(word) for word in text.split()]])
+            shifted = model._shift_right(ids)
+            assert shifted[0].tolist() == [7, *ids[0, :-1].tolist()]
+            caught: list[torch.Tensor] = []
+            hook = model.decoder.block[1].register_forward_hook(lambda module, args, out, into=caught: into.append(out))
+            model(input_ids=ids, decoder_input_ids=shifted)
+            hook.remove()
+            state = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+            wanted.append(state[0])
+    np.testing.assert_allclose(
+        mean.array(Request("decoder.blocks.1.resid_post", "mean", axis=-1)),
+        torch.cat(wanted).mean(0).numpy(),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    # The arrays of a corpus may leave the decoder out as well, and what they give is taken as it is.
+    (sample,) = encoded(graph, {"input_ids": np.array([[3, 1, 4]])})
+    assert sample["decoder_input_ids"].tolist() == [7, 3, 1]
+    (sample,) = encoded(graph, {"input_ids": np.array([[3, 1, 4]]), "decoder_input_ids": np.array([[2, 2]])})
+    assert sample["decoder_input_ids"].tolist() == [2, 2]
+    # Position t of the decoder predicts token t and not t + 1: the perplexity of a causal model would be silently wrong.
+    with pytest.raises(InputError, match="no causal language model"):
+        log_likelihoods(graph, texts)
+
+
+def test_a_model_without_text_says_what_to_give() -> None:
+    for corpus in (None, ["a text"]):
+        with pytest.raises(InputError, match=r"mlp takes x f32\[batch, 4\] and no text.*--corpus data.npz with the arrays x "):
+            encoded(models.mlp(), corpus)

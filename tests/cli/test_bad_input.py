@@ -119,8 +119,46 @@ def test_bad_targets(cli: Cli, model: Path, tmp_path: Path) -> None:
 
 
 def test_read_only_target(cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, so modes of folders prove nothing
-    refused(cli("run", model, "-p", "dce", "-q", "-o", tmp_path / "out.onnx"), "read-only")
+    import tempfile
+
+    import actgraph as ag
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    def load(*arguments: object, **options: object) -> None:
+        raise AssertionError("the model was loaded before the target was checked")
+
+    target = tmp_path / "old.onnx"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(ag, "load", load)
+    with monkeypatch.context() as patch:  # root may write anywhere, so modes of folders prove nothing
+        patch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
+        refused(cli("export", model, "-o", target), "old.onnx is read-only")
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    where = tmp_path / "out"
+    for command in (
+        ["run", model, "-p", "dce", "-o", where.with_suffix(".onnx")],
+        ["run", model, "-p", "dce", "--dry-run", "--report", where.with_suffix(".json")],
+        ["run", model, "-p", "dce", "--dry-run", "--reproducer", where],
+        ["export", model, "-o", where.with_suffix(".pt2")],
+        [
+            "extract-vector",
+            model,
+            "--positive",
+            "a",
+            "--negative",
+            "b",
+            "--site",
+            "embed",
+            "-o",
+            where.with_suffix(".safetensors"),
+        ],
+        ["bisect", model, "-p", "dce", "-o", where / "deep"],
+        ["demo", "--keep", where],
+    ):
+        refused(cli(*command), "cannot write to the folder", "Read-only file system")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.onnx"]
 
 
 def test_a_target_that_fails_half_way_leaves_the_old_file(

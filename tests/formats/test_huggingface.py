@@ -358,5 +358,5 @@ def test_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph.companions.source == "my_factories:small"
     assert [name for name, _ in formats.load("my_factories:live").outputs()] == ["last_hidden_state", "pooler_output"]
     assert formats.load("my_factories:ready").name == "mlp"
-    with pytest.raises(InputError, match="returned a int"):
+    with pytest.raises(InputError, match="returned a value of type int"):
         formats.load("my_factories:wrong")

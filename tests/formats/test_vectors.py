@@ -39,3 +39,11 @@ def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         SteeringVector({"": V}).save(tmp_path / "no" / "such" / "folder" / "v.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_repr_is_one_line_without_the_arrays() -> None:
+    directions = {f"blocks.{i}.resid_post": np.full(1000, 0.1, np.float32) for i in range(6)}
+    shown = repr(SteeringVector(directions, "model", "mean_difference", "last"))
+    assert shown.startswith("SteeringVector(blocks.0.resid_post [1000] norm 3.162, ") and "2 more" in shown
+    assert "mean_difference" in shown and "array" not in shown and len(shown) < 300
+    assert repr(SteeringVector({"": V})) == "SteeringVector((any site) [4] norm 3.742)"

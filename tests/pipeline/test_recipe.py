@@ -64,13 +64,31 @@ HEAD = "actgraph: 1\npasses:\n"
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (HEAD + "  - toy_scal: {factor: 2}\n", "recipe, line 3: there is no pass 'toy_scal' (did you mean toy_scale"),
-        (HEAD + "  - toy_scale:\n      site: a\n      facto: 2\n", "recipe, line 5: toy_scale has no option 'facto'"),
-        (HEAD + "  - toy_scale:\n      site: a\n      factor: x\n", "line 5: option 'factor' of toy_scale must be a number"),
-        ("actgraph: 1\npasses:\n  - toy_scale: {factor: '2'}\n", "must be a number, not \"2\""),
-        ("actgraph: 1\npasses:\n  - toy_scale: {factor: 2, factor: 3}\n", "line 3: 'factor' is given twice"),
-        ("actgraph: 1\npasses:\n  - toy_scale: 4\n", "line 3: the options of toy_scale are not a mapping"),
-        ("actgraph: 1\npasses:\n  - {toy_scale: {}, toy_tidy: {}}\n", "line 3: a pass is written"),
+        (
+            HEAD + "  - toy_scal: {factor: 2}\n",
+            "recipe, line 3, character 5 (at 'toy_scal: {factor: 2}'): there is no pass 'toy_scal' (did you mean toy_scale",
+        ),
+        (
+            HEAD + "  - toy_scale:\n      site: a\n      facto: 2\n",
+            "recipe, line 5, character 7 (at 'facto: 2'): toy_scale has no option 'facto'",
+        ),
+        (
+            HEAD + "  - toy_scale:\n      site: a\n      factor: x\n",
+            "line 5, character 7 (at 'factor: x'): option 'factor' of toy_scale must be a number",
+        ),
+        ("actgraph: 1\npasses:\n  - toy_scale: {factor: '2'}\n", 'must be a number, not "2"'),
+        (
+            "actgraph: 1\npasses:\n  - toy_scale: {factor: 2, factor: 3}\n",
+            "line 3, character 28 (at 'factor: 3}'): 'factor' is given twice",
+        ),
+        (
+            "actgraph: 1\npasses:\n  - toy_scale: 4\n",
+            "line 3, character 5 (at 'toy_scale: 4'): the options of toy_scale are not a mapping",
+        ),
+        (
+            "actgraph: 1\npasses:\n  - {toy_scale: {}, toy_tidy: {}}\n",
+            "line 3, character 5 (at '{toy_scale: {}, toy_tidy: {}}'): a pass is written",
+        ),
         ("actgraph: 1\npasses: toy_scale\n", "`passes` is not a list"),
         ("actgraph: 2\npasses: []\n", "format version is 2, not 1"),
         ("actgraph: true\npasses: []\n", "format version is True"),
@@ -78,10 +96,22 @@ HEAD = "actgraph: 1\npasses:\n"
         ("actgraph: 1\npases: []\n", "there is no key 'pases' (did you mean passes"),
         ("- a\n", "it is not a mapping"),
         ("", "it is not a mapping"),
-        ("actgraph: 1\npasses: [\n", "recipe, line 3: "),
-        (HEAD + "  - toy_options: {source: !!python/object/apply:os.getcwd []}\n", "line 3: could not determine a constructor"),
+        ("actgraph: 1\npasses: [\n", "recipe, line 3, at its end: expected the node content, but found the end"),
+        # Flow style: what stands where, and where the bracket was opened.
+        ("actgraph: 1\npasses: [{toy_scale: {facto: 2}}, toy_tidy]\n", "line 2, character 23 (at 'facto: 2}}, toy_tidy]')"),
+        ("actgraph: 1\npasses: [{toy_scale: {factor: 2}, toy_tidy]\n", "in the { of line 2, character 10 (at '{toy_scale: {f"),
+        (HEAD + "  - toy_scale: {site: *.down:in}\n", "(at '.down:in}'): expected alphabetic"),
+        (HEAD + "  - toy_scale: {site: [*.down:in]}\n", 'goes in quotes: "*.down:in"'),
+        (HEAD + "  - toy_scale: {site: blocks.{1..2}.x}\n", 'goes in quotes: "blocks.{1..2}.x"'),
+        (HEAD + "  - toy_scale: {factor=2}\n", "(at 'factor=2}'): 'factor=2' is no option of toy_scale (write factor: 2)"),
+        (HEAD + "  - toy_scale{factor=2}\n", "is pipeline text (in a recipe a pass is written"),
+        (HEAD + "\t- toy_scale\n", "(indent with spaces)"),
+        (
+            HEAD + "  - toy_options: {source: !!python/object/apply:os.getcwd []}\n",
+            "(at '!!python/object/apply:os.getcwd []}'): could not determine a constructor",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_line(recipe: str, message: str) -> None:
     with pytest.raises(OptionError) as caught:
         Pipeline.from_yaml(recipe)
