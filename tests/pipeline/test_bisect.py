@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,3 +127,19 @@ def test_a_perplexity_bound_on_the_real_model() -> None:
     report = bisect(graph, pipeline, perplexity_below(1.05 * good.value, texts))
     assert report.index == 1
     assert "perplexity" in report.reason
+
+
+def test_the_report_as_json_names_the_pass_in_fields_of_its_own() -> None:
+    graph = toys.net()
+    data = json.loads(bisect(graph, steps(1, 3), parity(graph, 1e-3)).to_json())
+    assert (data["found"], data["index"], data["step"]) == (True, 1, 2)
+    assert (data["culprit_name"], data["culprit"]) == ("toy_scale", "toy_scale{factor=3.0 site=linear.1}")
+    data = bisect(graph, "toy_tidy", parity(graph, 1e-3)).to_dict()
+    assert (data["found"], data["step"], data["culprit_name"]) == (False, None, "")
+
+
+def test_parity_about_nothing_is_not_good() -> None:
+    graph = toys.net()
+    nothing = parity(graph, 1e-3, {"x": np.full((2, 4), np.nan, np.float32)})
+    with pytest.raises(InputError, match="is bad before any pass ran: output: nothing compared, all NaN"):
+        bisect(graph, "toy_scale{factor=3}", nothing)
