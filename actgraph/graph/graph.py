@@ -231,6 +231,10 @@ class Graph(abc.ABC):
         """Nodes of bodies (If, Loop, functions) under path names, which ``nodes`` leaves out."""
         return ()
 
+    def function_signatures(self) -> Sequence[str]:
+        """The functions of a model that are not our ops, each as ``domain::name(inputs) {defaults} -> (outputs)``."""
+        return ()
+
     @abc.abstractmethod
     def value(self, name: str) -> Value:
         """The value of that native name. Raises KeyError."""

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from actgraph.graph import onnx_edit, onnx_verify
 from actgraph.graph.graph import Array, Graph, Kind, Node, Role, Use, Value
-from actgraph.graph.onnx_native import PURE_DOMAINS, array_of, native_type, op_name, plain_attributes
+from actgraph.graph.onnx_native import PURE_DOMAINS, array_of, native_type, op_name, plain_attributes, signature_text
 from actgraph.graph.onnx_normalize import all_nodes, normalize, read_origin, unique
 from actgraph.graph.onnx_order import Order
 from actgraph.graph.onnx_state import ModelState, graph_attributes
@@ -24,6 +24,7 @@ from actgraph.graph.onnx_types import Inference, complete
 from actgraph.graph.prims import Prim
 from actgraph.graph.provenance import Origin
 from actgraph.graph.sites import SiteTable
+from actgraph.ops.registry import DOMAIN
 from actgraph.ops.shapes import TensorType
 
 
@@ -230,6 +231,9 @@ class OnnxGraph(Graph):
         for function in self.model.functions.values():
             inner.extend(all_nodes(function.graph))
         return [Node(self, node) for node in inner]
+
+    def function_signatures(self) -> Sequence[str]:
+        return [signature_text(f) for key, f in self.model.functions.items() if key[0] != DOMAIN]
 
     def value(self, name: str) -> Value:
         return Value(self, self.values_by_name[name])

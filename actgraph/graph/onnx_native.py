@@ -148,6 +148,18 @@ def body_text(body: ir.Graph) -> str:
     return f"{len(body)} nodes #{digest.hexdigest()[:12]}"
 
 
+def signature_text(function: ir.Function) -> str:
+    """What a function takes and gives, in order, with the defaults of its attributes and the opsets that its nodes mean."""
+    inputs, outputs = (", ".join(str(value.name) for value in values) for values in (function.inputs, function.outputs))
+    defaults = [
+        f"{name} = {_plain(attribute)!r}"
+        for name, attribute in sorted(function.attributes.items())
+        if attribute.value is not None
+    ]
+    opsets = [f"{domain or 'onnx'} {version}" for domain, version in sorted(function.opset_imports.items())]
+    return f"{function.domain}::{function.name}({inputs}) {{{', '.join([*defaults, *opsets])}}} -> ({outputs})"
+
+
 def _registry_value(declared: Attribute, stored: ir.Attr | None) -> Any:
     if stored is None:
         return declared.default

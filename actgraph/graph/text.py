@@ -54,8 +54,10 @@ def _lines(graph: Graph, name: str, *, sites: bool, provenance: bool) -> Iterato
     yield f"  return {', '.join(value_text(v) for _, v in graph.outputs())}"
     yield "}"
     inner = [node for node in graph.subgraph_nodes() if not node.name.startswith(f"{DOMAIN}::")]
-    if inner:  # bodies of If, Loop and foreign functions; those of our own ops follow from the registry
+    signatures = graph.function_signatures()
+    if inner or signatures:  # bodies of If, Loop and foreign functions; those of our own ops follow from the registry
         yield "bodies {"
+        yield from (f"  {signature}" for signature in signatures)
         yield from (_node_line(node, None, provenance) for node in inner)
         yield "}"
     stored = sorted((p for p in graph.parameters() if p.uses and not _is_inline(p)), key=lambda p: p.name)

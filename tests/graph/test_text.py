@@ -14,6 +14,7 @@ from actgraph.graph import text
 from actgraph.graph.provenance import Origin, PassRecord
 from actgraph.graph.sites import SiteTable, value_anchor
 from actgraph.ops.dtypes import DType
+from tests.graph import onnx_models as models
 from tests.graph.toy import ToyGraph
 
 
@@ -37,7 +38,7 @@ def test_the_whole_text() -> None:
     g = small()
     g.body[1].origin = Origin(("s",), "", "sparsify", "sparsify{method=teal}")
     g.history.append(PassRecord("sparsify", "sparsify{method=teal}"))
-    digest = text._digest(g.read(g.value("layer.weight")))[:12]
+    digest = text.array_hash(g.read(g.value("layer.weight")))[:12]
     assert (
         g.text()
         == f"""\
@@ -124,8 +125,8 @@ def test_unchanged_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> N
     g = small()
     first = g.content_hash()
     calls: list[int] = []
-    real = text._digest
-    monkeypatch.setattr(text, "_digest", lambda array: (calls.append(array.size), real(array))[1])
+    real = text.array_hash
+    monkeypatch.setattr(text, "array_hash", lambda array: (calls.append(array.size), real(array))[1])
     assert g.content_hash() == first and not calls
     assert g.clone().content_hash() == first and not calls  # clones share data
     g._set_parameter(g.value("layer.weight"), np.zeros((4, 4), np.float32))
@@ -134,20 +135,20 @@ def test_unchanged_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_digest_does_not_depend_on_memory_layout() -> None:
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
-    assert text._digest(array) == text._digest(np.asfortranarray(array)) == text._digest(np.repeat(array, 2, axis=1)[:, ::2])
-    assert text._digest(array) != text._digest(array.reshape(6, 4))
+    assert text.array_hash(array) == text.array_hash(np.asfortranarray(array)) == text.array_hash(np.repeat(array, 2, axis=1)[:, ::2])
+    assert text.array_hash(array) != text.array_hash(array.reshape(6, 4))
     want = hashlib.sha256(b"float32[4, 6]" + array.tobytes()).hexdigest()
-    assert text._digest(array) == want
+    assert text.array_hash(array) == want
 
 
 def test_bfloat16_and_big_arrays() -> None:
     import ml_dtypes
 
     bf16 = np.ones(5, ml_dtypes.bfloat16)
-    assert text._digest(bf16) != text._digest(np.ones(5, np.float16))
+    assert text.array_hash(bf16) != text.array_hash(np.ones(5, np.float16))
     big = np.zeros(text._CHUNK // 4 + 3, np.float32)
     want = hashlib.sha256(f"float32[{big.size}]".encode() + big.tobytes()).hexdigest()
-    assert text._digest(big) == want
+    assert text.array_hash(big) == want
 
 
 def test_bodies_are_printed_under_path_names(tmp_path: Path) -> None:
@@ -168,3 +169,27 @@ def test_bodies_are_printed_under_path_names(tmp_path: Path) -> None:
     model.graph.node[1].attribute[0].g.node[0].op_type = "Abs"
     onnx.save(model, tmp_path / "if.onnx")
     assert formats.load(str(tmp_path / "if.onnx")).content_hash() != graph.content_hash()
+
+
+_FUNCTION = """<ir_version: 9, opset_import: ["": 18, "local": 1]> g (float[n, 4] x, float[n, 4] z) => (float[n, 4] y)
+{ y, k = local.F (x, z) }
+<opset_import: ["": 18], domain: "local"> F <slope: float = 0.5> (a, b) => (w, q)
+{ d = Sub(a, b)  w = LeakyRelu <alpha: float = @slope> (d)  c = Constant <value = float {1.0}> ()  q = Add(d, c) }"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(a, b) =>", "(b, a) =>"),
+        ("(w, q)", "(q, w)"),
+        ("= 0.5>", "= 0.25>"),
+        ("{1.0}", "{2.0}"),
+        ("Sub(a", "Add(a"),
+        ("q = Add", "q = Mul"),
+    ],
+)
+def test_the_hash_sees_everything_of_a_foreign_function(old: str, new: str) -> None:
+    assert old in _FUNCTION
+    known = models.graph(_FUNCTION).content_hash()
+    assert models.graph(_FUNCTION).content_hash() == known
+    assert models.graph(_FUNCTION.replace(old, new)).content_hash() != known
