@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -135,10 +136,9 @@ def _inline(graph: OnnxGraph, call: ir.Node) -> None:
     nodes, results = expand(
         definition, plain_attributes(call), list(call.inputs), operand_types(definition, call), graph.opset, prefix=prefix
     )
-    origin = read_origin(call)
+    origin = replace(read_origin(call), inlined=definition.qualified_name)
     for node in nodes:
         write_origin(node, origin)
-        node.metadata_props[f"{KEY}.inlined"] = definition.qualified_name
         node.name = graph.unique_node_name(str(node.name))
         graph.node_names.add(str(node.name))
         for value in node.outputs:

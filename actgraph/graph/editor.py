@@ -139,7 +139,7 @@ class Editor:
         for node in nodes:
             operands = [mapping.get(v, v) if v is not None else None for v in node.operands]
             inherited = node.origin
-            origin = Origin(inherited.sources, inherited.scope, self.by, self.options)
+            origin = Origin(inherited.sources, inherited.scope, self.by, self.options, inherited.inlined)
             copy = self.graph._copy_node(node, operands, origin=origin)
             mapping.update(zip(node.outputs, copy.outputs, strict=True))
             self._count("inserted", copy.name)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from actgraph.errors import InputError
 from actgraph.graph.onnx_native import array_of, tensor_of
 from actgraph.graph.onnx_state import graph_attributes
-from actgraph.graph.provenance import KEY, Origin
+from actgraph.graph.provenance import FIELDS, KEY, Origin
 
 #: Tensors that make a new array at each look; a view of torch's memory or one decoded array replaces them.
 _COPYING = (ir.serde.TensorProtoTensor, ir.tensor_adapters.TorchTensor)
@@ -83,11 +83,11 @@ def torch_scope(node: ir.Node) -> str:
 
 def read_origin(node: ir.Node) -> Origin:
     props = node.metadata_props
-    return Origin.from_dict({field: props.get(f"{KEY}.{field}", "") for field in ("sources", "scope", "pass", "options")})
+    return Origin.from_dict({field: props.get(f"{KEY}.{field}", "") for field in FIELDS})
 
 
 def write_origin(node: ir.Node, origin: Origin) -> None:
-    for field in ("sources", "scope", "pass", "options"):
+    for field in FIELDS:
         node.metadata_props.pop(f"{KEY}.{field}", None)
     node.metadata_props.update({f"{KEY}.{field}": text for field, text in origin.to_dict().items()})
 

@@ -7,6 +7,8 @@ from typing import Any
 
 #: The key under which FX nodes (``meta["custom"]``) and ONNX metadata hold our data; ONNX keys are ``actgraph.<field>``.
 KEY = "actgraph"
+#: The fields of an ``Origin`` as they are called there.
+FIELDS = ("sources", "scope", "pass", "options", "inlined")
 
 
 class RecordedNote(str):
@@ -23,12 +25,14 @@ class Origin:
     scope: module path in the traced model (``model.layers.3.mlp.act_fn``), empty where unknown.
     created_by: the pass that made the node, empty for nodes of the source model.
     options: the pass as pipeline text (``steer{site=blocks.2.resid_post}``), empty for source nodes.
+    inlined: the op of ours whose body the node is a part of (``actgraph.clip``), empty for all others.
     """
 
     sources: tuple[str, ...] = ()
     scope: str = ""
     created_by: str = ""
     options: str = ""
+    inlined: str = ""
 
     def to_dict(self) -> dict[str, str]:
         """The non-empty fields as text, as written into files."""
@@ -37,13 +41,18 @@ class Origin:
             "scope": self.scope,
             "pass": self.created_by,
             "options": self.options,
+            "inlined": self.inlined,
         }
         return {key: value for key, value in fields.items() if value}
 
     @staticmethod
     def from_dict(data: dict[str, str]) -> Origin:
         return Origin(
-            tuple(data.get("sources", "").split()), data.get("scope", ""), data.get("pass", ""), data.get("options", "")
+            tuple(data.get("sources", "").split()),
+            data.get("scope", ""),
+            data.get("pass", ""),
+            data.get("options", ""),
+            data.get("inlined", ""),
         )
 
     def merged(self, other: Origin) -> Origin:

@@ -2,7 +2,8 @@
 
 A file may spell GELU in a dozen ways. Instead of one pattern per spelling, a small expression of one variable (pointwise
 ops, numbers, and one value) is evaluated at fixed points and compared with the known functions. The search starts at ops
-that only activations use (``erf``, ``tanh``, ``sigmoid`` ...) and stays within a few nodes of them.
+that only activations use (``erf``, ``tanh``, ``sigmoid`` ...) and stays within a few nodes of them. An inlined op of ours is
+no part of them, as it is none where it is kept: a ReLU that a pass clips at 6 is not ReLU6.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def activations(semantics: Semantics) -> list[Activation]:
     by_output: dict[Value, Activation] = {}
     inner: set[Node] = set()
     for prim in semantics.prims:
-        if prim is None or prim.op not in _ANCHORS or not prim.outputs:
+        if prim is None or prim.op not in _ANCHORS or not prim.outputs or prim.node.origin.inlined:
             continue
         found = _activation(semantics, prim)
         if found is not None:
@@ -192,7 +193,8 @@ def _downstream(s: Semantics, anchor: Prim) -> Iterator[Value]:
 def _is_pointwise(prim: Prim) -> bool:
     if prim.op == "cast":
         return prim.attributes["to"] is not None and prim.attributes["to"].is_float
-    return prim.op in _UNARY or prim.op in _BINARY or prim.op in ("where", "clip")
+    known = prim.op in _UNARY or prim.op in _BINARY or prim.op in ("where", "clip")
+    return known and not prim.node.origin.inlined
 
 
 class _Cone:
