@@ -262,13 +262,18 @@ def _random(model: nn.Module, name: str) -> nn.Module:
     return model.eval()
 
 
+def _seed(name: str) -> int:
+    """What torch starts from when it builds a model. Mixtral's twin is the same model."""
+    return zlib.crc32(name.removesuffix("_batched").encode())
+
+
 @functools.cache
 def model(name: str) -> nn.Module:
     """The eager model. Do not change it: it is shared."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _silence()
-        torch.manual_seed(zlib.crc32(name.removesuffix("_batched").encode()))  # Mixtral's twin is the same model
+        torch.manual_seed(_seed(name))
         return ENTRIES[name].build()
 
 
@@ -374,7 +379,7 @@ def _cache_folder() -> Path:
 
 
 def _recipe_hash(name: str) -> str:
-    """Changes with the versions of the exporters and with the code that makes the model."""
+    """Changes with the versions of the exporters, with the seed and with the code that makes the model."""
     import inspect
 
     import onnx
@@ -390,6 +395,7 @@ def _recipe_hash(name: str) -> str:
         onnxscript.__version__,
         onnx.__version__,
         repr((VOCAB, _LLAMA, HIDDEN)),
+        f"seed {_seed(name)}",
     ]
     return hashlib.sha256("\n".join(versions + source).encode()).hexdigest()[:12]
 
