@@ -108,6 +108,10 @@ def _open(path: Path) -> Corpus:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except Exception as error:  # numpy and safetensors raise many kinds for a corrupt file
         raise InputError(f"cannot read the corpus {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if suffix == ".npy":
+        raise InputError(
+            f"{path} has no names for its array", f"np.savez('data.npz', INPUT=np.load('{path.name}')) gives it one"
+        )
     raise InputError(f"{path} is no corpus", "corpora are .txt, .jsonl, .npz or .safetensors files, or folders of images")
 
 

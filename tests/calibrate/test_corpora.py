@@ -70,6 +70,7 @@ def _write(path: Path, content: Any) -> Path:
         ("a.npz", "not a zip", "cannot read the corpus"),
         ("a.safetensors", "short", "cannot read the corpus"),
         ("a.parquet", "PAR1", "is no corpus"),
+        ("a.npy", "", r"a.npy has no names for its array \(np.savez\('data.npz', INPUT=np.load\('a.npy'\)\) gives it one"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
