@@ -19,6 +19,7 @@ from torch import fx
 
 from actgraph.errors import UnsupportedError
 from actgraph.formats.onnx_export_types import dims_of
+from actgraph.graph.onnx_native import tensor_of
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN
 
@@ -210,13 +211,38 @@ def unbind(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
 def linear(t: Translator, node: fx.Node, a: dict[str, Any]) -> Any:
     """``MatMul`` with the weight transposed in the graph; ``Gemm`` where the input is a matrix.
 
-    The weight stays stored as ``[out, in]`` under its own name (a tied one once); engines transpose constants at load.
+    The weight stays stored as ``[out, in]`` under its own name (a tied one once); engines transpose constants at load. A
+    quantized one that has no other reader is stored as ``[in, out]``, for engines fuse a dequantization with the ``MatMul``
+    that it feeds, and with nothing else.
     """
     x, weight, bias = a["input"], a["weight"], a.get("bias")
+    if _store_transposed(node.args[1], weight):
+        product = t.emit.op("MatMul", x, weight)
+        return product if bias is None else t.emit.op("Add", product, bias)
     if _rank(node) == 2 and bias is not None:
         return t.emit.op("Gemm", x, weight, bias, transB=1)
     product = t.emit.op("MatMul", x, t.emit.op("Transpose", weight, perm=[1, 0]))
     return product if bias is None else t.emit.op("Add", product, bias)
+
+
+def _store_transposed(source: Any, weight: ir.Value) -> bool:
+    """Turn the dequantized ``weight`` and the codes that it is made of into ``[in, out]``, where nothing else reads either."""
+    call = weight.producer()
+    if call is None or (call.domain, call.op_type) != (DOMAIN, "Dequantize"):
+        return False
+    if len(source.users) != 1 or len(source.args[0].users) != 1:
+        return False
+    codes, attributes = call.inputs[0], call.attributes
+    if codes is None or codes.const_value is None or len(codes.uses()) != 1 or dims_of(codes) is None:
+        return False
+    if any(attributes[name].value for name in ("block_size", "packed") if name in attributes) or len(dims_of(codes) or ()) != 2:
+        return False
+    codes.const_value = tensor_of(np.ascontiguousarray(codes.const_value.numpy().T), codes.name)
+    for value in (codes, weight):
+        value.shape = ir.Shape((dims_of(value) or [])[::-1])
+    axis = attributes["axis"].value if "axis" in attributes else 0
+    attributes["axis"] = ir.AttrInt64("axis", 1 - axis % 2)
+    return True
 
 
 @rule(aten.scaled_dot_product_attention.default)

@@ -87,6 +87,9 @@ def _evaluate_fx(graph: FxGraph, node: Node, operands: list[Array | None]) -> li
     return [array_of(torch.as_tensor(item)) for item in several if item is not None]
 
 
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")  # the reference has only new versions of these; the meaning is the same
+
+
 def _evaluate_onnx(graph: OnnxGraph, node: Node, operands: list[Array | None]) -> list[Array]:
     import onnx_ir as ir
     from onnx.reference import ReferenceEvaluator
@@ -109,15 +112,25 @@ def _evaluate_onnx(graph: OnnxGraph, node: Node, operands: list[Array | None]) -
     for index, (output, original) in enumerate(zip(copy.outputs, native.outputs, strict=True)):
         output.name = f"o{index}"
         output.type = original.type
-    functions = [f for f in graph.model.functions.values() if f.domain == native.domain]
+    # the reference looks functions up by name alone: of the variants of this one it must see the one that is called
+    functions = [
+        f
+        for f in graph.model.functions.values()
+        if f.domain == native.domain and (f.name != native.op_type or f.overload == native.overload)
+    ]
     opsets = dict(graph.model.opset_imports)
-    if native.domain == "" and native.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        opsets[""] = max(opsets.get("", 0), 21)  # the reference has no older version; the meaning is the same
+    if native.domain == "" and native.op_type in _QUANTIZERS:
+        opsets[""] = max(opsets.get("", 0), 21)
     model = ir.Model(
         ir.Graph([v for v in inputs if v is not None], list(copy.outputs), nodes=[copy], opset_imports=opsets, name="one"),
         ir_version=max(graph.model.ir_version, 10),
         functions=functions,
     )
-    session = ReferenceEvaluator(ir.to_proto(model))
+    proto = ir.to_proto(model)
+    for function in proto.functions:
+        if any(inner.op_type in _QUANTIZERS for inner in function.node):
+            for entry in function.opset_import:
+                entry.version = max(entry.version, 21) if entry.domain == "" else entry.version
+    session = ReferenceEvaluator(proto)
     feed = {f"i{index}": np.asarray(array) for index, array in enumerate(operands) if array is not None}
     return [np.asarray(array) for array in session.run(None, feed)]

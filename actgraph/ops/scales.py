@@ -100,7 +100,9 @@ def _zeros_like(b: BodyBuilder, scale: BodyValue, dtype: DType) -> BodyValue:
 
 def body_dequantize(b: BodyBuilder, q: BodyValue, scale: BodyValue, zero: BodyValue | None, axis: int, block: int) -> BodyValue:
     scale, zero = _linear_operands(b, scale, zero, q.dtype)
-    attributes = {"axis": axis, **({"block_size": block} if block else {})}
+    # counted from the front: onnxruntime fuses a dequantization with the product that it feeds only then
+    place = axis + b.rank_of(q) if q.rank else axis
+    attributes = {"axis": place, **({"block_size": block} if block else {})}
     return b.op("DequantizeLinear", q, scale, zero, dtype=scale.dtype, rank=q.rank, attributes=attributes)
 
 

@@ -15,6 +15,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+import actgraph as ag
 from actgraph.errors import UnsupportedError
 from actgraph.formats.onnx_export import lowest_opset, to_onnx
 from actgraph.formats.trace import trace
@@ -522,3 +523,52 @@ def test_export_is_deterministic_and_leaves_the_graph_alone() -> None:
     first, second = to_onnx(graph), to_onnx(graph)
     assert graph.text() == before
     assert first.text() == second.text() and first.content_hash() == second.content_hash()
+
+
+class _Linears(torch.nn.Module):
+    """Two linears of their own, and one weight that two linears share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(64, 128), torch.nn.Linear(128, 64, bias=False)
+        self.shared = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shared(torch.relu(self.shared(self.b(torch.relu(self.a(x))))))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("inline", ["none", "all"])
+def test_quantized_weights_are_stored_as_the_product_reads_them(tmp_path, rank, inline):
+    x = torch.randn(3, 2, 64)[0 if rank == 2 else slice(None)]
+    graph = ag.trace(_Linears().eval(), (x,), dynamic={"x": ("batch", "seq", None)[3 - rank :]}, name="linears")
+    packed = ag.run(graph, "quantize{weights=int8}", reproducer=False).graph
+    path = packed.save(tmp_path / "m.onnx", inline=inline)
+    model = onnx.load(path)
+    codes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if tensor.name.endswith("_int8")}
+    assert codes["a.weight_int8"] == (64, 128) and codes["b.weight_int8"] == (128, 64)
+    readers = {name: node.op_type for node in model.graph.node for name in node.input}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    direct = [node for node in products if makers[node.input[1]].input[0] in ("a.weight_int8", "b.weight_int8")]
+    assert len(direct) == 2 and all("Dequantize" in makers[node.input[1]].op_type for node in direct)
+    assert "Dequantize" in readers["a.weight_int8"]
+    loaded = ag.load(path)
+    for left, right in zip(packed.views.linears(), loaded.views.linears(), strict=True):
+        np.testing.assert_array_equal(left.read_weight(), right.read_weight())
+    given = {"x": x.numpy()}
+    np.testing.assert_allclose(next(iter(loaded.run(given).values())), next(iter(packed.run(given).values())), atol=1e-5)
+
+
+def test_onnxruntime_multiplies_quantized_weights_without_unpacking_them(tmp_path):
+    """Neither a transposition nor a dequantization is left at run time, whichever dialect was quantized."""
+    graph = ag.trace(_Linears().eval(), (torch.randn(3, 2, 64),), dynamic={"x": ("batch", "seq", None)}, name="linears")
+    for dialect in (graph, to_onnx(graph)):
+        path = ag.run(dialect, "quantize{weights=int8}", reproducer=False).graph.save(tmp_path / "m.onnx", inline="all")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        assert ops.count("MatMulNBits") >= 2 and "Transpose" not in ops
