@@ -12,7 +12,7 @@ Each helper exists for torch, for ONNX bodies and for symbolic shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actgraph.errors import VerifyError
@@ -141,6 +141,28 @@ def check_channels(op: str, name: str, x: TensorType, operand: TensorType | None
         check_into(op, f"{name} (one value per channel)", operand.shape, (x.shape[place],))
     else:
         check_into(op, name, operand.shape, x.shape)
+
+
+def check_basis(op: str, x: TensorType, basis: TensorType, axis: int) -> None:
+    """Check directions ``[channels, r]`` against ``x``. Raises VerifyError."""
+    if basis.shape is None or x.shape is None:
+        return
+    channels = x.shape[from_end(axis, len(x.shape))]
+    if len(basis.shape) != 2 or (isinstance(channels, int) and isinstance(basis.shape[0], int) and channels != basis.shape[0]):
+        raise VerifyError(f"actgraph.{op}: basis {basis} must be [channels, r] with the {channels} channels of x")
+
+
+Operands = Mapping[str, TensorType | None]
+
+
+def check_operands(
+    op: str, x: TensorType, axis: int, *, channels: Operands | None = None, tokens: Operands | None = None
+) -> None:
+    """Check the channel and the token operands of an op, by name, against ``x``. Raises VerifyError at the first mismatch."""
+    for name, operand in (channels or {}).items():
+        check_channels(op, name, x, operand, axis)
+    for name, operand in (tokens or {}).items():
+        check_tokens(op, name, x, operand, axis)
 
 
 def same_as_x(types: Sequence[TensorType | None]) -> list[TensorType]:

@@ -44,11 +44,8 @@ preserving: *Do LLMs Know What Is Private Internally?*, 2026; relative norm: *Ph
 def _shift_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
     x, vector, strength, mask = types
     assert x is not None
-    axis = attributes["axis"]
-    assert isinstance(axis, int)
-    layout.check_channels("shift", "vector", x, vector, axis)
-    layout.check_tokens("shift", "strength", x, strength, axis)
-    layout.check_tokens("shift", "mask", x, mask, axis)
+    tokens = {"strength": strength, "mask": mask}
+    layout.check_operands("shift", x, attributes["axis"], channels={"vector": vector}, tokens=tokens)
     return [x]
 
 
@@ -182,8 +179,7 @@ Sources: *AUSteer*, 2026 (``gamma = 1 + alpha * beta``); *TauGate*, 2026 (gains)
 def _scale_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
     x, gamma, mask = types
     assert x is not None
-    layout.check_channels("channel_scale", "gamma", x, gamma, attributes["axis"])
-    layout.check_tokens("channel_scale", "mask", x, mask, attributes["axis"])
+    layout.check_operands("channel_scale", x, attributes["axis"], channels={"gamma": gamma}, tokens={"mask": mask})
     return [x]
 
 

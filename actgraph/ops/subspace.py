@@ -38,21 +38,13 @@ Steering*, 2026 (rotation).
 def _lowrank_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
     x, basis, matrix, mask = types
     assert x is not None and basis is not None and matrix is not None
-    _check_basis("lowrank_map", x, basis, attributes["axis"])
+    layout.check_basis("lowrank_map", x, basis, attributes["axis"])
     if matrix.shape is not None and basis.shape is not None:
         rank = basis.shape[1]
         if len(matrix.shape) != 2 or any(isinstance(d, int) and isinstance(rank, int) and d != rank for d in matrix.shape):
             raise VerifyError(f"actgraph.lowrank_map: matrix {matrix} does not fit basis {basis}")
-    layout.check_tokens("lowrank_map", "mask", x, mask, attributes["axis"])
+    layout.check_operands("lowrank_map", x, attributes["axis"], tokens={"mask": mask})
     return [x]
-
-
-def _check_basis(op: str, x: TensorType, basis: TensorType, axis: int) -> None:
-    if basis.shape is None or x.shape is None:
-        return
-    channels = x.shape[layout.from_end(axis, len(x.shape))]
-    if len(basis.shape) != 2 or (isinstance(channels, int) and isinstance(basis.shape[0], int) and channels != basis.shape[0]):
-        raise VerifyError(f"actgraph.{op}: basis {basis} must be [channels, r] with the {channels} channels of x")
 
 
 def _lowrank(
@@ -141,11 +133,10 @@ Source: *Angular Steering*, 2025 (``"above"`` with threshold 0 is its adaptive f
 def _angle_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
     x, basis, angle, mask = types
     assert x is not None and basis is not None
-    _check_basis("target_angle", x, basis, attributes["axis"])
+    layout.check_basis("target_angle", x, basis, attributes["axis"])
     if basis.shape is not None and basis.shape[1] not in (2, None) and isinstance(basis.shape[1], int):
         raise VerifyError(f"actgraph.target_angle: basis {basis} must have 2 columns")
-    layout.check_tokens("target_angle", "angle", x, angle, attributes["axis"])
-    layout.check_tokens("target_angle", "mask", x, mask, attributes["axis"])
+    layout.check_operands("target_angle", x, attributes["axis"], tokens={"angle": angle, "mask": mask})
     return [x]
 
 
