@@ -122,3 +122,14 @@ def chain(length: int, width: int = 4) -> OnnxGraph:
     proto = helper.make_model(helper.make_graph(nodes, "chain", inputs, outputs), opset_imports=[helper.make_opsetid("", 18)])
     proto.ir_version = 9
     return OnnxGraph(ir.from_proto(proto), "chain")
+
+
+#: One of each kind, to be called.
+ALL = [mlp, branches, loop, function_call, lambda: old(9), lambda: chain(6)]
+
+
+def same(left: OnnxGraph, right: OnnxGraph) -> bool:
+    """Whether two graphs compute the same numbers on random inputs."""
+    inputs = feed(left)
+    mine, theirs = left.run(inputs), right.run(inputs)
+    return mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k], equal_nan=True) for k in mine)
