@@ -250,6 +250,9 @@ def _parameters(graph: Graph) -> dict[str, str]:
 
 def _sites(left: Graph, right: Graph, *, types: bool) -> Iterator[Change]:
     """Sites on one side only; with ``types`` also those whose type differs. ``%value`` names are left out."""
+    paths = [_module_paths(graph) for graph in (left, right)] if types else []
+    unknown = set().union(*paths) if not all(paths) else set()  # modules that only one side knows of
+    roles = left.site_table.role_names | right.site_table.role_names
     tables = []
     for graph in (left, right):
         sites = [site for site in graph.sites() if not site.name.startswith("%")]
@@ -257,8 +260,21 @@ def _sites(left: Graph, right: Graph, *, types: bool) -> Iterator[Change]:
             # Module sites depend on the modules of the source model and not on what is computed: left out across dialects.
             sites = [site for site in sites if site.role != "module"]
         named = {name: site for site in sites for name in (site.name, *site.aliases) if not name.startswith("%")}
-        tables.append({name: f"{name} : {site.type}" if types else name for name, site in named.items()})
+        tables.append({
+            name: f"{name} : {site.type}" if types else name
+            for name, site in named.items()
+            if name in roles or name.partition(":")[0] not in unknown
+        })  # fmt: skip
     yield from _tables("site", *tables)
+
+
+def _module_paths(graph: Graph) -> set[str]:
+    """The modules that the nodes say they come from, and those around them; empty for a file without scopes."""
+    found: set[str] = set()
+    for scope in {node.origin.scope for node in graph.nodes()}:
+        parts = scope.split(".")
+        found.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return found - {""}
 
 
 def _history(left: Graph, right: Graph) -> Iterator[Change]:

@@ -35,6 +35,25 @@ def test_a_file_read_back_has_no_difference(tmp_path: Path) -> None:
     assert not diff(graph, formats.load(tmp_path / "model.onnx"))
 
 
+@pytest.mark.parametrize("name", ["stories260k", "mlp"])
+def test_files_of_one_model_in_both_dialects_have_no_difference(name: str, tmp_path: Path) -> None:
+    graph = zoo.captured(name)
+    fx, onnx = (formats.load(graph.save(tmp_path / f"model.{suffix}")) for suffix in ("pt2", "onnx"))
+    assert diff(fx, onnx).scope == "signature, sites and views"
+    assert not diff(fx, onnx), diff(fx, onnx).text()
+    assert set(fx.site_table.all_names()) == set(onnx.site_table.all_names()), "module sites, too"
+
+
+def test_a_file_without_modules_differs_by_what_it_computes_only() -> None:
+    """The second names of sites by module path are no difference; a role or a structural site is one."""
+    stock = formats.load(zoo.stock_onnx("mlp"))
+    assert not any(node.origin.scope for node in stock.nodes())
+    assert not diff(zoo.captured("mlp"), stock), diff(zoo.captured("mlp"), stock).text()
+    stock.site_table.forget(stock.site("linear.1").value, "a test")
+    gone = {change.name for change in diff(zoo.captured("mlp"), stock) if change.kind == "site"}
+    assert "linear.1" in gone and not any(name.startswith(("hidden", "inp", "head")) for name in gone)
+
+
 @pytest.mark.parametrize("dialect", [0, 1])
 def test_an_inserted_op_is_one_addition_and_its_rewired_readers(dialect: int) -> None:
     old = both("llama")[dialect]
