@@ -177,6 +177,7 @@ def compare(
     inner = {name: _Gauge(name) for name in pairs}
     count = 0
     for inputs in inputs_list:
+        _check_feeds((left, right), inputs)
         results = [runner(_accepted(graph, inputs)) for runner, graph in zip(runners, (left, right), strict=True)]
         for name, gauge in gauges.items():
             gauge.add(count, results[0][name], results[1][name])
@@ -269,6 +270,15 @@ def _common_outputs(left: Graph, right: Graph) -> tuple[list[str], tuple[str, ..
     missing = [name for name in first if name not in second and left.role(name) is not Role.TAP]
     missing += [name for name in second if name not in first and right.role(name) is not Role.TAP]
     return [name for name in first if name in second], tuple(missing)
+
+
+def _check_feeds(graphs: Sequence[Graph], inputs: Mapping[str, Array]) -> None:
+    for graph in graphs:
+        for value in graph.inputs():
+            if value.name not in inputs and graph.role(value.name) in (Role.USER, Role.SLOT) and not is_optional(graph, value):
+                taken = "; ".join(f"{g.name} takes {', '.join(v.name for v in g.inputs())}" for g in graphs)
+                raise InputError(f"{graph.name} needs {value.name!r}, and the inputs are {', '.join(inputs)} ({taken})",
+                                 "compare models that take the same inputs, or give inputs for both")  # fmt: skip
 
 
 def _accepted(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:

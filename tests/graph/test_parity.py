@@ -12,6 +12,7 @@ from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph.graph import Role
 from actgraph.graph.parity import compare, difference, sample_inputs
 from tests import zoo
+from tests.graph import onnx_models
 
 
 def test_difference_measures_relative_to_the_scale_of_the_reference() -> None:
@@ -138,3 +139,12 @@ def test_sample_inputs_pad_and_count_positions() -> None:
     assert len(np.unique(sample_inputs(graph, 8, 64)["input_ids"])) > zoo.VOCAB // 2
     with pytest.raises(InputError, match="padding"):
         sample_inputs(graph, padding="both")
+
+
+def test_models_that_take_different_inputs() -> None:
+    left, right = (
+        onnx_models.graph(f"""<ir_version: 9, opset_import: ["": 18]> g (float[2] {x}) => (float[2] y) {{ y = Relu({x}) }}""", x)
+        for x in ("a", "b")
+    )
+    with pytest.raises(InputError, match=r"b needs 'b', and the inputs are a \(a takes a; b takes b\)"):
+        compare(left, right, [{"a": np.zeros(2, np.float32)}], rtol=1e-5)
