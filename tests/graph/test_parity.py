@@ -143,7 +143,7 @@ def test_sample_inputs_pad_and_count_positions() -> None:
 
 def test_models_that_take_different_inputs() -> None:
     left, right = (
-        onnx_models.graph(f"""<ir_version: 9, opset_import: ["": 18]> g (float[2] {x}) => (float[2] y) {{ y = Relu({x}) }}""", x)
+        onnx_models.graph(f'<ir_version: 9, opset_import: ["": 18]> g (float[2] {x}) => (float[2] y) {{ y = Relu({x}) }}', x)
         for x in ("a", "b")
     )
     with pytest.raises(InputError, match=r"b needs 'b', and the inputs are a \(a takes a; b takes b\)"):
