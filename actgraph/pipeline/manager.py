@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,11 +96,12 @@ class PassManager:
         calibrator = Calibrator(lambda g, requests: self._collect(g, requests, report))
         for instrument in instruments:
             instrument.start(run)
-        for index in range(start, stop):
-            step = self.pipeline.passes[index]
-            run.index, run.row = index, PassRow(step.name, str(step))
-            report.rows.append(run.row)
-            self._step(run, step, calibrator, instruments)
+        with _existing_objects_set_aside():
+            for index in range(start, stop):
+                step = self.pipeline.passes[index]
+                run.index, run.row = index, PassRow(step.name, str(step))
+                report.rows.append(run.row)
+                self._step(run, step, calibrator, instruments)
         for instrument in reversed(instruments):
             instrument.finish(run)
         report.forwards = calibrator.forwards
@@ -203,6 +206,23 @@ class PassManager:
         report.corpus, report.documents, report.tokens = corpus.name, found.documents, found.tokens
         report.unit = corpus.unit
         return found
+
+
+@contextlib.contextmanager
+def _existing_objects_set_aside() -> Iterator[None]:
+    """Keep Python's garbage collector off the objects that exist already.
+
+    Passes make many objects and few cycles, so that full collections set in again and again, and each walks all of the model,
+    torch and transformers for nothing: that made the time of a pass depend on what was imported before.
+    """
+    if gc.get_freeze_count():
+        yield  # somebody else froze them, and unfreezing is all or nothing
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _one_line(error: BaseException) -> str:
