@@ -33,13 +33,14 @@ class Editor:
         self.touched: set[str] = set()  # names of nodes and parameters that were made or changed
         self.messages: list[str] = []  # what happened that a user should know, such as an untied weight
         self._erase_at_end = False
-        self._snapshot: Graph | None = None
+        self._snapshot: Graph | None = None  # taken before the first change, for many a pass changes nothing
+        self._open = False
         self._names: set[str] | None = None  # node names when the first op was named
         self._numbers: Counter[str] = Counter()
 
     def __enter__(self) -> Editor:
         _ = self.graph.site_table  # names are assigned before the first edit
-        self._snapshot = self.graph.clone()
+        self._open = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -47,19 +48,26 @@ class Editor:
             self.rollback()
         elif self._erase_at_end:
             self.erase_dead()
-        self._snapshot = None
+        self._snapshot, self._open = None, False
 
     def rollback(self) -> None:
         """Undo everything since the transaction began. Handles taken since then are invalid afterwards."""
-        if self._snapshot is None:
+        if not self._open:
             raise PassError("rollback outside of a transaction", "use `with graph.edit(...)`")
-        self.graph._restore(self._snapshot)
-        self._snapshot = self.graph.clone()
+        if self._snapshot is not None:
+            self.graph._restore(self._snapshot)
+            self._snapshot = None
         self.counts.clear()
         self.touched.clear()
         self.messages.clear()
         self._names = None
         self._numbers.clear()
+
+    def _to_change(self) -> Graph:
+        """The graph, of which a copy to go back to is kept: every change goes through here."""
+        if self._open and self._snapshot is None:
+            self._snapshot = self.graph.clone()
+        return self.graph
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -87,7 +95,7 @@ class Editor:
             model = next((v.producer for v in values if v is not None and v.producer is not None), None)
         inherited = model.origin if model is not None else Origin()
         origin = Origin(inherited.sources, inherited.scope, self.by, self.options)
-        node = self.graph._insert(op, values, attributes or {}, after=after, before=before, name=name, origin=origin)
+        node = self._to_change()._insert(op, values, attributes or {}, after=after, before=before, name=name, origin=origin)
         self._count("inserted", node.name)
         return node
 
@@ -122,7 +130,7 @@ class Editor:
         maker = new.producer
         everything = [use for use in old.uses if use.node is None or use.node != maker]
         chosen = everything if uses is None else [use for use in uses if use.node is None or use.node != maker]
-        self.graph._redirect(old, new, chosen)
+        self._to_change()._redirect(old, new, chosen)
         if len(chosen) == len(everything):
             self.graph.site_table.move(old, new)
         for use in chosen:
@@ -130,7 +138,7 @@ class Editor:
 
     def set_operand(self, node: Node, index: int, value: Value | Array | None) -> None:
         """Replace one operand of one node."""
-        self.graph._set_operand(node, index, self._as_value(value, f"{node.name}.operand_{index}"))
+        self._to_change()._set_operand(node, index, self._as_value(value, f"{node.name}.operand_{index}"))
         self._count("rewired", node.name)
 
     def copy_region(self, nodes: Sequence[Node], replace: Mapping[Value, Value]) -> dict[Value, Value]:
@@ -140,14 +148,14 @@ class Editor:
             operands = [mapping.get(v, v) if v is not None else None for v in node.operands]
             inherited = node.origin
             origin = Origin(inherited.sources, inherited.scope, self.by, self.options, inherited.inlined)
-            copy = self.graph._copy_node(node, operands, origin=origin)
+            copy = self._to_change()._copy_node(node, operands, origin=origin)
             mapping.update(zip(node.outputs, copy.outputs, strict=True))
             self._count("inserted", copy.name)
         return {old: new for old, new in mapping.items() if old not in replace}
 
     def erase_dead(self) -> int:
         """Remove everything that nothing reads. Returns how many nodes went; their sites are marked as removed."""
-        removed = self.graph._erase_dead()
+        removed = self._to_change()._erase_dead()
         self.graph.site_table.mark_removed(self.graph, removed, self.by)
         self.counts["erased"] += len(removed)
         return len(removed)
@@ -158,13 +166,13 @@ class Editor:
 
     def retype(self, nodes: Iterable[Node], *, propagate: bool = True) -> None:
         """Infer types again from ``nodes`` on (after a parameter changed its shape); without ``propagate`` for them only."""
-        self.graph._retype(nodes, propagate=propagate)
+        self._to_change()._retype(nodes, propagate=propagate)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def add_parameter(self, name: str, data: Array, *, buffer: bool = False) -> Value:
         """Store ``data`` under a unique name derived from ``name``."""
-        value = self.graph._add_parameter(name, np.asarray(data), buffer=buffer)
+        value = self._to_change()._add_parameter(name, np.asarray(data), buffer=buffer)
         self._count("parameters added", value.name)
         return value
 
@@ -176,11 +184,11 @@ class Editor:
         everything = list(parameter.uses)
         chosen = everything if uses is None else list(uses)
         if len(chosen) == len(everything):
-            self.graph._set_parameter(parameter, data)
+            self._to_change()._set_parameter(parameter, data)
             self._count("parameters changed", parameter.name)
             return parameter
         copy = self.add_parameter(f"{parameter.name}_untied", data)
-        self.graph._redirect(parameter, copy, chosen)
+        self._to_change()._redirect(parameter, copy, chosen)
         readers = ", ".join(use.node.name if use.node is not None else "an output" for use in chosen)
         self.messages.append(f"untied {parameter.name} for {readers}: the other readers keep the original")
         return copy
@@ -189,7 +197,7 @@ class Editor:
 
     def add_input(self, name: str, type: TensorType, *, role: Role = Role.USER, default: Array | None = None) -> Value:
         """Append a graph input; ``default`` of shape [1] makes it optional."""
-        value = self.graph._add_input(name, type, role, default)
+        value = self._to_change()._add_input(name, type, role, default)
         self._count("inputs added", name)
         return value
 
@@ -197,12 +205,12 @@ class Editor:
         """Append a graph output. Raises PassError when the name is taken."""
         if name in {existing for existing, _ in self.graph.outputs()}:
             raise PassError(f"an output named {name!r} exists already", "choose another name")
-        self.graph._add_output(value, name, role)
+        self._to_change()._add_output(value, name, role)
         self._count("outputs added", name)
 
     def remove_output(self, name: str) -> None:
         """Drop a graph output (the value stays until ``erase_dead``)."""
-        self.graph._remove_output(name)
+        self._to_change()._remove_output(name)
         self._count("outputs removed", name)
 
     # --- helpers ------------------------------------------------------------------------------------------------------

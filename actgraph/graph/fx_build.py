@@ -288,9 +288,10 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     twin = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        args = fx.node.map_arg(node.args, mapping.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)
-        made = twin.create_node(node.op, node.target, args, kwargs, name=node.name, type_expr=node.type)
+        made = twin.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        # Set afterwards: ``create_node`` would search each argument for symbolic sizes, which this graph has as nodes.
+        made.args = fx.node.map_arg(node.args, mapping.__getitem__)  # type: ignore[assignment]
+        made.kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)  # type: ignore[assignment]
         rename(twin, made, node.name)
         made.meta = dict(node.meta)
         mapping[node] = made

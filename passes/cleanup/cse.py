@@ -38,7 +38,8 @@ class CommonSubexpressions(Pass):
                 for kept, duplicate in zip(first.outputs, node.outputs, strict=True):
                     editor.redirect(duplicate, kept)
                 result.counts["merged"] += 1
-            editor.erase_dead()
+            if editor.touched:
+                editor.erase_dead()
         return result
 
 

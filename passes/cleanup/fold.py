@@ -58,7 +58,8 @@ class FoldConstants(Pass):
                 constant = editor.add_parameter(f"{value.name}_folded", array, buffer=True)
                 editor.redirect(value, constant)
                 result.counts["folded"] += 1
-            editor.erase_dead()
+            if editor.touched:
+                editor.erase_dead()
         return result
 
 

@@ -45,7 +45,8 @@ class RemoveIdentities(Pass):
                 editor.redirect(prim.output, source)
                 table.move(prim.output, source)
                 result.counts[prim.op] += 1
-            editor.erase_dead()
+            if editor.touched:
+                editor.erase_dead()
         return result
 
 
