@@ -262,7 +262,11 @@ def _hoist_parameters(graph: fx.Graph, root: nn.Module, fake_mode: FakeTensorMod
 
 def fake_parameter(node: fx.Node, tensor: torch.Tensor, fake_mode: FakeTensorMode) -> None:
     """Give a parameter access its ``meta["val"]``."""
-    node.meta["val"] = fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+    if tensor.layout is torch.strided:  # as ``from_tensor`` makes it, without its bookkeeping
+        with fake_mode:
+            node.meta["val"] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    else:
+        node.meta["val"] = fake_mode.from_tensor(tensor.detach(), static_shapes=True)
 
 
 def _tidy_keywords(node: fx.Node) -> None:
@@ -290,8 +294,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         made = twin.create_node(node.op, node.target, name=node.name, type_expr=node.type)
         # Set afterwards: ``create_node`` would search each argument for symbolic sizes, which this graph has as nodes.
-        made.args = fx.node.map_arg(node.args, mapping.__getitem__)  # type: ignore[assignment]
-        made.kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)  # type: ignore[assignment]
+        made.args = fx.node.map_arg(node.args, mapping.__getitem__)
+        made.kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)
         rename(twin, made, node.name)
         made.meta = dict(node.meta)
         mapping[node] = made

@@ -129,9 +129,16 @@ def evaluate(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
 
 
 def _quick(target: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an actgraph op from its rules, ``None`` for other ops and where the rules do not tell."""
+    """The result of a call from its rules alone; ``None`` where they do not tell and the op itself has to be asked.
+
+    ``aten.linear`` is among them because torch computes its sizes through several reshapes of symbolic sizes.
+    """
     if isinstance(target, torch._ops.OpOverload) and target.namespace == DOMAIN:
         return result_fakes(target, args, kwargs)
+    if target is aten.linear.default and args[0].dim() > 1 and args[0].dtype == args[1].dtype:
+        x, weight = args[:2]
+        width, features = x.shape[-1], weight.shape[1]
+        return x.new_empty((*x.shape[:-1], weight.shape[0])) if isinstance(width, int) and width == features else None
     return None
 
 
