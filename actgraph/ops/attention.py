@@ -1,4 +1,4 @@
-"""The two halves of an attention, for graphs that look inside a fused one: its pattern, and the mixing of values by it."""
+"""Attention as one op, and as its two halves for graphs that look inside: its pattern, and the mixing of values by it."""
 
 from __future__ import annotations
 
@@ -67,13 +67,16 @@ def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x
 
 
-def _pattern(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float, is_causal: bool = False
+def _probabilities(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float, is_causal: bool
 ) -> torch.Tensor:
+    """The pattern in the type that arithmetic is done in."""
     import torch
 
     q = layout.torch_compute(query)
     scores = (q * single(scale)) @ _repeated(layout.torch_compute(key), query.shape[1]).transpose(-1, -2)
+    if softcap:
+        scores = torch.tanh(scores / single(softcap)) * single(softcap)
     hidden = torch.full((), -math.inf, dtype=q.dtype, device=q.device)
     if mask is not None:
         scores = torch.where(mask, scores, hidden) if mask.dtype == torch.bool else scores + mask.to(q.dtype)
@@ -81,25 +84,38 @@ def _pattern(
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = torch.where(allowed, scores, hidden)
     blind = (scores == -math.inf).all(-1, keepdim=True)
-    pattern = torch.where(blind, torch.zeros((), dtype=q.dtype, device=q.device), torch.softmax(scores, -1))
-    return pattern.to(query.dtype)
+    return torch.where(blind, torch.zeros((), dtype=q.dtype, device=q.device), torch.softmax(scores, -1))
+
+
+def _pattern(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float, is_causal: bool = False
+) -> torch.Tensor:
+    return _probabilities(query, key, mask, scale, 0.0, is_causal).to(query.dtype)
 
 
 def _pattern_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
     query, key, mask = operands
     assert query is not None and key is not None
+    return [b.cast(_body_probabilities(b, query, key, mask, 0.0, attributes["is_causal"]), query.dtype)]
+
+
+def _body_probabilities(
+    b: BodyBuilder, query: BodyValue, key: BodyValue, mask: BodyValue | None, softcap: float, is_causal: bool
+) -> BodyValue:
     q = b.up(query) * b.attribute("scale", b.up(query).dtype)
     scores = _grouped_product(b, q, b.transpose(b.up(key), [0, 1, 3, 2]), query, key)
+    if softcap:
+        cap = b.const(single(softcap), q.dtype)
+        scores = b.op("Tanh", scores / cap) * cap
     if mask is not None:
         scores = b.where(mask, scores, -math.inf) if mask.dtype is DType.BOOL else scores + b.cast(mask, q.dtype)
-    if attributes["is_causal"]:
+    if is_causal:
         square = b.fill(b.concat([b.size(query, 2), b.size(key, 2)]), 1.0, DType.F32, 2)
         allowed = b.cast(b.op("Trilu", square, attributes={"upper": 0}), DType.BOOL)
         scores = b.where(allowed, scores, -math.inf)
     seen = b.cast(b.op("Not", scores.equal(-math.inf), dtype=DType.BOOL), DType.F32)
     blind = b.reduce("ReduceMax", seen, [3]).equal(0)
-    pattern = b.where(blind, 0.0, b.op("Softmax", scores, attributes={"axis": -1}))
-    return [b.cast(pattern, query.dtype)]
+    return b.where(blind, 0.0, b.op("Softmax", scores, attributes={"axis": -1}))
 
 
 def _grouped_product(b: BodyBuilder, left: BodyValue, right: BodyValue, many: BodyValue, few: BodyValue) -> BodyValue:
@@ -213,3 +229,108 @@ register(
         ),
     )
 )
+
+
+# --- attention --------------------------------------------------------------------------------------------------------------
+
+_ATTENTION_DOC = """
+Attention: ``softmax(cap(scale * query key^T) + mask) value`` per head, and zeros for a query that may see no key.
+
+``query`` [batch, heads, queries, head]; ``key`` [batch, kv_heads, keys, head] and ``value`` [batch, kv_heads, keys, width],
+where kv_heads divides heads and query head ``h`` reads key head ``h * kv_heads / heads``: grouped queries without a repeated
+copy of keys and values. ``mask`` broadcasts to [batch, heads, queries, keys]: boolean (true: may be seen) or numbers that
+are added. ``softcap`` c > 0 caps scores before the mask, ``c * tanh(scores / c)``. The result is [batch, heads, queries,
+width] in the type of ``query``; NaN among the scores gives NaN.
+
+Source: *Attention Is All You Need*, 2017; grouped queries: *GQA*, 2023; soft-capping: *Gemma 2*, 2024.
+"""
+
+
+def _attention_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    query, key, value, mask = types
+    assert query is not None and key is not None and value is not None
+    if attributes["softcap"] < 0:
+        raise VerifyError(f"actgraph.attention: softcap is {attributes['softcap']}", "0 caps nothing")
+    pattern = _pattern_infer([query, key, mask], {"is_causal": False})[0]
+    return _mix_infer([pattern, value], {})
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    pattern = _probabilities(query, key, mask, scale, softcap, is_causal=False)
+    return (pattern @ _repeated(layout.torch_compute(value), query.shape[1])).to(query.dtype)
+
+
+def _attention_eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if query.dtype not in (torch.float32, torch.float64):  # torch's kernels round the pattern to the small type as well
+        return _attention(query, key, value, mask, scale=scale, softcap=softcap)
+    if softcap or key.shape[2] == 0 or (mask is not None and mask.dim() != 4):
+        return _attention(query, key, value, mask, scale=scale, softcap=softcap)
+    grouped = key.shape[1] != query.shape[1]
+    bias = mask if mask is None or mask.dtype == query.dtype or not mask.is_floating_point() else mask.to(query.dtype)
+    return scaled_dot_product_attention(query, key, value, bias, scale=single(scale), enable_gqa=grouped)
+
+
+def _attention_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    query, key, value, mask = operands
+    assert query is not None and key is not None and value is not None
+    pattern = _body_probabilities(b, query, key, mask, attributes["softcap"], is_causal=False)
+    return [b.cast(_grouped_product(b, pattern, b.up(value), query, value), query.dtype)]
+
+
+register(
+    OpDef(
+        name="attention",
+        doc=_ATTENTION_DOC,
+        inputs=(
+            Operand("query", "[batch, heads, queries, head]"),
+            Operand("key", "[batch, kv_heads, keys, head]", same_as="query"),
+            Operand("value", "[batch, kv_heads, keys, width]", same_as="query"),
+            Operand("mask", "keys that may be seen, or numbers to add", dtypes=COMPUTE_FLOATS | {DType.BOOL}, optional=True),
+        ),
+        outputs=("y",),
+        infer=_attention_infer,
+        reference=_attention,
+        eager=_attention_eager,
+        body=_attention_body,
+        attributes=(
+            Attribute("scale", "float", "what products of query and key are multiplied by", structural=False),
+            Attribute("softcap", "float", "the bound that tanh puts on the scores; 0: none", default=0.0),
+        ),
+        traits=frozenset({Trait.PER_SAMPLE}),
+        min_opset=14,
+        samples=(
+            Sample(((2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 5, 6), None), {"scale": 0.5}),
+            Sample(((2, 4, 3, 8), (2, 2, 7, 8), (2, 2, 7, 8), None), {"scale": 0.35}, note="grouped queries"),
+            Sample(((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), (2, 1, 3, 5)), {"scale": 0.5},
+                   draw=draws(normal, normal, normal, boolean)),
+            Sample(((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), (5, 6)), {"scale": 0.5, "softcap": 2.0},
+                   draw=draws(normal, normal, normal, normal), note="capped"),
+            Sample(((2, 2, 3, 4), (2, 1, 3, 4), (2, 1, 3, 4), (2, 1, 3, 3)), {"scale": 1.0},
+                   draw=draws(normal, normal, normal,
+                              lambda rng, shape, dtype: boolean(rng, shape, dtype) & (rng.random(shape) < 0.3)),
+                   note="rows that may see no key"),
+            Sample(((2, 2, 0, 4), (2, 2, 3, 4), (2, 2, 3, 4), None), {"scale": 0.5}, note="no queries"),
+            Sample(((1, 4, 1, 8), (1, 1, 9, 8), (1, 1, 9, 8), (1, 1, 1, 9)), {"scale": 0.35},
+                   draw=draws(normal, normal, normal, boolean), note="one token, one key head"),
+        ),
+    )
+)  # fmt: skip

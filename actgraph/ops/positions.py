@@ -193,7 +193,9 @@ def _mask(
     if chunk:
         seen = seen & (q.div(chunk, rounding_mode="floor") == k.div(chunk, rounding_mode="floor"))
     if valid is not None:
-        known = torch.cat([valid != 0, valid.new_zeros((valid.shape[0], 1), dtype=torch.bool)], dim=1)  # the last: any other position
+        known = torch.cat(
+            [valid != 0, valid.new_zeros((valid.shape[0], 1), dtype=torch.bool)], dim=1
+        )  # the last: any other position
         n = valid.shape[1]
         place = torch.where((rows >= 0) & (rows < n), rows, torch.full((), n, dtype=torch.int64, device=rows.device))
         looked_up = known[:, place[0]] if keys.dim() == 1 else known.expand(place.shape[0], -1).gather(1, place)
