@@ -16,6 +16,7 @@ import numpy as np
 from actgraph.errors import PassError
 from actgraph.graph.graph import Array, Graph, Node, Role, Use, Value
 from actgraph.graph.provenance import Origin
+from actgraph.graph.slots import Slot, declare_slot
 from actgraph.ops.shapes import TensorType
 
 if TYPE_CHECKING:
@@ -200,6 +201,22 @@ class Editor:
         value = self._to_change()._add_input(name, type, role, default)
         self._count("inputs added", name)
         return value
+
+    def set_input_type(self, value: Value, type: TensorType) -> None:
+        """Declare another type of a graph input, and infer again the types of what depends on it."""
+        self._to_change()._set_input_type(value, type)
+        self.retype(dict.fromkeys(use.node for use in value.uses if use.node is not None))
+        self._count("inputs changed", value.name)
+
+    def add_slot(self, slot: Slot) -> Value:
+        """Declare state across calls and return its old content, a graph input. ``write_slot`` gives it the new one."""
+        value = self.add_input(slot.input, slot.type, role=Role.SLOT)
+        declare_slot(self.graph, slot)
+        return value
+
+    def write_slot(self, slot: Slot, value: Value) -> None:
+        """Make ``value`` the slot's new content, a graph output."""
+        self.add_output(value, slot.output, role=Role.SLOT)
 
     def add_output(self, value: Value, name: str, *, role: Role = Role.USER) -> None:
         """Append a graph output. Raises PassError when the name is taken."""

@@ -318,6 +318,9 @@ class FxGraph(Graph):
     def _add_input(self, name: str, type: TensorType, role: Role, default: Array | None) -> Value:
         return fx_edit.add_input(self, name, type, role, default)
 
+    def _set_input_type(self, value: Value, type: TensorType) -> None:
+        fx_edit.set_input_type(self, value, type)
+
     def _add_output(self, value: Value, name: str, role: Role) -> None:
         output = self.graph.output_node()
         output.args = ((*self._output_nodes(), value.key),)

@@ -215,9 +215,7 @@ def add_input(graph: FxGraph, name: str, type: TensorType, role: Role, default: 
         raise InputError(f"an input named {name!r} exists already", "choose another name")
     if type.dtype is None or type.shape is None or None in type.shape:
         raise InputError(f"the type of input {name!r} must be known, not {type}")
-    sizes = [_symbolic_size(graph, size) if isinstance(size, str) else size for size in type.shape]
-    with graph.fake_mode:
-        value = torch.empty(sizes, dtype=type.dtype.torch)  # type: ignore[arg-type]
+    value = _fake_input(graph, type)
     with graph.graph.inserting_after(last_of_header(graph)):
         node = graph.graph.create_node("placeholder", _identifier(name), name=_identifier(name))
     node.target = node.name
@@ -231,6 +229,21 @@ def add_input(graph: FxGraph, name: str, type: TensorType, role: Role, default: 
         graph.defaults[name] = default
     graph._changed(node)
     return Value(graph, node)
+
+
+def set_input_type(graph: FxGraph, value: Value, type: TensorType) -> None:
+    """See ``Graph._set_input_type``."""
+    node: fx.Node = value.key
+    node.meta["val"] = _fake_input(graph, type)
+    graph._changed(node)
+
+
+def _fake_input(graph: FxGraph, type: TensorType) -> torch.Tensor:
+    if type.dtype is None or type.shape is None:
+        raise InputError(f"the type of an input must be known, not {type}")
+    sizes = [_symbolic_size(graph, size) if isinstance(size, str) else size for size in type.shape]
+    with graph.fake_mode:
+        return torch.empty(sizes, dtype=type.dtype.torch)  # type: ignore[arg-type]
 
 
 def _symbolic_size(graph: FxGraph, name: str) -> Any:

@@ -330,6 +330,10 @@ class Graph(abc.ABC):
         """Append a graph input. ``default`` (shape [1]) makes it optional."""
 
     @abc.abstractmethod
+    def _set_input_type(self, value: Value, type: TensorType) -> None:
+        """Declare the type of a graph input; sizes may be new names. Types that depend on it are inferred by ``_retype``."""
+
+    @abc.abstractmethod
     def _add_output(self, value: Value, name: str, role: Role) -> None: ...
 
     @abc.abstractmethod

@@ -16,7 +16,15 @@ import onnx_ir as ir
 
 from actgraph.graph import onnx_edit, onnx_verify
 from actgraph.graph.graph import Array, Graph, Kind, Node, Role, Use, Value
-from actgraph.graph.onnx_native import PURE_DOMAINS, array_of, native_type, op_name, plain_attributes, signature_text
+from actgraph.graph.onnx_native import (
+    PURE_DOMAINS,
+    array_of,
+    native_type,
+    op_name,
+    plain_attributes,
+    set_native_type,
+    signature_text,
+)
 from actgraph.graph.onnx_normalize import all_nodes, normalize, read_origin, unique
 from actgraph.graph.onnx_order import Order
 from actgraph.graph.onnx_state import ModelState, graph_attributes
@@ -389,6 +397,9 @@ class OnnxGraph(Graph):
         if role is not Role.USER:
             self._roles[name] = role
         return Value(self, value)
+
+    def _set_input_type(self, value: Value, type: TensorType) -> None:
+        set_native_type(value.key, type)
 
     def _add_output(self, value: Value, name: str, role: Role) -> None:
         onnx_edit.add_output(self, value.key, name)

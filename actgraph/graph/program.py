@@ -8,7 +8,6 @@ graph: users of single graphs never see the difference.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,81 +16,10 @@ from typing import Any, TypeVar
 from actgraph.errors import InputError, PassError, VerifyError
 from actgraph.graph.diff import Change, GraphDiff, diff
 from actgraph.graph.graph import Graph, Role, Value
+from actgraph.graph.slots import Slot, slots_of
 from actgraph.graph.text import data_hash
-from actgraph.ops.dtypes import DType
-from actgraph.ops.shapes import Shape, TensorType
 
 R = TypeVar("R")
-
-#: When a slot is set back to ``init``, and how a graph writes it.
-RESETS = ("request", "session", "never")
-UPDATES = ("replace", "append", "scatter")
-STATE_IN, STATE_OUT = "state_in.", "state_out."
-_SLOTS = "slots"  # the key of a graph's metadata that holds what types alone do not say
-
-
-@dataclass(frozen=True)
-class Slot:
-    """State across calls: the input ``state_in.<name>`` and the output ``state_out.<name>`` of a graph.
-
-    init: the number that fills the slot at first. reset: when it is filled again (``request``: for each new request of a
-    row, ``session``: never within a session, ``never``: it outlives sessions). update: the output is the whole new content
-    (``replace``), what is appended along the axis that grows (``append``), or the whole content with some rows written
-    (``scatter``, which an engine may do in place).
-    """
-
-    name: str
-    dtype: DType
-    shape: Shape
-    init: float = 0.0
-    reset: str = "request"
-    update: str = "replace"
-
-    def __post_init__(self) -> None:
-        if self.reset not in RESETS:
-            raise InputError(f"slot {self.name}: reset is {self.reset!r}", f"choose {', '.join(RESETS)}")
-        if self.update not in UPDATES:
-            raise InputError(f"slot {self.name}: update is {self.update!r}", f"choose {', '.join(UPDATES)}")
-
-    @property
-    def type(self) -> TensorType:
-        return TensorType(self.dtype, self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.type} {{init = {self.init:g}, reset = {self.reset}, update = {self.update}}}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "dtype": self.dtype.value, "shape": list(self.shape), "init": self.init, "reset": self.reset,
-            "update": self.update,
-        }  # fmt: skip
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Slot:
-        return Slot(
-            data["name"], DType(data["dtype"]), tuple(data["shape"]), float(data["init"]), data["reset"], data["update"]
-        )
-
-
-def slots_of(graph: Graph) -> dict[str, Slot]:
-    """The slots of a graph, by name: its inputs with role SLOT, with what ``declare_slot`` recorded."""
-    recorded = json.loads(graph.metadata.get(_SLOTS, "{}"))
-    found = {}
-    for value in graph.inputs():
-        if graph.role(value.name) is not Role.SLOT:
-            continue
-        name = value.name.removeprefix(STATE_IN)
-        if value.dtype is None or value.shape is None:
-            raise VerifyError(f"slot {name} of {graph.name} has no known type")
-        found[name] = Slot(name, value.dtype, value.shape, **recorded.get(name, {}))
-    return found
-
-
-def declare_slot(graph: Graph, slot: Slot) -> None:
-    """Record how a slot of ``graph`` starts, is reset and updated (its type is that of its input)."""
-    recorded = json.loads(graph.metadata.get(_SLOTS, "{}"))
-    recorded[slot.name] = {"init": slot.init, "reset": slot.reset, "update": slot.update}
-    graph.metadata[_SLOTS] = json.dumps(recorded, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -229,7 +157,7 @@ class Program:
             for slot in slots_of(graph).values():
                 if slot != self.slots[slot.name]:
                     yield f"slot {slot.name} is {slot} in {name} and {self.slots[slot.name]} elsewhere"
-                written = outputs.pop(f"{STATE_OUT}{slot.name}", None)
+                written = outputs.pop(slot.output, None)
                 if written is None:
                     yield f"slot {slot.name} is read and not written in {name}"
                 elif slot.update != "append" and written.type != slot.type:

@@ -68,8 +68,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper, quoting text that ``_Loader`` would read as a number."""
+    """The safe dumper, quoting text that ``_Loader`` would read as a number, and line breaks that are not ``\\n``."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # YAML 1.1 folds these into spaces; double quotes escape them.
+        odd = any(mark in text for mark in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$"

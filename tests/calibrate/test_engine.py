@@ -264,7 +264,7 @@ def test_bad_requests_and_corpora_are_errors() -> None:
         collect(graph, [request], {"y": x["x"]}, cache=False)
     with pytest.raises(InputError, match=r"as \[5\] for one sample"):
         collect(graph, [request], {"x": np.ones((2, 5), np.float32)}, cache=False)
-    with pytest.raises(InputError, match="no tokenizer"):
+    with pytest.raises(InputError, match="and no text"):
         collect(graph, [request], ["text"], cache=False)
     with pytest.raises(InputError, match="is left"):
         collect(graph, [request], x, start=2, cache=False)

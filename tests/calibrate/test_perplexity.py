@@ -50,7 +50,7 @@ def test_batching_does_not_matter_and_nonsense_is_less_likely() -> None:
 
 
 def test_what_is_no_language_model_is_an_error() -> None:
-    with pytest.raises(InputError, match="no language model"):
+    with pytest.raises(InputError, match="no causal language model"):
         perplexity(models.mlp(), ["text"])
     graph = models.stories()
     graph.companions.tokenizer = None

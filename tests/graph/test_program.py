@@ -18,7 +18,8 @@ from actgraph.formats.program_file import load_program
 from actgraph.graph.context import KINDS, counted_positions, graph_context, has_context, input_default
 from actgraph.graph.graph import Graph, Role
 from actgraph.graph.parity import compare
-from actgraph.graph.program import Case, Driver, Program, Slot, declare_slot, diff_programs
+from actgraph.graph.program import Case, Driver, Program, diff_programs
+from actgraph.graph.slots import Slot, declare_slot
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
 from tests import zoo
