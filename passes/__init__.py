@@ -11,6 +11,7 @@ PASSES: dict[str, str] = {
     "dce": "actgraph.passes.cleanup.dce:DeadCode",
     "fold": "actgraph.passes.cleanup.fold:FoldConstants",
     "identity": "actgraph.passes.cleanup.identity:RemoveIdentities",
+    "kv_cache": "actgraph.passes.cache.kv_cache:KeyValueCache",
     "prune": "actgraph.passes.prune.prune:Prune",
     "quantize": "actgraph.passes.quantize.quantize:Quantize",
     "sparsify": "actgraph.passes.sparsify.sparsify:Sparsify",

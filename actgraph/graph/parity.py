@@ -18,6 +18,7 @@ import numpy as np
 from actgraph.errors import InputError, ParityError
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Array, Graph, Role, Value
+from actgraph.graph.slots import with_initial_slots
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import Dim
 
@@ -163,7 +164,8 @@ def compare(
     """Run both graphs on each of ``inputs_list`` and compare their outputs by name.
 
     A graph is given those inputs that it declares, so that one with an extra optional input can be compared with one
-    without. Outputs with role TAP that only one graph has are ignored; any other is reported as missing.
+    without; slots that are not among them start empty. Outputs with role TAP or SLOT that only one graph has are ignored;
+    any other is reported as missing.
     values: pairs ``(value of left, value of right)`` to compare as well, by name when given as a mapping; all of them are
     fetched in the same run.
     """
@@ -178,7 +180,10 @@ def compare(
     count = 0
     for inputs in inputs_list:
         _check_feeds((left, right), inputs)
-        results = [runner(_accepted(graph, inputs)) for runner, graph in zip(runners, (left, right), strict=True)]
+        results = [
+            runner(with_initial_slots(graph, _accepted(graph, inputs)))
+            for runner, graph in zip(runners, (left, right), strict=True)
+        ]
         for name, gauge in gauges.items():
             gauge.add(count, results[0][name], results[1][name])
         for name, (a, b) in pairs.items():
@@ -267,15 +272,15 @@ def _as_dict(d: Difference) -> dict[str, Any]:
 
 def _common_outputs(left: Graph, right: Graph) -> tuple[list[str], tuple[str, ...]]:
     first, second = ([name for name, _ in graph.outputs()] for graph in (left, right))
-    missing = [name for name in first if name not in second and left.role(name) is not Role.TAP]
-    missing += [name for name in second if name not in first and right.role(name) is not Role.TAP]
+    missing = [name for name in first if name not in second and left.role(name) not in (Role.TAP, Role.SLOT)]
+    missing += [name for name in second if name not in first and right.role(name) not in (Role.TAP, Role.SLOT)]
     return [name for name in first if name in second], tuple(missing)
 
 
 def _check_feeds(graphs: Sequence[Graph], inputs: Mapping[str, Array]) -> None:
     for graph in graphs:
         for value in graph.inputs():
-            if value.name not in inputs and graph.role(value.name) in (Role.USER, Role.SLOT) and not is_optional(graph, value):
+            if value.name not in inputs and graph.role(value.name) is Role.USER and not is_optional(graph, value):
                 taken = "; ".join(f"{g.name} takes {', '.join(v.name for v in g.inputs())}" for g in graphs)
                 raise InputError(f"{graph.name} needs {value.name!r}, and the inputs are {', '.join(inputs)} ({taken})",
                                  "compare models that take the same inputs, or give inputs for both")  # fmt: skip

@@ -12,6 +12,7 @@ from actgraph.errors import InputError, OptionError, ParityError
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Role, parameter_bytes
 from actgraph.graph.parity import difference, is_optional, real, sample_inputs
+from actgraph.graph.slots import with_initial_slots
 from actgraph.ops.dtypes import DType
 from actgraph.pipeline.base import UNBOUNDED, Pass, PassResult
 from actgraph.pipeline.instruments import Instrument, Run
@@ -170,7 +171,7 @@ def _outputs(graph: Graph, inputs: Inputs) -> dict[str, Array]:
             given[value.name] = array.astype(value.dtype.numpy, copy=False) if value.dtype is not None else array
         elif graph.role(value.name) in (Role.USER, Role.CONTEXT) and not is_optional(graph, value):
             raise InputError(f"there is no sample for the input {value!r}")
-    return executor_for(graph).open(graph, optimize=False)(given)
+    return executor_for(graph).open(graph, optimize=False)(with_initial_slots(graph, given))
 
 
 def _rounding(outputs: Mapping[str, Array]) -> float:

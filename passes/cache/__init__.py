@@ -1,0 +1,1 @@
+"""State across calls: caches of keys and values."""
