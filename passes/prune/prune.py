@@ -14,7 +14,7 @@ from pydantic import Field
 
 from actgraph.calibrate.statistics import Request
 from actgraph.errors import PassError
-from actgraph.graph import Editor, Graph, Use, Value
+from actgraph.graph import Editor, Graph, Node, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.views import FeedForward, Linear
 from actgraph.passes.linears import Places, check_selectors, edge_name
@@ -148,9 +148,11 @@ def _mask(editor: Editor, group: list[FeedForward], keep: Array, neurons: int) -
 
 def _remove(editor: Editor, group: list[FeedForward], regions: list[Region], keep: Array) -> None:
     graph = editor.graph
-    if group[0].fused_gate_up:
-        _split_fused(editor, group[0], keep)
+    down = group[0].down
+    if group[0].fused_gate_up:  # the projection is gone afterwards: types start from what reads its successors
+        changed = [*_split_fused(editor, group[0], keep), *down.nodes]
     else:
+        changed = [node for f in group for linear in (*_projections(f), f.down) for node in linear.nodes]
         planned = {
             linear.weight: (linear, linear.read_weight()[keep], linear.read_bias()) for f in group for linear in _projections(f)
         }
@@ -165,9 +167,8 @@ def _remove(editor: Editor, group: list[FeedForward], regions: list[Region], kee
         if (operand, use) not in cut and not any(operand == linear.bias for f in group for linear in _projections(f)):
             cut.add((operand, use))
             editor.set_parameter(operand, np.ascontiguousarray(graph.read(operand)[..., keep]), uses=[use])
-    down = group[0].down
     _store(editor, down, down.read_weight()[:, keep], group)
-    editor.retype([node for f in group for linear in (*_projections(f), f.down) for node in linear.nodes])
+    editor.retype(changed)
 
 
 def _store(editor: Editor, linear: Linear, weight: Array, group: list[FeedForward]) -> None:
@@ -185,8 +186,11 @@ def _uses(parameter: Value, group: list[FeedForward]) -> list[Use]:
     return [use for use in parameter.uses if use.node in nodes]
 
 
-def _split_fused(editor: Editor, f: FeedForward, keep: Array) -> None:
-    """Replace a fused gate-up projection and its split by two products, so that no split sizes have to change."""
+def _split_fused(editor: Editor, f: FeedForward, keep: Array) -> list[Node]:
+    """Replace a fused gate-up projection and its split by two products, so that no split sizes have to change.
+
+    Returns the nodes that read the new products, in place of the halves.
+    """
     weight, bias = f.up.read_weight(), f.up.read_bias()
     half = weight.shape[0] // 2
     node, index = f.up.input
@@ -195,11 +199,14 @@ def _split_fused(editor: Editor, f: FeedForward, keep: Array) -> None:
     assert f.up_value is not None
     gate_rows = keep if f.gate_first else keep + half
     up_rows = keep + half if f.gate_first else keep
+    readers: list[Node] = []
     for rows, old, part in ((gate_rows, f.pre_act, "gate"), (up_rows, f.up_value, "up")):
         stored = editor.add_parameter(f"{f.up.weight.name}_{part}", np.ascontiguousarray(weight[rows].T))
         product = editor.insert("matmul", [source, stored], before=node, like=node)
         if bias is not None:
             shift = editor.add_parameter(f"{f.up.weight.name}_{part}_bias", np.ascontiguousarray(bias[rows]))
             product = editor.insert("add", [product.output, shift], after=product)
+        readers += [use.node for use in old.uses if use.node is not None]
         editor.redirect(old, product.output)
     editor.erase_dead()
+    return readers

@@ -10,6 +10,7 @@ import actgraph as ag
 from actgraph.errors import PassError
 from actgraph.graph import Graph
 from actgraph.passes.prune.importance import keep_indices, neuron_importance
+from tests import zoo
 from tests.passes.conftest import apply, relative, run
 
 
@@ -25,6 +26,26 @@ def test_removed_equals_masked(stories: Graph, importance: str) -> None:
     assert relative(run(masked), run(removed)) < 1e-5
     assert relative(run(stories), run(removed)) > 1e-3
     removed.verify()
+
+
+@pytest.mark.parametrize("importance", ["activation", "magnitude"])
+def test_a_fused_gate_and_up_is_split(dialect: str, importance: str) -> None:
+    """Phi-3 has one projection for gate and up: what is left of each half is a product of its own."""
+    graph = zoo.captured("phi3") if dialect == "fx" else ag.load(zoo.stock_onnx("phi3"))
+    ids = np.random.default_rng(0).integers(3, 90, (4, 8))
+    positions = np.broadcast_to(np.arange(8), ids.shape).copy()
+    corpus = [{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}]
+    assert all(f.fused_gate_up for f in graph.views.feed_forwards())
+    removed, masked = (
+        apply(graph, f"prune{{ratio=0.5 importance={importance} mode={mode}}}", corpus=corpus) for mode in ("remove", "mask")
+    )
+    assert widths(removed) == [24, 24] and not any(f.fused_gate_up for f in removed.views.feed_forwards())
+    for f in removed.views.feed_forwards():
+        assert f.hidden.shape is not None and f.hidden.shape[-1] == 24
+    removed.verify()
+    inputs = zoo.inputs("phi3")
+    assert relative(run(masked, inputs), run(removed, inputs)) < 1e-5
+    assert relative(run(graph, inputs), run(removed, inputs)) > 1e-3
 
 
 def test_activation_importance_beats_magnitude(stories: Graph) -> None:
