@@ -29,7 +29,7 @@ def bisect(
     ] = None,
     corpus: options.Corpus = None,
     folder: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write the last good and the first bad graph here.")
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write the last good and the first bad graph here, as files that run and as text.")
     ] = None,
     tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,

@@ -38,8 +38,8 @@ class Declined:
 class PassResult:
     """What one pass did.
 
-    ``counts`` are per rule (``{"inserted": 4, "folded": 1}``). All zero means that nothing matched, which is an error unless
-    the pass may do nothing.
+    ``counts`` are per rule (``{"inserted": 4, "folded": 1}``): how a pass says what it did, in reports and in the history of
+    the file. All zero means that nothing matched, which is an error unless the pass may do nothing.
 
     expected_change: ``"exact"``, or why the outputs change. expected_size: how far any output may move at most, as the largest
     absolute difference over the largest magnitude of that output before; ``UNBOUNDED`` where no bound is known. A pass that
@@ -66,10 +66,18 @@ class PassContext:
     statistics: Statistics | None = None
     text: str = ""  # the running pass as pipeline text, recorded as provenance
     name: str = ""
+    _editors: list[Editor] = field(default_factory=list, init=False, repr=False)
 
     def edit(self, graph: Graph) -> Editor:
         """The transaction through which the pass changes ``graph``."""
-        return graph.edit(self.name, self.text)
+        editor = graph.edit(self.name, self.text)
+        self._editors.append(editor)
+        return editor
+
+    @property
+    def edited(self) -> bool:
+        """Whether the pass has changed anything so far."""
+        return any(count for editor in self._editors for count in editor.counts.values())
 
 
 class Pass(BaseModel, abc.ABC):

@@ -19,6 +19,7 @@ from actgraph.errors import ActgraphError, InputError
 from actgraph.graph.parity import compare, sample_inputs
 from actgraph.pipeline.manager import PassManager
 from actgraph.pipeline.pipeline import Pipeline, PipelineLike
+from actgraph.pipeline.reproducer import SUFFIX
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
@@ -53,6 +54,7 @@ class BisectReport:
 
     index: the first bad pass (from 0), ``None`` when the whole pipeline is good. culprit: that pass as pipeline text, and
     culprit_name its name; reason: why the predicate rejects it. trials: in the order of the search.
+    files: the graphs written to the folder, and problems: those that could not be written.
     """
 
     graph: str
@@ -62,6 +64,8 @@ class BisectReport:
     culprit_name: str = ""
     reason: str = ""
     trials: list[Trial] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def found(self) -> bool:
@@ -81,6 +85,7 @@ class BisectReport:
         else:
             head = f"{self.graph}: pass {self.index + 1} is the first bad one: {self.culprit}\n  {self.reason}"
         rows = [f"  first {t.passes}: {'good' if t.good else 'bad'}{f' ({t.detail})' if t.detail else ''}" for t in self.trials]
+        rows += [f"  written: {path}" for path in self.files] + [f"  not written: {problem}" for problem in self.problems]
         return "\n".join([head, *rows])
 
 
@@ -96,8 +101,9 @@ def bisect(
 ) -> BisectReport:
     """Find the first pass after which ``predicate`` says that the graph is bad, or that fails itself.
 
-    See ``parity``, ``perplexity_below`` and ``runs`` for predicates. folder: gets ``bisect.json`` and the canonical text of the
-    last good and the first bad graph. Raises InputError when the predicate already rejects ``graph``.
+    See ``parity``, ``perplexity_below`` and ``runs`` for predicates. folder: gets ``bisect.json``, and the last good and the
+    first bad graph, as files that run (``last-good.onnx``, ``first-bad.onnx``; ``.pt2`` for torch graphs) and as canonical text.
+    There is no bad graph when the pass itself fails. Raises InputError when the predicate already rejects ``graph``.
     """
     steps = Pipeline.of(pipeline)
     # Checks are the predicate's business here: a pass that breaks its own promise must not hide a later question.
@@ -173,10 +179,16 @@ def _judge(predicate: Predicate, graph: Graph) -> Verdict:
 def _write(folder: Path, report: BisectReport, good: Graph | None, bad: Graph | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name, graph in (("last-good", good), ("first-bad", bad)):
+            if graph is None:
+                continue
+            (folder / f"{name}.txt").write_text(graph.text(), encoding="utf-8")
+            path = folder / f"{name}{SUFFIX[graph.dialect]}"
+            try:
+                report.files.append(str(graph.save(path)))
+            except Exception as error:  # a graph that a pass broke may be impossible to save, and the report is still wanted
+                report.problems.append(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         (folder / "bisect.json").write_text(report.to_json(), encoding="utf-8")
-        for name, graph in (("last-good.txt", good), ("first-bad.txt", bad)):
-            if graph is not None:
-                (folder / name).write_text(graph.text(), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 

@@ -129,7 +129,7 @@ class PassManager:
                 instrument.before(run, step)
             context = PassContext(seed=self.seed, statistics=statistics, text=row.text, name=step.name)
             result = step.run(run.graph, context)
-            self._take(run, step, result)
+            self._take(run, step, context, result)
             for instrument in reversed(instruments):
                 instrument.after(run, step, result)
         except Exception as error:
@@ -139,7 +139,7 @@ class PassManager:
         calibrator.ran(step)
 
     @staticmethod
-    def _take(run: Run, step: Pass, result: PassResult) -> None:
+    def _take(run: Run, step: Pass, context: PassContext, result: PassResult) -> None:
         """The result into the report and the graph's history, where a pass that did nothing leaves no line."""
         row = run.row
         row.counts = {rule: int(count) for rule, count in result.counts.items()}
@@ -149,6 +149,11 @@ class PassManager:
             record = PassRecord(step.name, row.text, dict(row.counts), run.report.versions["actgraph"])
             run.graph.history.append(record)
         elif not step.may_do_nothing:
+            if not result.declined and context.edited:
+                raise PassError(
+                    "it edited the graph and counted nothing, and counts are how a pass says what it did",
+                    'count each place in its result: result.counts["inserted"] += 1',
+                )
             why = f": {result.declined[0].site}: {result.declined[0].reason}" if result.declined else ""
             raise PassError(f"nothing matched, so nothing was changed{why}", "widen `site`, or leave the pass out")
 

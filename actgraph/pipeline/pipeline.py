@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ class Pipeline:
 
     @staticmethod
     def of(source: PipelineLike) -> Pipeline:
-        """A pipeline from anything that describes one: itself, text, a recipe's path (``Path``), passes, or one pass."""
+        """A pipeline from anything that describes one: itself, text, a recipe's path (``Path``), passes, or one pass.
+
+        Raises OptionError for anything else.
+        """
         if isinstance(source, Pipeline):
             return source
         if isinstance(source, Pass):
@@ -41,6 +44,10 @@ class Pipeline:
             return Pipeline.parse(source)
         if isinstance(source, Path):
             return Pipeline.read(source)
+        if isinstance(source, type) and issubclass(source, Pass):
+            raise OptionError(f"{source.__name__} is the class of a pass", f"make one: {source.__name__}(...)")
+        if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
+            raise OptionError(f"{source!r} is not a pass", "give passes, their text, a Pipeline, or the Path of a recipe")
         return Pipeline(step for item in source for step in Pipeline.of(item).passes)
 
     @staticmethod

@@ -29,10 +29,14 @@ if TYPE_CHECKING:
 #: Where reproducers go when no folder is given.
 VARIABLE = "ACTGRAPH_REPRODUCERS"
 _FILE = "reproducer.json"
-_SUFFIX = {"fx": ".pt2", "onnx": ".onnx"}
+#: The file format of each dialect.
+SUFFIX = {"fx": ".pt2", "onnx": ".onnx"}
 _README = """Made when a pass failed. To see the failure again:
 
     python -c "from actgraph.pipeline.reproducer import rerun; rerun('.')"
+
+in this folder: it ends in a traceback whose last line is the error. Passes that are not part of actgraph must be installed, or
+imported first where they are registered by `@ag.register`.
 
 reproducer.json holds the pipeline, the seed, the versions and the error; graph.* is the input of the pipeline. Open .pt2 files
 from people you trust only.
@@ -40,7 +44,10 @@ from people you trust only.
 
 
 def folder_for(base: str | Path | None, graph: Graph, pipeline: Pipeline) -> Path:
-    """The folder of a failure: ``<base>/<graph>-<pass>-<hash>``; base is ``$ACTGRAPH_REPRODUCERS`` or the temporary folder."""
+    """The folder of a failure: ``<base>/<graph>-<pass>-<hash>``, so that one never overwrites another.
+
+    Base is ``$ACTGRAPH_REPRODUCERS`` or the temporary folder where none is given.
+    """
     usual = os.environ.get(VARIABLE) or Path(tempfile.gettempdir()) / "actgraph-reproducers"
     root = Path(usual if base is None else base)
     key = hashlib.sha256(f"{graph.name} {pipeline} {os.getpid()}".encode()).hexdigest()[:8]
@@ -66,7 +73,7 @@ def write(folder: Path, graph: Graph, pipeline: Pipeline, error: BaseException, 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
         raise InputError(f"cannot write a reproducer to {folder}: {failure.strerror or failure}") from failure
-    suffix = _SUFFIX.get(graph.dialect, "")
+    suffix = SUFFIX.get(graph.dialect, "")
     try:
         graph.save(folder / f"graph{suffix}")
     except Exception as failure:  # whatever it is, the rest of the folder is still worth having

@@ -14,9 +14,9 @@ import numpy as np
 from actgraph.calibrate.corpora import Corpus
 from actgraph.calibrate.engine import collect
 from actgraph.calibrate.statistics import Request, Tokens
-from actgraph.errors import InputError
+from actgraph.errors import InputError, SiteError
 from actgraph.formats.vectors import SteeringVector, model_fingerprint
-from actgraph.graph import Graph
+from actgraph.graph import Graph, Site
 
 
 def extract_vector(
@@ -38,11 +38,13 @@ def extract_vector(
     progress: show a progress bar on a terminal.
 
     The sums are float64 and do not depend on the batch size. Raises InputError when the two sets cannot be told apart, and
-    SiteError when ``site`` matches nothing.
+    SiteError when ``site`` matches nothing or a place whose last axis has no fixed size (attention probabilities).
     """
     if method != "mean_difference" or position != "last":
         raise InputError(f"there is no extraction {method} at {position}", "use mean_difference at the last token")
     sites = graph.sites(site)
+    for s in sites:
+        _check_width(s)
     requests = [Request(s.name, "mean", axis=-1, tokens=Tokens.LAST) for s in sites]
     means = [
         collect(graph, requests, Corpus.of(source), batch_size=batch_size, progress=progress) for source in (positive, negative)
@@ -55,3 +57,11 @@ def extract_vector(
         directions[s.name] = difference.astype(np.float32)
     counts = {"positive": str(means[0].documents), "negative": str(means[1].documents)}
     return SteeringVector(directions, model_fingerprint(graph), method, position, counts)
+
+
+def _check_width(site: Site) -> None:
+    """A direction has one number for each channel, so the last axis must have one size for all texts."""
+    shape = site.type.shape
+    if shape is not None and (not shape or isinstance(shape[-1], str)):
+        axis = f"its last axis is {shape[-1]}" if shape else "it is a single number"
+        raise SiteError(f"site {site.name} has no fixed width: {axis}", "choose one such as blocks.1.resid_post")

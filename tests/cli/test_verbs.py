@@ -192,6 +192,8 @@ def test_bisect(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert found.code == 1 and found.json["culprit"] == "quantize"
     assert (found.json["found"], found.json["step"], found.json["culprit_name"]) == (True, 3, "quantize")
     assert (tmp_path / "found" / "bisect.json").is_file()
+    good, bad = (ag.load(tmp_path / "found" / name) for name in ("last-good.onnx", "first-bad.onnx"))
+    assert (len(good.history), len(bad.history)) == (2, 3) and bad.history[-1].name == "quantize"
     assert cli("bisect", model, "-p", "sparsify{threshold=0.0}, dce").code == 0
     corpus = tmp_path / "texts.txt"
     corpus.write_text("Once upon a time there was a little girl.\nTom had a red ball.\n")

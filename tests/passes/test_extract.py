@@ -125,6 +125,8 @@ def test_bad_input(stories: Graph, tmp_path: Path) -> None:
         ag.extract_vector(stories, [], ["One day."], site=SITE, progress=False)
     with pytest.raises(SiteError, match="nearest"):
         ag.extract_vector(stories, ["One day."], ["Two."], site="blocks.3.resid_pots", progress=False)
+    with pytest.raises(SiteError, match=r"blocks.1.attn.pattern has no fixed width: its last axis is seq \(choose"):
+        ag.extract_vector(stories, ["One day."], ["Two long days."], site="blocks.1.attn.pattern", progress=False)
     (tmp_path / "bad.safetensors").write_bytes(b"not a vector")
     with pytest.raises(InputError, match="not a safetensors file"):
         load_vector(tmp_path / "bad.safetensors")

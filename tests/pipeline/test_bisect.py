@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import actgraph as ag
 from actgraph.errors import InputError
 from actgraph.graph import Graph
 from actgraph.pipeline import Pass, Pipeline
@@ -113,11 +114,27 @@ def test_the_folder_gets_the_report_and_both_graphs(tmp_path: Path) -> None:
     good, bad = (tmp_path / "last-good.txt").read_text(), (tmp_path / "first-bad.txt").read_text()
     assert "3.0" in str(report)
     assert bad.count("by toy_scale") == good.count("by toy_scale") + 1
+    assert [Path(path).name for path in report.files] == ["last-good.pt2", "first-bad.pt2"] and not report.problems
+    loaded = [ag.load(path) for path in report.files]
+    assert [len(each.history) for each in loaded] == [1, 2]
+    before, after = (each.run(toys.X)["output"] for each in loaded)
+    np.testing.assert_allclose(after, 3 * before, rtol=1e-5)
+
+
+def test_a_graph_that_cannot_be_saved_does_not_hide_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = toys.net()
+
+    def refuse(self: Graph, path: Path) -> None:
+        raise ValueError("no way\nto write it")
+
+    monkeypatch.setattr(type(graph), "save", refuse)
+    report = bisect(graph, steps(1, 3), parity(graph, 1e-3), folder=tmp_path)
+    assert report.index == 1 and report.files == []
+    assert f"not written: {tmp_path / 'first-bad.pt2'}: no way" in str(report)
+    assert json.loads((tmp_path / "bisect.json").read_text())["problems"] == report.problems
 
 
 def test_a_perplexity_bound_on_the_real_model() -> None:
-    import actgraph as ag
-
     graph = ag.load("stories260k")
     texts = ["Once upon a time there was a little girl named Lily. She loved to play outside in the park."]
     pipeline = "quantize, toy_scale{factor=0.2 site=blocks.2.mlp.out}, dce"

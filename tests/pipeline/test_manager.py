@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import pytest
 import actgraph as ag
 from actgraph.errors import ActgraphError, InputError, OptionError, ParityError, PassError, SiteError, VerifyError
 from actgraph.graph import Graph
-from actgraph.pipeline import Pass, PassManager, PassResult
+from actgraph.pipeline import Pass, PassContext, PassManager, PassResult
 from actgraph.pipeline.instruments import Instrument, PrintIR, Run
 from actgraph.pipeline.reproducer import rerun
 from tests.pipeline import toys
@@ -54,6 +54,21 @@ def test_an_empty_pipeline_is_a_copy() -> None:
 def test_a_pass_that_matched_nothing_is_an_error_that_says_why() -> None:
     with pytest.raises(PassError, match=r"pass 2 \(toy_nothing\): nothing matched.*linear\.0: it is too small"):
         run("toy_tidy, toy_nothing")
+
+
+class Silent(toys.Scale):
+    """Edits like Scale and counts nothing."""
+
+    name: ClassVar[str] = "toy_silent"
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        super().run(graph, context)
+        return PassResult()
+
+
+def test_a_pass_that_edits_and_counts_nothing_is_told_that_counts_are_what_it_says() -> None:
+    with pytest.raises(PassError, match=r"pass 1 \(toy_silent\): it edited the graph and counted nothing.*result\.counts\["):
+        run(Silent(factor=2))
 
 
 def test_running_a_recipe_on_its_own_output_is_an_error_and_cleanup_the_identity() -> None:

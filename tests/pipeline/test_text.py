@@ -175,3 +175,20 @@ def test_pipelines_are_built_from_anything_that_describes_one() -> None:
     assert wanted[:1] == Pipeline([Scale(factor=2)])
     with pytest.raises(OptionError, match="is not a pass"):
         Pipeline([3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([Scale(), Pipeline], "<class 'actgraph.pipeline.pipeline.Pipeline'> is not a pass (give passes, their text"),
+        ([Scale(), Scale], "Scale is the class of a pass (make one: Scale(...))"),
+        (Scale, "Scale is the class of a pass"),
+        (["toy_scale", 3], "3 is not a pass"),
+        (None, "None is not a pass"),
+        ({"toy_scale": {"factor": 2}}, "{'toy_scale': {'factor': 2}} is not a pass"),
+    ],
+)
+def test_what_describes_no_pipeline_is_an_error(source: Any, message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Pipeline.of(source)
+    assert message in str(caught.value)
