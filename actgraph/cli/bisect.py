@@ -29,11 +29,18 @@ def bisect(
     ] = None,
     corpus: options.Corpus = None,
     folder: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write the last good and the first bad graph here, as files that run and as text.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Write the last good and the first bad graph here, as files that run and as text.",
+        ),
     ] = None,
     tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,
     seed: options.Seed = 0,
+    imports: options.Import = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

@@ -46,9 +46,12 @@ def demo(
     half a minute and needs no network. The exit code is 1 if a proof fails.
     """
     from actgraph.cli.models import check_output_folder
+    from actgraph.errors import InputError
 
     if keep is not None:
         check_output_folder(keep)
+        if keep.is_dir() and any(keep.iterdir()):
+            raise InputError(f"the folder {keep} is not empty", "name a new one")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for so small a model more threads only wait for each other
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="actgraph-demo-") as folder:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actgraph.errors import InputError, OptionError
+from actgraph.errors import ActgraphError, InputError, OptionError
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
@@ -28,7 +30,7 @@ def open_model(model: str, tokenizer: Path | None = None, *, dtype: str | None =
     loading = {} if dtype is None else {"dtype": _dtype(dtype, model)}
     if tokenizer is not None:
         _check_tokenizer(tokenizer)
-    with waiting(f"loading {model}", quiet=quiet):
+    with waiting(_progress(model), quiet=quiet):
         graph = ag.load(model, **loading)
     if isinstance(graph, ag.Program):
         raise InputError(f"{model} is a program of {len(graph)} graphs", "give one of the .onnx files in it")
@@ -38,6 +40,15 @@ def open_model(model: str, tokenizer: Path | None = None, *, dtype: str | None =
     if tokenizer is not None:
         attach_tokenizer(graph, tokenizer)
     return graph
+
+
+def _progress(model: str) -> str:
+    """What is going on while ``model`` is opened; capturing takes its time even for a tiny model."""
+    from actgraph.formats import kind_of
+
+    if kind_of(model) in ("huggingface", "factory"):
+        return f"capturing {Path(model).name} ... (with the imports of torch and transformers, this can take 20 seconds)"
+    return f"loading {model}"
 
 
 def _dtype(dtype: str, model: str) -> str:
@@ -85,6 +96,24 @@ def read_pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
             "there are no passes to run", "give -p 'name{key=value}' or -r recipe.yaml; `actgraph passes` lists them"
         )
     return Pipeline.parse(passes)
+
+
+def import_passes(name: str) -> None:
+    """Import the module of ``--import``; the current folder is importable. Raises InputError naming the line that failed."""
+    from actgraph.formats.factory import describe
+
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        importlib.import_module(name)
+    except ActgraphError:
+        raise
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            hint = "write package.module, without .py; modules in the current folder are found"
+            raise InputError(f"--import: cannot find the module {name}", hint) from error
+        raise InputError(f"--import: importing {name} failed: {describe(error)}") from error
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:

@@ -73,6 +73,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print results only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print every place, not only totals.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and write nothing.")]
+
+
+def _import(value: list[str] | None) -> list[str] | None:
+    from actgraph.cli.models import import_passes
+
+    for name in value or ():
+        import_passes(name)
+    return value
+
+
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=_import,
+        help="Import a Python module first, for the passes that it registers with @ag.register. It runs code: give only "
+        "what you trust.",
+        show_default=False,
+    ),
+]
 Debug = Annotated[
     bool,
     typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.", show_default=False),

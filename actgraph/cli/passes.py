@@ -21,6 +21,7 @@ def passes(
         str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.", show_default=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the JSON Schema of the options.")] = False,
+    imports: options.Import = None,
     debug: options.Debug = False,
 ) -> None:
     """List the passes, or the options of one.

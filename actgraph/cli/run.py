@@ -40,9 +40,11 @@ def run(
     ] = "auto",
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.")] = None,
     reproducer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="If a pass fails, write all that is needed to see it fail again here.")
+        Path | None,
+        typer.Option(metavar="DIR", help="If a pass fails, leave a new folder in DIR with all that shows it again."),
     ] = None,
     dry_run: options.DryRun = False,
+    imports: options.Import = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

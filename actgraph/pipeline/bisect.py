@@ -102,7 +102,7 @@ def bisect(
     """Find the first pass after which ``predicate`` says that the graph is bad, or that fails itself.
 
     See ``parity``, ``perplexity_below`` and ``runs`` for predicates. folder: gets ``bisect.json``, and the last good and the
-    first bad graph, as files that run (``last-good.onnx``, ``first-bad.onnx``; ``.pt2`` for torch graphs) and as canonical text.
+    first bad graph, as files that run (``last-good.onnx``, ``first-bad.onnx``; ``.pt2`` for torch graphs), and as text.
     There is no bad graph when the pass itself fails. Raises InputError when the predicate already rejects ``graph``.
     """
     steps = Pipeline.of(pipeline)

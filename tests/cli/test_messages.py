@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 import actgraph as ag
+from tests import zoo
 from tests.cli.conftest import Outcome
 from tests.cli.test_bad_input import refused
 
@@ -133,3 +134,96 @@ def test_code_of_the_user_that_fails_is_named_with_its_line(cli: Cli, tmp_path: 
     refused(cli("sites", "cli_top:f"), "importing cli_top failed: ZeroDivisionError", "line 2 of", "y = x / 0")
     refused(cli("sites", "cli_syntax:f"), "importing cli_syntax failed: SyntaxError", "line 1 of")
     refused(cli("sites", "cli_nowhere:f"), "cannot find cli_nowhere:f")
+
+
+_PASSES = """from typing import ClassVar
+
+import actgraph as ag
+from actgraph.passes.places import SitePass
+from actgraph.pipeline.base import UNBOUNDED, PassResult
+
+
+@ag.register
+class Halve(SitePass):
+    "Caps activations."
+
+    name: ClassVar[str] = "cli_halve"
+    family: ClassVar[str] = "clip"
+
+    def run(self, graph, context):
+        result = PassResult(expected_change="capped", expected_size=UNBOUNDED)
+        with context.edit(graph) as editor:
+            for site in self.select(graph):
+                editor.insert_at(site, "actgraph.clip", attributes={"max": 0.5})
+                result.counts["capped"] += 1
+        return result
+"""
+
+
+def test_passes_of_ones_own_reach_the_command_line(
+    cli: Cli, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actgraph.pipeline.registry import unregister
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "cli_own_passes.py").write_text(_PASSES)
+    (tmp_path / "cli_broken_passes.py").write_text("x = 1\ny = x / 0\n")
+    own, out = "cli_halve{site=activation.0}", tmp_path / "out.onnx"
+    refused(cli("run", old, "-p", own, "-o", out), "there is no pass 'cli_halve'")
+    try:
+        done = cli("run", old, "-p", own, "--import", "cli_own_passes", "-o", out)
+        assert done.code == 0 and "capped 1" in done.out, done.err
+        assert cli("passes", "cli_halve", "--import", "cli_own_passes").code == 0
+        verified = cli("verify", old, "-p", own, "--import", "cli_own_passes", "--tolerance", "0.001")
+        assert "cli_halve" in verified.out and "there is no pass" not in verified.err
+        assert cli("bisect", old, "-p", own, "--import", "cli_own_passes").code == 0
+    finally:
+        unregister("cli_halve")
+    refused(cli("run", old, "-p", own, "--import", "no_such_passes", "-o", out), "cannot find the module no_such_passes")
+    failed = cli("run", old, "-p", own, "--import", "cli_broken_passes", "-o", out)
+    refused(failed, "importing cli_broken_passes failed: ZeroDivisionError", "line 2 of")
+
+
+def test_the_demo_keeps_its_files_in_a_new_folder_only(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refused(cli("demo", "--keep", tmp_path), "is not empty", "name a new one")
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_what_takes_its_time_is_said(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import contextmanager
+
+    from actgraph.cli import output
+
+    said: list[str] = []
+
+    @contextmanager
+    def waiting(text: str, *, quiet: bool = False) -> Iterator[None]:
+        said.append(text)
+        yield
+
+    monkeypatch.setattr(output, "waiting", waiting)
+    monkeypatch.setattr(ag, "load", lambda *a, **o: ag.Graph)
+    cli("sites", "stories260k")
+    cli("sites", model)
+    assert said[0].startswith("capturing stories260k ...") and said[1] == f"loading {model}"
+
+
+def test_a_site_that_was_removed_is_told_once(cli: Cli, model: Path, tmp_path: Path) -> None:
+    vector = tmp_path / "v.safetensors"
+    ag.SteeringVector({"": np.ones(64, np.float32)}).save(vector)
+    text = f"steer{{vector={vector} site=blocks.0.mlp.out}}, steer{{vector={vector} site=blocks.0.resid_post}}"
+    pipeline = f"{text}, clip{{site=blocks.0.mlp.out max=1}}"
+    shown = cli("run", model, "-p", pipeline, "-o", tmp_path / "out.onnx")
+    refused(shown, "site blocks.0.mlp.out was removed by steer (", "(put this pass before steer, or choose another site)")
+
+
+def test_a_mixture_of_experts_has_nothing_to_prune_and_shares_are_not_rounded_up(cli: Cli, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    experts = zoo.captured("mixtral").save(tmp_path / "mixtral.onnx")
+    refused(
+        cli("run", experts, "-p", "prune{ratio=0.5}", "-o", out), "no feed-forward that can be pruned", "experts of a mixture"
+    )
+    done = cli("run", model, "-p", "prune{ratio=0.995 importance=magnitude}", "-o", out)
+    assert done.code == 0 and "99.5% of the feed-forward neurons are removed" in done.out, done.err
