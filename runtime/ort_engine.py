@@ -68,7 +68,7 @@ class OrtRunner:
         self._names = list(keys)
         self._keys = keys
         self._check = InputChecker(graph, graph.dim_ranges, graph.optional)
-        options = session_options(graph)
+        options = session_options()
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         with _model_source(twin) as (source, self._weights):
@@ -99,24 +99,18 @@ class OrtRunner:
         return [_array(value) if isinstance(value, ort.OrtValue) else np.asarray(value) for value in results]
 
 
-def session_options(graph: OnnxGraph | None = None) -> ort.SessionOptions:
-    """Options for an accurate session: int8 weights are not multiplied by quantized activations unless ``graph`` says so."""
+def session_options() -> ort.SessionOptions:
+    """Options for an accurate session: linears of int8 weights are multiplied in float, whatever is quantized before them.
+
+    At its default level onnxruntime quantizes what it multiplies by int8 weights. In a graph that quantizes activations that
+    rounds again what has been rounded, in blocks of its own, and only in those linears that it fuses.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if graph is None or not quantizes_activations(graph):
-        options.add_session_config_entry(_ACCURACY, "1")
+    options.add_session_config_entry(_ACCURACY, "1")
     return options
-
-
-def quantizes_activations(graph: OnnxGraph) -> bool:
-    """Whether the graph quantizes values that depend on its inputs."""
-    quantizers = {"QuantizeLinear", "DynamicQuantizeLinear", "FakeQuant", "DynamicQuantizeMatMul"}
-    for node in graph.model.graph.all_nodes():
-        if node.op_type in quantizers and node.inputs and node.inputs[0] is not None and not node.inputs[0].is_initializer():
-            return True
-    return False
 
 
 def open_session(source: bytes | str, options: ort.SessionOptions, name: str = "the model") -> ort.InferenceSession:

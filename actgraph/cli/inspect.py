@@ -80,7 +80,6 @@ def _signature(graph: Graph, name: str, type: str) -> dict[str, str]:
 
 def _onnx_facts(graph: Graph) -> dict[str, Any]:
     from actgraph.graph.onnx import OnnxGraph
-    from actgraph.runtime.ort_engine import quantizes_activations
 
     assert isinstance(graph, OnnxGraph)
     model = graph.model
@@ -92,7 +91,7 @@ def _onnx_facts(graph: Graph) -> dict[str, Any]:
         "session options": {},
     }
     int8_weights = any(node.op_type in ("DequantizeLinear", "Dequantize") for node in model.graph.all_nodes())
-    if int8_weights and not quantizes_activations(graph):
+    if int8_weights:
         facts["session options"] = {_ACCURACY: "1"}
     return facts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,15 @@ EXAMPLE = example(
     "actgraph verify stories260k stories.onnx",
     "actgraph verify stories260k -p 'steer{vector=happy.safetensors scale=2}, quantize'",
 )
+
+#: How much of what a pass declares may come back between two engines when the pass makes quantizers of activations. Engines
+#: differ in the last place, and a number that lies on the border of two codes then gets the other one: that moves it by a whole
+#: step, as much as quantizing it did. What the pass declares is for all numbers at once, and few lie on one. Measured: none
+#: to a few codes a run, which move the logits of the packaged model by up to 0.023 where ``quantize`` declares 1.
+FLIPPED_CODES = 1 / 20
+
+#: What rounds to codes, in either dialect.
+_QUANTIZERS = frozenset({"actgraph.fake_quant", "actgraph.quantize", "onnx.QuantizeLinear", "onnx.DynamicQuantizeLinear"})
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def verify(
     ] = None,
     tokenizer: options.Tokenizer = None,
     seed: options.Seed = 0,
+    imports: options.Import = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -69,8 +79,9 @@ def verify(
     With two models their outputs are compared on drawn inputs of several sizes (or on --inputs). With passes, the
     pipeline runs, each pass must move the outputs by no more than it declares, each that has an off setting must be
     the identity there, each that has another way to compute the same must agree with it, and the result must give the
-    same outputs when exported to ONNX with its functions kept and inlined. A check in which no numbers could be
-    compared counts as failed.
+    same outputs when exported to ONNX with its functions kept and inlined. Where a pass quantizes activations, exports
+    may differ by a twentieth of what it declares, because rounding in the last place flips single codes. A check in
+    which no numbers could be compared counts as failed.
     """
     from actgraph.cli.models import open_model, read_pipeline
     from actgraph.cli.output import dump_json, table
@@ -123,19 +134,31 @@ def check_pipeline(
     manager = PassManager(
         pipeline, corpus, verify="each", parity="each", seed=seed, calibration=calibration, inputs=inputs[-1], reproducer=False
     )  # fmt: skip
+    flips = 0.0
     for index, step in enumerate(pipeline):
         before = graph
-        graph, check = _promise(manager, before, index)
+        graph, check, declared = _promise(manager, before, index)
         yield check
+        if declared is not None and activation_quantizers(graph) > activation_quantizers(before):
+            flips += FLIPPED_CODES * min(declared, 1.0)
         for what, setting, reference in (("off", step.off, before), ("oracle", step.oracle, graph)):
             if setting and any(getattr(step, name) != value for name, value in setting.items()):
                 yield _variant(manager, index, step, what, dict(setting), before, reference, inputs, tolerance)
     with tempfile.TemporaryDirectory(prefix="actgraph-") as folder:
-        yield from check_exports(graph, Path(folder), inputs, tolerance)
+        yield from check_exports(graph, Path(folder), inputs, tolerance, flips)
 
 
-def _promise(manager: PassManager, graph: Graph, index: int) -> tuple[Graph, Check]:
-    """What the pass at ``index`` makes of ``graph``, and whether the outputs moved by no more than it declares."""
+def activation_quantizers(graph: Graph) -> int:
+    """How many nodes round values that are no parameters to codes."""
+    found = [node for node in graph.nodes() if node.op in _QUANTIZERS and node.operands and node.operands[0] is not None]
+    return sum(not node.operands[0].is_parameter for node in found if node.operands[0] is not None)
+
+
+def _promise(manager: PassManager, graph: Graph, index: int) -> tuple[Graph, Check, float | None]:
+    """What the pass at ``index`` makes of ``graph``, whether the outputs moved by no more than it declares, and that size.
+
+    The size is ``None`` where the pass knows none, or was not seen to keep it.
+    """
     from actgraph.errors import ParityError
 
     what = f"{manager.pipeline.passes[index]}: keeps its promise"
@@ -144,14 +167,14 @@ def _promise(manager: PassManager, graph: Graph, index: int) -> tuple[Graph, Che
     except ParityError as error:
         unchecked = copy.copy(manager)  # go on, so that the checks behind this one are seen as well
         unchecked.parity = "none"
-        return unchecked.run(graph, start=index, stop=index + 1).graph, Check(what, False, None, str(error))
+        return unchecked.run(graph, start=index, stop=index + 1).graph, Check(what, False, None, str(error)), None
     row = result.report[0]
     what, change = f"{what} ({row.expected_change})", row.change
     if change is None or not change.compared:
         why = f"no output of before is left: {', '.join(change.missing)}" if change else result.report.parity
-        return result.graph, Check(what, False, None, why, checked=False)
+        return result.graph, Check(what, False, None, why, checked=False), None
     bound = "finite (no bound is known)" if change.tolerance is None else f"declared: <= {change.tolerance:.1g}"
-    return result.graph, Check(what, True, change.relative, bound)
+    return result.graph, Check(what, True, change.relative, bound), change.tolerance
 
 
 def _variant(
@@ -178,14 +201,22 @@ def _variant(
     return compared(f"{step.name} at {shown} {relation}", reference, graph, inputs, tolerance)
 
 
-def check_exports(graph: Graph, folder: Path, inputs: Sequence[dict[str, Any]], tolerance: float) -> Iterator[Check]:
-    """The graph against its ONNX files in onnxruntime, with functions kept and inlined."""
+def check_exports(
+    graph: Graph, folder: Path, inputs: Sequence[dict[str, Any]], tolerance: float, flips: float = 0.0
+) -> Iterator[Check]:
+    """The graph against its ONNX files in onnxruntime, with functions kept and inlined.
+
+    flips: what codes that flip may add, see ``FLIPPED_CODES``; a check that needs it says so.
+    """
     import actgraph as ag
 
     engine = "torch" if graph.dialect == "fx" else "onnxruntime"
     for inline, name in (("none", "functions kept"), ("all", "inlined")):
         path = graph.save(folder / f"{inline}.onnx", inline=inline)
-        yield compared(f"{engine} = exported ONNX, {name}", graph, ag.load(path), inputs, tolerance)
+        check = compared(f"{engine} = exported ONNX, {name}", graph, ag.load(path), inputs, tolerance + flips)
+        if check.ok and check.change is not None and check.change > tolerance:
+            check = replace(check, detail=f"allowed: <= {tolerance + flips:.2g}, codes of quantized activations may flip")
+        yield check
 
 
 def compared(what: str, left: Graph, right: Graph, inputs: Sequence[dict[str, Any]], tolerance: float) -> Check:

@@ -11,7 +11,7 @@ import numpy as np
 from actgraph.errors import InputError, OptionError, ParityError
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Role, parameter_bytes
-from actgraph.graph.parity import difference, is_optional, real, sample_inputs
+from actgraph.graph.parity import difference, is_optional, real, sample_inputs, unknown_vocabularies
 from actgraph.graph.slots import with_initial_slots
 from actgraph.ops.dtypes import DType
 from actgraph.pipeline.base import UNBOUNDED, Pass, PassResult
@@ -44,6 +44,10 @@ class Parity(Instrument):
     more than the sizes of all passes allow together), and so does one that makes a finite number NaN or infinite, whatever its
     size. Sizes are no tighter than 8 units in the last place of the output. Outputs that are NaN on all sample inputs, or have
     no elements, prove nothing: that is said, and ``each`` and ``boundary`` refuse when there is nothing else.
+
+    Graphs are opened with ``optimize=False``: optimizing takes longer than the one run, and would add its own rounding to what
+    the pass did. So this measures passes and says nothing of what an optimizing engine makes of the result, such as a linear of
+    int8 weights that is fused and multiplied in another way; `actgraph verify` runs exported files as they are used.
     """
 
     def __init__(self, mode: str = "auto", inputs: Inputs | None = None) -> None:
@@ -66,6 +70,7 @@ class Parity(Instrument):
             report.parity = f"not checked: the model has {human(size)} (parity=each checks)"
             return
         self._boundary = self.mode == "boundary" or (self.mode == "auto" and len(run.source.nodes()) > MANY)
+        given = bool(self.inputs)
         try:
             inputs = self.inputs or sample_inputs(run.source, padding="right", seed=run.seed)
             self._first = self._last = _outputs(run.source, inputs)
@@ -85,6 +90,8 @@ class Parity(Instrument):
         self.inputs = inputs
         checked = "after each pass" if not self._boundary else "of input and result"
         report.parity = f"{checked}, on {', '.join(f'{name} {list(array.shape)}' for name, array in inputs.items())}"
+        if not given and (unknown := unknown_vocabularies(run.source, inputs)):
+            report.parity += f"; only ids 0 and 1 in {', '.join(unknown)}, whose vocabulary is unknown"
         if vacuous:
             report.parity += f"; nothing to compare in {', '.join(vacuous)} (NaN, or no elements)"
 

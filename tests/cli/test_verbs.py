@@ -70,6 +70,9 @@ def test_run_writes_a_file_that_knows_what_was_done(cli: Cli, model: Path, tmp_p
     facts = cli("inspect", target, "--json").json
     assert [record["name"] for record in facts["history"]] == ["sparsify", "quantize"]
     assert any("Gate" in name for name in facts["functions"])
+    both = tmp_path / "both.onnx"  # quantized activations are no reason to quantize them again
+    assert cli("run", model, "-p", "quantize{activations=dynamic}", "-o", both, "-q").code == 0
+    assert cli("inspect", both, "--json").json["session options"] == {"session.qdq_matmulnbits_accuracy_level": "1"}
     inlined = tmp_path / "inlined.onnx"
     assert cli("run", model, "-p", SPARSE, "--inline", "all", "-o", inlined, "-q").out == f"{inlined}\n"
     assert cli("inspect", inlined, "--json").json["functions"] == {}
