@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from actgraph.cli import options
 from actgraph.cli.options import example
 
+if TYPE_CHECKING:
+    from actgraph.graph import Graph
+
 EXAMPLE = example(
-    "actgraph generate stories260k 'Once upon a time' -n 40",
-    "actgraph generate steered.onnx --temperature 0.8 --seed 7",
+    "actgraph generate stories260k --prompt 'Once upon a time' -n 40",
+    "actgraph generate steered.onnx 'Once upon a time' --temperature 0.8 --top-p 0.9 --seed 7 --stop '\\n\\n'",
 )
 
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue; the start token alone if empty.")] = "",
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; the start token alone if empty.")] = None,
+    text: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The same, as an option.")] = None,
     max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", min=0, help="How many tokens at most.")] = 60,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token; above, tokens are drawn.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k most likely tokens; 0 means all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw among the most likely tokens that have this probability together.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Compute each token once, with a cache inserted where MODEL has none.")
+    ] = True,
     seed: options.Seed = 0,
     tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,
@@ -28,24 +41,32 @@ def generate(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Continue a text.
+    """Continue a text, in torch or in onnxruntime by the kind of MODEL.
 
-    The whole sequence is computed again at each step, in torch or in onnxruntime by the kind of MODEL.
+    A model without a cache is given one first (the pass kv_cache). Where that cannot be, a note says why, and the whole
+    sequence is computed again at each step. At the end the speed is told on standard error.
     """
     import actgraph as ag
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json
     from actgraph.errors import InputError
 
+    if prompt is not None and text is not None:
+        raise typer.BadParameter("give the prompt once")
+    given = prompt if prompt is not None else text or ""
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop or ()}
     graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
     if not any(value.name == "input_ids" for value in graph.inputs()):
         takes = ", ".join(f"{value.name} {value.type}" for value in graph.inputs())
         raise InputError(f"{model} is no language model: it takes {takes}", "generate needs an input input_ids")
+    if cache:
+        graph = _with_cache(graph, quiet)
+    begun = time.perf_counter()
     if json:
-        result = ag.generate(graph, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        result = ag.generate(graph, given, max_new_tokens, **sampling)
         dump_json(
             {
-                "prompt": prompt,
+                "prompt": given,
                 "text": result.text,
                 "prompt_tokens": result.prompt_tokens,
                 "tokens": result.tokens,
@@ -53,11 +74,32 @@ def generate(
             }
         )
         return
-    steps = ag.stream(graph, prompt, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    print(prompt, end="", flush=True)
+    steps = ag.stream(graph, given, max_new_tokens, **sampling)
+    print(given, end="", flush=True)
+    count, first = 0, begun
     for step in steps:
         print(step.text, end="", flush=True)
+        count += step.token is not None
+        first = time.perf_counter() if count == 1 else first
     print()
+    if not quiet and count > 1:
+        rate = (count - 1) / max(time.perf_counter() - first, 1e-9)
+        print(f"{count} tokens, {rate:.0f} tokens/s after the first ({first - begun:.2f} s)", file=sys.stderr)
+
+
+def _with_cache(graph: Graph, quiet: bool) -> Graph:
+    """``graph`` with a cache; as it is where it has state already or cannot have a cache, which a note says."""
+    import actgraph as ag
+    from actgraph.graph.slots import slots_of
+
+    if slots_of(graph):
+        return graph
+    try:
+        return ag.run(graph, "kv_cache", parity="none", reproducer=False).graph
+    except ag.ActgraphError as error:
+        if not quiet:
+            print(f"note: without a cache: {error.message}", file=sys.stderr)
+        return graph
 
 
 command = generate

@@ -72,7 +72,7 @@ class KeyValueCache(Pass):
                 result.details.append({"site": f"attention {index}", "mask": str(mask), "heads": attention.kv_heads})
             rewrite.positions()
             rewrite.attention_mask()
-            error = proof.reproduces(before, graph)
+            error = proof.reproduces(before, graph, self.max_length or limit)
         result.counts["attentions cached"] = len(attentions)
         result.messages += [*shown, f"{error:.1e} relative from the graph without a cache, over chunks and single tokens"]
         return result
@@ -152,7 +152,7 @@ class _Rewrite:
                 raise PassError(f"the pattern of {attention.output.name} is read, and its scores are capped")
             made = self.editor.insert("actgraph.attention_pattern", [attention.query, key, seen], attributes, like=like).output
             self.editor.redirect(pattern, made, readers)
-            self.graph.site_table.move(pattern, made)
+            self.editor.move_sites(pattern, made)
             result = self.editor.insert("actgraph.attention_mix", [made, value], like=like).output
         else:
             attributes["softcap"] = attention.softcap or 0.0

@@ -43,19 +43,22 @@ def refuse_what_looks_ahead(graph: Graph) -> list[str]:
     return [f"causal: a change of token {place} moved no earlier logit by more than {moved[0, :place].max():.1e}"]
 
 
-def reproduces(before: Graph, after: Graph) -> float:
-    """Run ``after`` in chunks and token by token against ``before`` on the whole. Raises PassError; returns the error."""
-    name = logits_output(before)
+def reproduces(before: Graph, after: Graph, limit: int | None = None) -> float:
+    """Run ``after`` in chunks and token by token against ``before`` on the whole. Raises PassError; returns the error.
+
+    limit: the number of tokens that ``after`` can take.
+    """
+    name, length = logits_output(before), min(_LENGTH, limit or _LENGTH)
     padded = any(value.name == "attention_mask" for value in before.inputs())
     worst = 0.0
     old = executor_for(before).open(before, optimize=False)
     new = executor_for(after).open(after, optimize=False)
     for padding in ("none", "left") if padded else ("none",):
-        inputs = sample_inputs(before, batch=2, seq=_LENGTH, padding=padding)
+        inputs = sample_inputs(before, batch=2, seq=length, padding=padding)
         whole = old(inputs)[name]
-        valid = np.asarray(inputs.get("attention_mask", np.ones((2, _LENGTH)))).astype(bool)
+        valid = np.asarray(inputs.get("attention_mask", np.ones((2, length)))).astype(bool)
         size = float(np.abs(whole[valid]).max()) or 1.0
-        for steps in ((_LENGTH,), (5, 4, 3), (1,) * _LENGTH):
+        for steps in ((length,), (length // 2, length - length // 2), (1,) * length):
             pieces = in_steps(after, new, inputs, steps)
             error = float(np.abs(pieces - whole)[valid].max()) / size
             if not error <= TOLERANCE:
