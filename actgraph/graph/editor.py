@@ -45,11 +45,20 @@ class Editor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            self.rollback()
-        elif self._erase_at_end:
+        try:
+            if kind is not None:
+                self.rollback()
+            elif self._erase_at_end:
+                self._erase_or_roll_back()
+        finally:
+            self._snapshot, self._open, self._erase_at_end = None, False, False
+
+    def _erase_or_roll_back(self) -> None:
+        try:
             self.erase_dead()
-        self._snapshot, self._open = None, False
+        except BaseException:
+            self.rollback()
+            raise
 
     def rollback(self) -> None:
         """Undo everything since the transaction began. Handles taken since then are invalid afterwards."""
@@ -63,6 +72,7 @@ class Editor:
         self.messages.clear()
         self._names = None
         self._numbers.clear()
+        self._erase_at_end = False
 
     def _to_change(self) -> Graph:
         """The graph, of which a copy to go back to is kept: every change goes through here."""
@@ -168,6 +178,21 @@ class Editor:
     def retype(self, nodes: Iterable[Node], *, propagate: bool = True) -> None:
         """Infer types again from ``nodes`` on (after a parameter changed its shape); without ``propagate`` for them only."""
         self._to_change()._retype(nodes, propagate=propagate)
+
+    # --- sites --------------------------------------------------------------------------------------------------------
+
+    def move_sites(self, old: Value, new: Value) -> None:
+        """The value sites on ``old`` denote ``new`` from now on, whoever reads the two."""
+        self._to_change().site_table.move(old, new)
+
+    def forget_sites(self, value: Value, by: str) -> None:
+        """The sites on ``value`` and the edges that read it no longer hold what their names say: ``by`` removed them."""
+        self._to_change().site_table.forget(value, by)
+
+    def forget_edge(self, use: Use, by: str) -> None:
+        """The edges that include the operand ``use`` no longer hold what their names say: ``by`` removed them."""
+        if use.node is not None:
+            self._to_change().site_table.forget_edge(use.node, use.index, by)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 

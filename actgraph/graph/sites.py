@@ -112,6 +112,14 @@ class SiteTable:
             raise self._gone(site.name)
         return self.anchors.get(name, site.anchor)
 
+    def anchored_operands(self, node: Node) -> frozenset[tuple[str, int]]:
+        """The edge and virtual sites at ``node``: canonical name and operand, -1 for a virtual one."""
+        found: list[tuple[str, int]] = []
+        for name in self._on_node.get(node, ()):
+            anchor = self.anchors[name]
+            found += [(name, index) for at, index in anchor.edges if at == node] or [(name, -1)]
+        return frozenset(found)
+
     def select(self, graph: Graph, selector: str | Sequence[str] | None, ignore: str | Sequence[str] = ()) -> list[Site]:
         """See ``Graph.sites``. A place is listed once however many of its names match."""
         chosen: dict[str, str] = {}  # canonical name -> name to show
@@ -267,7 +275,9 @@ class SiteTable:
 
     def _gone(self, name: str) -> SiteError:
         by = self.removed[name]
-        return SiteError(f"site {name} was removed by {by}", f"put this pass before {by}, or choose another site")
+        return SiteError(
+            f"site {name} was removed by {by}", f"put this pass before {by.split(' (')[0]}, or choose another site"
+        )
 
     # --- following edits ----------------------------------------------------------------------------------------------
 

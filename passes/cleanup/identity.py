@@ -43,7 +43,6 @@ class RemoveIdentities(Pass):
                 if table.names_of(prim.output) and len(source.uses) > 1:
                     continue  # a site must not gain the readers that only its source had
                 editor.redirect(prim.output, source)
-                table.move(prim.output, source)
                 result.counts[prim.op] += 1
             if editor.touched:
                 editor.erase_dead()

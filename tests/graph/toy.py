@@ -172,6 +172,9 @@ class ToyGraph(Graph):
         self.roles[name] = role
         return Value(self, self.ins[-1])
 
+    def _set_input_type(self, value: Value, type: TensorType) -> None:
+        value.key.type = type
+
     def _add_output(self, value: Value, name: str, role: Role) -> None:
         self.outs.append((name, value.key))
         self.roles[name] = role
