@@ -51,6 +51,11 @@ def _stories(dialect: str) -> Graph:
     return graph if dialect == "fx" else _as_onnx(graph)
 
 
+def as_dialect(graph: Graph, dialect: str) -> Graph:
+    """A traced graph, or the ONNX one that it exports to."""
+    return graph if dialect == "fx" else _as_onnx(graph)
+
+
 def _as_onnx(graph: Graph) -> Graph:
     from actgraph.formats.onnx_export import to_onnx
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch
 import actgraph as ag
 from actgraph.graph import Graph
 from actgraph.graph.sites import value_anchor
+from actgraph.passes.cleanup.cse import _frozen
 from tests.graph import onnx_models
-from tests.passes.conftest import apply, relative, run
+from tests.passes.conftest import apply, as_dialect, relative, run
 
 
 class Wasteful(torch.nn.Module):
@@ -141,3 +144,53 @@ def test_golden(dialect: str, golden) -> None:  # type: ignore[no-untyped-def]
     cleaned = apply(graph, "identity, cse, fold, dce")
     golden(f"passes/cleanup.{dialect}", cleaned.text())
     assert relative(run(graph, X), run(cleaned, X)) < 1e-6
+
+
+class Doubled(torch.nn.Module):
+    """``x * 2`` once for a linear and once for itself: two readers on the edge into this module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x * 2) * (x * 2)
+
+
+class Siblings(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(4, 4)
+        self.a, self.b = Doubled(), Doubled()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.first(x)
+        return self.a(h), self.b(h)
+
+
+@pytest.mark.parametrize(("site", "moved"), [("a:in", 0), ("b:in", 1)])
+def test_an_edge_does_not_gain_readers(dialect: str, site: str, moved: int) -> None:
+    graph = as_dialect(ag.trace(Siblings().eval(), (torch.randn(2, 4),), dynamic={"x": ("batch", None)}), dialect)
+    cleaned = apply(graph, "cse, dce")
+    assert sum(node.prim is not None and node.prim.op == "mul" for node in cleaned.nodes()) == 4, "one x * 2 in each module"
+    step = f"steer{{site='{site}' vector=[1.0, 2.0, 3.0, 4.0]}}"
+    before, plain, after = (list(g.run(X).values()) for g in (graph, apply(graph, step), apply(cleaned, step)))
+    assert np.array_equal(before[1 - moved], after[1 - moved])
+    assert relative(plain[moved], after[moved]) < 1e-6 < 1e-2 < relative(before[moved], after[moved])
+
+
+def test_numbers_are_equal_when_their_bits_are() -> None:
+    class Signs(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 2
+            return torch.cat([torch.tanh(x / 0.0), torch.tanh(x / -0.0)])
+
+    graph = ag.trace(Signs().eval(), (torch.randn(2, 4),), dynamic={"x": ("batch", None)})
+    assert np.array_equal(run(graph, X), run(apply(graph, "cse, dce", parity="none"), X))
+    for left, right in ((0.0, -0.0), (1, True), (1, 1.0), ([0.0], [-0.0]), (np.float32(0), np.float32(-0.0)), (0j, -0j)):
+        assert _frozen(left) != _frozen(right), (left, right)
+    for value in (float("nan"), -0.0, True, np.zeros(2), {"a": [1, 2.0]}):
+        assert _frozen(value) == _frozen(copy.deepcopy(value))
+        hash(_frozen(value))
+    assert _frozen(slice(1)) != _frozen(slice(2)), "what cannot be hashed equals nothing"
