@@ -78,7 +78,10 @@ class Ablate(SitePass):
     def _fold(self, graph: Graph, editor: Editor, site: Site, unit: Array) -> bool:
         linears = graph.views.linears()
         if site.kind is SiteKind.EDGE:
-            readers = [linear for linear in linears if linear.input in site.uses(graph)]
+            uses = set(site.uses(graph))
+            readers = [linear for linear in linears if linear.input in uses]
+            if uses != {linear.input for linear in readers}:
+                return False  # a reader without weights keeps the direction
         elif site.kind is SiteKind.VALUE:
             writer = next((linear for linear in linears if linear.output == site.value), None)
             if writer is not None and _stored(writer):
@@ -99,10 +102,9 @@ class Ablate(SitePass):
             linear.write_weight(editor, (weight - np.outer(weight @ unit, unit)).astype(linear.read_weight().dtype))
         by = f"{self.name} (folded into the weights of its readers)"
         if site.kind is SiteKind.VALUE:
-            graph.site_table.forget(site.value, by)
+            editor.forget_sites(site.value, by)
         for linear in readers:
-            assert linear.input.node is not None
-            graph.site_table.forget_edge(linear.input.node, linear.input.index, by)
+            editor.forget_edge(linear.input, by)
         return True
 
 

@@ -26,9 +26,9 @@ from actgraph.pipeline.base import ROUNDING, UNBOUNDED, Declined, PassContext, P
 class Steer(SitePass):
     """Add ``scale`` times a vector at each site, for all tokens.
 
-    Vectors at one site merge into one. Where the site's value is a linear's output, directly or through residual adds, and
-    nothing else reads that linear's output, the shift folds into the linear's bias and costs nothing; the sites that lie
-    between the two are then gone (their values contain the shift), which a later pass that names them is told.
+    Vectors at one site, value or edge, merge into one. Where the site's value is a linear's output, directly or through
+    residual adds, and nothing else reads that linear's output, the shift folds into the linear's bias and costs nothing; the
+    sites that lie between the two are then gone (their values contain the shift), which a later pass that names them is told.
     """
 
     name: ClassVar[str] = "steer"
@@ -91,19 +91,20 @@ class Steer(SitePass):
         if not direction.any():
             return "identity"
         data = direction.astype(site.type.dtype.numpy)
-        if site.kind is SiteKind.VALUE:
-            if self._merge(graph, editor, site, direction):
-                return "merged"
-            if self.fold and self._fold(graph, editor, site, direction):
-                return "folded"
+        if site.kind is not SiteKind.VIRTUAL and self._merge(graph, editor, site, direction):
+            return "merged"
+        if site.kind is SiteKind.VALUE and self.fold and self._fold(graph, editor, site, direction):
+            return "folded"
         attributes = {} if self.axis == -1 else {"axis": self.axis}
         editor.insert_at(site, "actgraph.shift", [data], attributes)
         return "inserted"
 
     def _merge(self, graph: Graph, editor: Editor, site: Site, direction: Array) -> bool:
-        """Add to the constant shift that already produces the site's value, if there is one."""
+        """Add to the constant shift that already produces what the site's readers see and nobody else does, if there is one."""
         node = site.value.producer
         if node is None or node.op != "actgraph.shift" or any(o is not None for o in node.operands[2:]):
+            return False
+        if set(site.uses(graph)) != set(site.value.uses):
             return False
         old = node.operands[1]
         plain = get_op(node.op).complete({"axis": self.axis})
@@ -124,7 +125,10 @@ class Steer(SitePass):
         bias = linear.read_bias()
         dtype = site.type.dtype.numpy if site.type.dtype else np.dtype(np.float32)
         total = direction if bias is None else bias.astype(np.float64) + direction
-        for value in between:
-            graph.site_table.forget(value, f"{self.name} (its shift was folded into {linear.weight.name}'s bias)")
+        path = [value.uses[0] for value in between]  # where a bias becomes a node of its own, another value is read there
         linear.write_bias(editor, total.astype(dtype))
+        for use in path:
+            shifted = use.node.operands[use.index] if use.node is not None else None
+            assert shifted is not None
+            editor.forget_sites(shifted, f"{self.name} (its shift was folded into {linear.weight.name}'s bias)")
         return True

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import actgraph as ag
 from actgraph.errors import SiteError
 from actgraph.graph import Graph
-from tests.passes.conftest import apply, hooked_logits, relative, run, token_inputs
+from tests.passes.conftest import apply, as_dialect, hooked_logits, relative, run, token_inputs
 
 DIRECTION = np.random.default_rng(5).normal(0, 1, 64).astype(np.float32)
 UNIT = (DIRECTION / np.linalg.norm(DIRECTION)).astype(np.float32)
@@ -81,3 +82,38 @@ def test_golden(tiny: Graph, dialect: str, site: str, golden) -> None:  # type: 
     unfolded = apply(tiny, f"ablate{{direction={TINY} site={site} fold=false}}")
     assert relative(run(unfolded), run(ablated)) < 1e-6
     assert relative(run(tiny), run(ablated)) > 1e-3
+
+
+class Mixed(torch.nn.Module):
+    """Its input is read by a linear and by a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * x
+
+
+class Around(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(8, 8)
+        self.inner = Mixed()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        return self.inner(h) + h
+
+
+def test_an_edge_folds_only_where_all_its_readers_are_linears(dialect: str) -> None:
+    graph = as_dialect(ag.trace(Around().eval(), (torch.randn(2, 8),), dynamic={"x": ("batch", None)}), dialect)
+    x = {"x": np.random.default_rng(1).normal(0, 1, (3, 8)).astype(np.float32)}
+    folding = apply(graph, f"ablate{{direction={TINY} site='inner:in'}}")
+    inserting = apply(graph, f"ablate{{direction={TINY} site='inner:in' fold=false}}")
+    assert relative(run(graph, x), run(inserting, x)) > 1e-2
+    assert relative(run(inserting, x), run(folding, x)) < 1e-6
+    assert any(node.op == "actgraph.lowrank_map" for node in folding.nodes()), "the product has no weights to fold into"
+    alone = apply(graph, f"ablate{{direction={TINY} site='inner.linear:in'}}")
+    assert not any(node.op == "actgraph.lowrank_map" for node in alone.nodes())

@@ -8,6 +8,8 @@ import torch
 
 from actgraph.errors import PassError, SiteError
 from actgraph.graph import Graph
+from actgraph.passes.steer.steer import Steer
+from actgraph.pipeline.base import PassContext
 from tests.passes.conftest import apply, hooked_logits, relative, run, token_inputs
 
 RNG = np.random.default_rng(11)
@@ -97,3 +99,31 @@ def test_dialects_agree(both_stories: dict[str, Graph]) -> None:
     step = f"steer{{vector={TEXT} site=blocks.2.resid_post fold=false}}"
     fx, onnx = (run(apply(graph, step)) for graph in both_stories.values())
     assert relative(fx, onnx) < 1e-5
+
+
+def test_vectors_at_one_edge_merge(stories: Graph) -> None:
+    step = f"steer{{vector={TEXT} site='model.layers.1.self_attn.q_proj:in' scale=%s}}"
+    twice = apply(stories, f"{step % 1.0}, {step % -0.25}")
+    assert sum(node.op == "actgraph.shift" for node in twice.nodes()) == 1
+    assert relative(run(apply(stories, step % 0.75)), run(twice)) < 1e-6
+    assert relative(run(apply(stories, step % 1.0)), run(twice)) > 1e-4
+
+
+def test_an_edge_does_not_merge_into_a_shift_with_other_readers(stories: Graph) -> None:
+    """The shift at the norm is q's, k's and v's: what q alone gets is a shift of its own."""
+    norm = f"steer{{vector={TEXT} site=blocks.1.attn.norm fold=false}}"
+    edge = f"steer{{vector={TEXT} site='model.layers.1.self_attn.%s_proj:in' scale=%s}}"
+    both = apply(stories, f"{norm}, {edge % ('q', 2)}")
+    assert sum(node.op == "actgraph.shift" for node in both.nodes()) == 2
+    apart = apply(stories, ", ".join(edge % (name, scale) for name, scale in (("q", 3), ("k", 1), ("v", 1))))
+    assert relative(run(apart), run(both)) < 1e-5
+
+
+def test_a_failure_leaves_the_sites_as_they_were(stories: Graph) -> None:
+    """Folding at the first site drops sites; the second one is refused, so that nothing must have happened."""
+    step = Steer(site=("blocks.0.resid_post", "logits"), vector=tuple(map(float, VECTOR)))
+    before = stories.content_hash(), [repr(site) for site in stories.sites()]
+    with pytest.raises(PassError, match="logits"):
+        step.run(stories, PassContext(text=str(step), name="steer"))
+    assert (stories.content_hash(), [repr(site) for site in stories.sites()]) == before
+    assert stories.site("blocks.0.mlp.out").type.shape == ("batch", "seq", 64)
