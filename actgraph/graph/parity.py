@@ -9,7 +9,7 @@ tensors without elements are no evidence: a comparison in which nothing else was
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,10 @@ from actgraph.graph.slots import with_initial_slots
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import Dim
 
+#: Vocabulary operations after which ids are still the same ids.
+_SAME_IDS = frozenset({"identity", "cast", "reshape", "transpose", "expand", "slice"})
+#: Ids drawn for an input of which nothing tells its vocabulary are below this: what has an embedding has two rows.
+_UNKNOWN_VOCABULARY = 2
 #: Output names whose last axis scores tokens or classes: agreement of the best one is reported.
 _SCORES = frozenset({"logits", "lm_logits", "prediction_logits", "seq_relationship_logits"})
 
@@ -298,7 +302,8 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
     """Plausible inputs of ``graph``: equal arguments give equal arrays.
 
     Token ids are within the vocabulary, positions count up, masks are ones; ``padding="left"`` or ``"right"`` masks about
-    a third of the last row, with positions as Hugging Face makes them. Other float inputs are standard normal. Sizes:
+    a third of the last row (``"both"``: of the last row on the left and of the one before on the right), with positions as
+    Hugging Face makes them. Other float inputs are standard normal. Sizes:
     ``batch`` and ``seq`` for dimensions of these names, ``seq`` for other named ones, static ones as they are; a dimension
     that the companions' sample inputs know is taken from there when it has another name. Optional inputs are left out.
     """
@@ -309,8 +314,8 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
         if declared is not None and declared.shape is not None:
             sizes.update({dim: n for dim, n in zip(declared.shape, np.shape(sample), strict=False) if isinstance(dim, str)})
     sizes.update({"batch": batch, "seq": seq})
-    if padding not in ("none", "left", "right"):
-        raise InputError(f"padding must be none, left or right, not {padding!r}")
+    if padding not in ("none", "left", "right", "both"):
+        raise InputError(f"padding must be none, left, right or both, not {padding!r}")
     result: dict[str, Array] = {}
     for value in graph.inputs():
         if graph.role(value.name) not in (Role.USER, Role.CONTEXT) or is_optional(graph, value):
@@ -345,12 +350,14 @@ def _size(dim: Dim, sizes: Mapping[str, int], fallback: int) -> int:
 
 
 def _mask(shape: tuple[int, ...], padding: str) -> Array:
-    """Ones, with about a third of the last row masked on one side."""
+    """Ones, with about a third of the last row masked on one side; ``both``: on the left, and the row before on the right."""
     mask = np.ones(shape, np.int64)
     length = shape[-1]
     pad = max(length // 3, int(length == 2))
-    if padding == "left" and pad:
+    if padding in ("left", "both") and pad:
         mask[-1, :pad] = 0
+        if padding == "both" and shape[0] > 1:
+            mask[-2, length - pad :] = 0
     elif padding == "right" and pad:
         mask[-1, length - pad :] = 0
     return mask
@@ -364,23 +371,57 @@ def _plausible(graph: Graph, value: Value, shape: tuple[int, ...], padding: str,
         if "position" in name:
             counted: Array = np.maximum(np.cumsum(_mask(shape, padding), axis=-1) - 1, 0)
             return counted.astype(dtype.numpy)
-    if name == "token_type_ids" or name.endswith("type_ids"):
+    if name.endswith("type_ids"):
         return np.zeros(shape, dtype.numpy)
     if dtype is DType.BOOL:
         return np.ones(shape, np.bool_)
-    if dtype.is_integer:
-        return rng.integers(0, vocabulary(graph, value), shape).astype(dtype.numpy)
+    if _is_drawn(value, len(shape)):
+        return rng.integers(0, vocabulary(graph, value) or _UNKNOWN_VOCABULARY, shape).astype(dtype.numpy)
     return rng.standard_normal(shape).astype(dtype.numpy)
 
 
-def vocabulary(graph: Graph, value: Value) -> int:
-    """How many different ids an integer input may hold: the rows of the table it indexes, else the configured number."""
-    for use in value.uses:
-        prim = use.node.prim if use.node is not None else None
-        if prim is None or prim.op != "gather" or len(prim.operands) < 2:
-            continue
-        table = prim.operands[0]
-        if isinstance(table, Value) and prim.operands[1] == value and table.shape and isinstance(table.shape[0], int):
-            return table.shape[0]
+def _is_drawn(value: Value, rank: int) -> bool:
+    """Whether an input holds ids at random: an integer that is no mask, position or type."""
+    if value.dtype is None or not value.dtype.is_integer or value.name.endswith("type_ids"):
+        return False
+    return rank != 2 or not ("mask" in value.name or "position" in value.name)
+
+
+def vocabulary(graph: Graph, value: Value) -> int | None:
+    """How many different ids an integer input may hold: the rows of the smallest table it indexes, else the configured number.
+
+    ``None``: unknown.
+    """
+    tables = list(_tables(value))
+    if tables:
+        return min(tables)
     configured = graph.companions.config.get("vocab_size")
-    return int(configured) if isinstance(configured, int) and configured > 1 else 2
+    return int(configured) if isinstance(configured, int) and configured > 1 else None
+
+
+def _tables(value: Value) -> Iterator[int]:
+    """The rows of each table that ``value`` indexes, as it is or in another shape or integer type."""
+    pending, seen = [value], {value}
+    while pending:
+        ids = pending.pop()
+        for use in ids.uses:
+            prim = use.node.prim if use.node is not None else None
+            if prim is None or not prim.operands:
+                continue
+            if prim.op in _SAME_IDS and prim.operands[0] == ids:
+                pending += [output for output in prim.outputs if output not in seen]
+                seen.update(prim.outputs)
+            elif prim.op == "gather" and len(prim.operands) > 1 and prim.operands[1] == ids:
+                table, axis = prim.operands[0], int(prim.attributes.get("axis") or 0)
+                rows = table.shape[axis] if isinstance(table, Value) and table.shape else None
+                if isinstance(rows, int):
+                    yield rows
+
+
+def unknown_vocabularies(graph: Graph, inputs: Mapping[str, Array]) -> list[str]:
+    """The inputs for which ``sample_inputs`` drew only 0 and 1, because nothing tells which ids they may hold."""
+    return [
+        value.name
+        for value in graph.inputs()
+        if value.name in inputs and _is_drawn(value, inputs[value.name].ndim) and vocabulary(graph, value) is None
+    ]

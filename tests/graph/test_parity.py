@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
+import actgraph as ag
 from actgraph.errors import InputError, ParityError
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph.graph import Role
-from actgraph.graph.parity import compare, difference, sample_inputs
+from actgraph.graph.parity import compare, difference, sample_inputs, vocabulary
 from tests import zoo
 from tests.graph import onnx_models
 
@@ -148,3 +149,37 @@ def test_models_that_take_different_inputs() -> None:
     )
     with pytest.raises(InputError, match=r"b needs 'b', and the inputs are a \(a takes a; b takes b\)"):
         compare(left, right, [{"a": np.zeros(2, np.float32)}], rtol=1e-5)
+
+
+IDS = """<ir_version: 9, opset_import: ["": 18]>
+    g (int64[batch, seq] input_ids) => (float[n, 4] y)
+    { flat = Reshape(input_ids, shape)  same = Identity(flat)  ids = Cast<to: int = 6>(same)  %s }"""
+
+
+def test_the_vocabulary_is_found_behind_reshapes_and_casts() -> None:
+    graph = onnx_models.graph(IDS % "y = Gather(table, ids)", shape=np.array([-1]), table=onnx_models.weights(50, 4))
+    assert vocabulary(graph, graph.inputs()[0]) == 50
+    drawn = sample_inputs(graph, batch=8, seq=64)["input_ids"]
+    assert drawn.min() == 0 and drawn.max() == 49
+    assert "unknown" not in ag.run(graph, "dce").report.parity
+
+
+def test_the_smallest_table_bounds_the_ids() -> None:
+    two = "a = Gather(table, ids)  b = Gather(small, ids)  y = Add(a, b)"
+    tables = {"table": onnx_models.weights(50, 4), "small": onnx_models.weights(7, 4)}
+    graph = onnx_models.graph(IDS % two, shape=np.array([-1]), **tables)
+    assert vocabulary(graph, graph.inputs()[0]) == 7
+
+
+def test_an_unknown_vocabulary_is_said() -> None:
+    graph = onnx_models.graph(IDS % "f = Cast<to: int = 1>(ids)  u = Unsqueeze(f, axis)  y = Expand(u, to)",
+                              shape=np.array([-1]), axis=np.array([1]), to=np.array([1, 4]))  # fmt: skip
+    assert vocabulary(graph, graph.inputs()[0]) is None
+    assert set(np.unique(sample_inputs(graph)["input_ids"])) == {0, 1}
+    parity = ag.run(graph, "dce").report.parity
+    assert "only ids 0 and 1 in input_ids, whose vocabulary is unknown" in parity
+    given = ag.run(graph, "dce", inputs={"input_ids": np.arange(6).reshape(2, 3)}).report.parity
+    assert "unknown" not in given
+    graph.companions.config["vocab_size"] = 30
+    assert vocabulary(graph, graph.inputs()[0]) == 30
+    assert "unknown" not in ag.run(graph, "dce").report.parity
