@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from actgraph.errors import PassError
 from actgraph.graph import Graph, Value
+from actgraph.graph.recognize.experts import expert_products
 from actgraph.graph.sites import Anchor
 from actgraph.graph.views import Convolution, Linear
 from actgraph.passes.places import Selector
@@ -76,3 +77,24 @@ def check_selectors(graph: Graph, site: Selector, acts: Callable[[Places], bool]
     for selector in (site,) if isinstance(site, str) else site:
         if selector and not acts(Places.of(graph, selector)):
             raise PassError(f"{selector!r} names no {what}", "list the sites with `actgraph sites MODEL`")
+
+
+def expert_weights(graph: Graph, site: Selector, ignore: Selector) -> list[tuple[str, str]]:
+    """``(value, reason)`` for each selected product of a mixture of experts: no linear of its own, so passes over linears
+    decline it."""
+    wanted, unwanted = Places.of(graph, site), Places.ignored(graph, ignore)
+    found = []
+    for product in expert_products(graph.views.semantics):
+        around = {product.rows, product.output}
+        if (not site or around & wanted.values) and not around & unwanted.values:
+            weight = next((v for v in _constants(product.weights) if v.is_parameter), product.weights)
+            found.append((product.output.name, f"{weight.name} holds the matrices of {product.experts} experts"))
+    return found
+
+
+def _constants(value: Value) -> Iterable[Value]:
+    """A constant and what its first operands are made of."""
+    yield value
+    while value.producer is not None and value.producer.operands and value.producer.operands[0] is not None:
+        value = value.producer.operands[0]
+        yield value

@@ -21,9 +21,9 @@ from actgraph.graph.graph import Array, parameter_bytes
 from actgraph.graph.views import Convolution, Linear
 from actgraph.ops.dtypes import DType
 from actgraph.ops.quantizer import symmetric_parameters
-from actgraph.passes.linears import check_selectors, chosen, edge_name
+from actgraph.passes.linears import check_selectors, chosen, edge_name, expert_weights
 from actgraph.passes.places import Selector
-from actgraph.passes.quantize.weights import embeddings, float_readers, pack, packable, symmetric_int8
+from actgraph.passes.quantize.weights import Stored, embeddings, float_readers, pack, stored_weight, symmetric_int8
 from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
 
 #: How far outputs may move, relative: far more than 8 bits cost a sound model, far less than a wrong scale or axis does.
@@ -53,21 +53,27 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         places = self._places(graph)
-        tables = [prim.operands[0] for prim in embeddings(graph)] if self.embeddings else []
+        tables = list(dict.fromkeys(table for _, table in embeddings(graph))) if self.embeddings else []
+        experts = expert_weights(graph, self.site, self.ignore)
         if not places and not tables:
             raise PassError("quantize: no linear or convolution is selected", "check site and ignore with `actgraph sites`")
         rounded = [what for what in ("weights", "activations") if getattr(self, what) != "none"]
+        rounded += ["embeddings"] * bool(tables)
         result = PassResult(
-            expected_change=f"{' and '.join(rounded) or 'embeddings'} are rounded to 8 bits",
+            expected_change=f"{' and '.join(rounded) or 'nothing'} are rounded to 8 bits",
             expected_size=_WEIGHTS_SIZE if self.activations == "none" else _ACTIVATIONS_SIZE,
         )
         before = sum(parameter_bytes(p) for p in graph.parameters())
         with context.edit(graph) as editor:
-            if self.weights == "int8":
-                self._pack_weights(graph, editor, places, result)
+            codes = self._pack_weights(editor, places, tables, result) if self.weights == "int8" else {}
+            self._pack_tables(editor, tables, codes, result)
             if self.activations != "none":
                 self._quantize_inputs(graph, editor, places, context, result)
             editor.erase_dead()
+        if rounded != ["embeddings"]:
+            result.declined += [Declined(name, f"{reason}, which quantize leaves as they are") for name, reason in experts]
+        if self.embeddings and not tables:
+            result.messages.append("no lookup of rows in a stored float table: embeddings=true did nothing")
         after = sum(parameter_bytes(p) for p in graph.parameters())
         result.details.append({"site": "parameters", "bytes before": before, "bytes after": after})
         result.messages += editor.messages
@@ -87,46 +93,49 @@ class Quantize(Pass):
         check_selectors(graph, self.site, lambda named: any(named.covers(w) for w in every), "linear or convolution")
         return [*chosen(graph, linears, self.site, self.ignore), *chosen(graph, convs, self.site, self.ignore)]
 
-    def _pack_weights(self, graph: Graph, editor: Editor, places: list[Linear | Convolution], result: PassResult) -> None:
-        """Pack each weight once, however many linears share it."""
-        shared: dict[tuple[Value, int], list[Linear | Convolution]] = defaultdict(list)
+    def _pack_weights(
+        self, editor: Editor, places: list[Linear | Convolution], tables: list[Value], result: PassResult
+    ) -> dict[Value, tuple[Value, Value]]:
+        """Pack each weight once, however many linears share it; returns the codes and scales of ``tables`` among them."""
+        shared: dict[tuple[Value, int], list[Stored]] = defaultdict(list)
         for place in places:
-            weight = place.weight
-            if packable(place) is None:
-                result.declined.append(Declined(place.output.name, f"its weight {weight.name} is not read as it is stored"))
-            elif weight.dtype is None or not weight.dtype.is_float:
-                result.declined.append(Declined(place.output.name, f"its weight is {weight.dtype} already"))
-            elif isinstance(place, Convolution) and place.transposed:
-                result.declined.append(Declined(place.output.name, "transposed convolutions keep float weights"))
+            reason = _refusal(place)
+            stored = stored_weight(place)
+            if stored is None or reason:
+                result.declined.append(Declined(place.output.name, reason))
             else:
-                shared[weight, place.out_axis if isinstance(place, Linear) else 0].append(place)
-        tables = {prim.operands[0]: prim for prim in embeddings(graph)} if self.embeddings else {}
-        for (weight, axis), group in shared.items():
-            packed, scale = pack(editor, weight, axis, [use for use in map(packable, group) if use is not None])
+                shared[stored.weight, stored.axis].append(stored)
+        codes = {}
+        for (weight, axis), readers in shared.items():
+            is_table = weight in tables and axis == 0
+            packed = pack(editor, weight, axis, readers, as_stored=is_table)
             result.counts["weights packed"] += 1
-            if weight in tables and axis == 0:
-                self._pack_table(editor, weight, packed, scale, result)
-                del tables[weight]
-        for table in tables:
-            if isinstance(table, Value) and table.is_parameter and table.dtype is not None and table.dtype.is_float:
-                q, scales = symmetric_int8(graph.read(table), 0)
-                self._pack_table(
-                    editor, table, editor.add_parameter(f"{table.name}_int8", q),
-                    editor.add_parameter(f"{table.name}_scale", scales), result,
-                )  # fmt: skip
+            if is_table:
+                codes[weight] = packed
+        for weight in dict.fromkeys(weight for weight, _ in shared if weight not in tables):
+            _report_float(editor, weight)
+        return codes
 
-        for weight in [weight for weight, _ in shared]:
-            if readers := float_readers(weight):
-                editor.messages.append(f"{weight.name} stays in float for {', '.join(readers)}: both forms are stored")
+    def _pack_tables(
+        self, editor: Editor, tables: list[Value], codes: dict[Value, tuple[Value, Value]], result: PassResult
+    ) -> None:
+        """Pack each table, with the codes of a linear that shares it where there is one."""
+        for table in tables:
+            if table in codes:
+                packed, scale = codes[table]
+            else:
+                rows, scales = symmetric_int8(editor.graph.read(table), 0)
+                packed = editor.add_parameter(f"{table.name}_int8", rows)
+                scale = editor.add_parameter(f"{table.name}_scale", scales)
+            self._pack_table(editor, table, packed, scale, result)
+            _report_float(editor, table)
 
     def _pack_table(self, editor: Editor, table: Value, packed: Value, scale: Value, result: PassResult) -> None:
         """Gather int8 rows and their scales instead of float rows: the table is never dequantized as a whole."""
         graph = editor.graph
         dtype = table.dtype
         column = editor.add_parameter(f"{table.name}_row_scale", graph.read(scale)[:, None])
-        for prim in embeddings(graph):
-            if prim.operands[0] != table:
-                continue
+        for prim in [prim for prim, read in embeddings(graph) if read == table]:
             rows = editor.copy_region([prim.node], {table: packed})[prim.output]
             scales = editor.copy_region([prim.node], {table: column})[prim.output]
             wide = editor.insert("cast", [rows], {"to": DType.F32}, after=scales.producer)
@@ -166,3 +175,20 @@ class Quantize(Pass):
                 nodes[key] = made.output
                 result.counts["activation quantizers"] += 1
             editor.redirect(value, nodes[key], [Use(node, index)])
+
+
+def _refusal(place: Linear | Convolution) -> str:
+    """Why the weight of ``place`` stays as it is; empty when it can be packed."""
+    weight = place.weight
+    if weight.producer is not None and weight.producer.prim is not None and weight.producer.prim.op == "dequantize":
+        return "its weight is quantized already"
+    if weight.dtype is None or not weight.dtype.is_float:
+        return f"its weight is {weight.dtype} already"
+    if isinstance(place, Convolution) and place.transposed:
+        return "transposed convolutions keep float weights"
+    return "" if stored_weight(place) else f"its weight {weight.name} is computed, not read as it is stored: fold may help"
+
+
+def _report_float(editor: Editor, weight: Value) -> None:
+    if readers := float_readers(weight):
+        editor.messages.append(f"{weight.name} stays in float for {', '.join(readers)}: both forms are stored")

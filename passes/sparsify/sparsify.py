@@ -16,7 +16,7 @@ from actgraph.calibrate.statistics import Request
 from actgraph.errors import OptionError, PassError
 from actgraph.graph import Graph, Node, Use, Value
 from actgraph.graph.views import FeedForward
-from actgraph.passes.linears import Places, check_selectors, edge_name, input_value
+from actgraph.passes.linears import Places, check_selectors, edge_name, expert_weights, input_value
 from actgraph.passes.places import Selector
 from actgraph.pipeline.base import UNBOUNDED, Declined, Pass, PassContext, PassResult
 
@@ -74,6 +74,11 @@ class Sparsify(Pass):
                     result.expected_change = f"activations with |x| <= t are dropped ({self.method})"
                     result.expected_size = UNBOUNDED
                 result.details.append({"site": name, "threshold": threshold, "sparsity": measured})
+        if self.method == "teal":
+            result.declined += [
+                Declined(name, f"{reason}: their inputs are not gated")
+                for name, reason in expert_weights(graph, self.site, self.ignore)
+            ]
         if not result.counts:
             raise PassError(f"sparsify changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
         return result

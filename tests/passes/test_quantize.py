@@ -8,9 +8,11 @@ import torch
 
 import actgraph as ag
 from actgraph.errors import PassError
+from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph
 from actgraph.graph.graph import parameter_bytes
 from actgraph.passes.quantize.weights import symmetric_int8
+from tests import zoo
 from tests.passes.conftest import apply, hf_stories, relative, run, token_inputs
 
 
@@ -79,6 +81,112 @@ def test_tied_embedding_keeps_its_float_form_unless_asked(stories: Graph) -> Non
     packed = apply(stories, "quantize{weights=int8 embeddings=true}")
     assert relative(run(out.graph), run(packed)) < 0.2  # rows are rounded as well
     assert not np.array_equal(run(out.graph), run(packed))
+
+
+def test_embeddings_are_packed_whatever_the_weights(tiny: Graph) -> None:
+    """The rows of the table alone are rounded: absmax / 127 of each row."""
+    out = ag.run(tiny, "quantize{weights=none embeddings=true}")
+    assert dict(out.report[0].counts) == {"embeddings packed": 1}
+    ids = {"ids": np.arange(16).reshape(2, 8)}
+    before, after = (apply(g, "tap{site=embed}").run(ids)["embed"] for g in (tiny, out.graph))
+    scale = np.abs(before).max(-1, keepdims=True) / 127
+    assert np.allclose(after, np.rint(before / scale) * scale, atol=1e-6) and not np.array_equal(before, after)
+    assert not any(p.dtype == "f32" and p.shape == (16, 8) and "embed" in p.name for p in out.graph.parameters())
+
+
+def test_a_packed_table_says_who_still_reads_it_in_float(stories: Graph, dialect: str) -> None:
+    out = ag.run(stories, "quantize{weights=none embeddings=true}")
+    assert "stays in float for" in str(out.report)
+
+
+def test_embeddings_without_a_table_are_mentioned() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+    graph = ag.trace(model, (torch.randn(2, 4),), dynamic={"input": ("batch", None)})
+    assert "embeddings=true did nothing" in str(ag.run(graph, "quantize{embeddings=true}").report)
+
+
+@pytest.mark.parametrize("form", ["grouped", "split", "batched", "batched file"])
+def test_experts_are_declined_by_name(form: str) -> None:
+    """The matrices of experts stay in float, and the report says so for each stack of them."""
+    graph = (
+        ag.load(zoo.stock_onnx("mixtral_batched"))
+        if form == "batched file"
+        else zoo.captured("mixtral_batched" if form == "batched" else "mixtral")
+    )
+    if form == "split":
+        graph = to_onnx(graph)
+    stacks = sorted(p.name for p in graph.parameters() if p.type.rank == 3)
+    assert len(stacks) == 4
+    for options in ("", "{weights=none activations=dynamic}"):
+        out = ag.run(graph, f"quantize{options}", parity="none", reproducer=False)
+        declined = [d.reason for d in out.report[0].declined if "experts" in d.reason]
+        assert sorted(reason.split()[0] for reason in declined) == stacks
+        assert sorted(p.name for p in out.graph.parameters() if p.type.rank == 3 and p.dtype == "f32") == stacks
+    one = ag.run(graph, "quantize{site='blocks.0.attn.q'}", parity="none", reproducer=False)
+    assert not one.report[0].declined, "nobody asked for the experts"
+
+
+def test_a_weight_that_is_squeezed_and_unsqueezed_is_packed(dialect: str) -> None:
+    """Mamba's convolution reads its stored weight through two reshapes that cancel."""
+    graph = zoo.captured("mamba") if dialect == "fx" else ag.load(zoo.stock_onnx("mamba"))
+    out = ag.run(graph, "quantize", parity="none")
+    assert out.report[0].counts["weights packed"] == 9 and not out.report[0].declined
+    weights = [(c.weight.producer.op if c.weight.producer else "", c.weight.shape) for c in out.graph.views.convs()]
+    assert weights == [("actgraph.dequantize", (64, 1, 4))] * 2
+    by_fold = ag.run(graph, "fold, quantize", parity="none").graph
+    inputs = zoo.inputs("mamba")
+    assert relative(run(graph, inputs), run(out.graph, inputs)) < 0.1
+    assert relative(run(by_fold, inputs), run(out.graph, inputs)) < 1e-5
+
+
+def test_a_weight_that_is_really_computed_is_declined() -> None:
+    class Computed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.scaled = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(self.plain(x), self.scaled.weight.exp())
+
+    graph = ag.trace(Computed().eval(), (torch.randn(2, 4),), dynamic={"x": ("batch", None)})
+    (declined,) = ag.run(graph, "quantize", parity="none").report[0].declined
+    assert "is computed, not read as it is stored: fold may help" in declined.reason
+    assert not ag.run(graph, "fold, quantize", parity="none").report[1].declined
+
+
+def test_a_weight_read_through_a_transpose_is_stored_so(tiny: Graph, dialect: str) -> None:
+    """No transpose of codes is left to run at each call, and the codes are those of the float weight."""
+    before = [linear.read_weight() for linear in tiny.views.linears()]
+    quantized = apply(tiny, "quantize")
+    assert not any(node.prim is not None and node.prim.op == "transpose" for node in quantized.nodes())
+    stored = {p.name: p.shape for p in quantized.parameters() if p.name.endswith("weight_int8")}
+    assert stored["head.weight_int8"] == ((16, 8) if dialect == "fx" else (8, 16))
+    for weight, linear in zip(before, quantized.views.linears(), strict=True):
+        scale = np.abs(weight).max(1, keepdims=True) / 127
+        assert np.allclose(linear.read_weight(), np.rint(weight / scale) * scale, atol=1e-6)
+
+
+def test_a_table_that_a_head_reads_transposed_keeps_its_rows() -> None:
+    """One store of codes for both readers: rows for the lookup, a transpose for the product."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = torch.nn.Embedding(16, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(self.table(ids), self.table.weight)
+
+    ids = torch.arange(6).reshape(2, 3)
+    graph = ag.trace(Tied().eval(), (ids,), dynamic={"ids": ("batch", "seq")})
+    outputs = []
+    for each in (graph, to_onnx(graph)):
+        quantized = apply(each, "quantize{embeddings=true}")
+        assert [p.shape for p in quantized.parameters() if p.dtype == "i8" and p.type.rank == 2] == [(16, 8)]
+        outputs.append(run(quantized, {"ids": ids.numpy()}))
+    assert relative(*outputs) < 1e-5
+    assert 1e-5 < relative(run(graph, {"ids": ids.numpy()}), outputs[0]) < 0.05
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "static"])

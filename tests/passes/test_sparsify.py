@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import actgraph as ag
 from actgraph.errors import OptionError, PassError
 from actgraph.graph import Graph
+from tests import zoo
 from tests.passes.conftest import apply, corpus_batches, hf_stories, relative, run, token_inputs
 
 
@@ -80,12 +82,22 @@ def test_options_are_checked(stories: Graph) -> None:
 
 
 def test_cats_needs_a_gated_feed_forward() -> None:
-    import actgraph as ag
-
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
     graph = ag.trace(model, (torch.randn(2, 4),), dynamic={"input": ("batch", None)})
     with pytest.raises(PassError, match="no gated feed-forward"):
         apply(graph, "sparsify{method=cats threshold=0.1}")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral_batched"])
+def test_experts_are_declined_by_name(name: str) -> None:
+    """Inputs of experts stay dense, and the report says so, unless they were left out on purpose."""
+    graph = zoo.captured(name)
+    stacks = sorted(p.name for p in graph.parameters() if p.type.rank == 3)
+    row = ag.run(graph, "sparsify{threshold=0.1}", parity="none", reproducer=False).report[0]
+    assert sorted(d.reason.split()[0] for d in row.declined) == stacks and len(stacks) == 4
+    assert row.counts["gates"] == 8, "q, k, v and o of both blocks"
+    row = ag.run(graph, "sparsify{threshold=0.1 ignore='blocks.*.moe.*'}", parity="none", reproducer=False).report[0]
+    assert sorted(d.reason.split()[0] for d in row.declined) == [s for s in stacks if s.endswith("gate_up_proj")]
 
 
 @pytest.mark.parametrize("method", ["teal", "cats"])

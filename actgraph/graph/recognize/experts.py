@@ -19,13 +19,15 @@ from actgraph.graph.recognize.semantic import Operand, Semantics
 class ExpertProduct:
     """One product. rows: its input, ``[rows, in]``; index: expert indices or group sizes; output: ``[rows, out]``.
 
-    parts: the matmuls of the split form, which are not linears of their own.
+    weights: the stack of the experts' matrices, ``[experts, ., .]``: a constant. parts: the matmuls of the split form, which
+    are not linears of their own.
     """
 
     rows: Value
     index: Value
     output: Value
     experts: int
+    weights: Value
     parts: tuple[Node, ...] = ()
 
 
@@ -61,20 +63,20 @@ def _grouped(s: Semantics, prim: Prim) -> ExpertProduct | None:
     if not (isinstance(x, Value) and isinstance(weights, Value) and isinstance(index, Value) and s.is_constant(weights)):
         return None
     experts = weights.shape[0] if weights.shape is not None and len(weights.shape) == 3 else None
-    return ExpertProduct(s.root(x), index, prim.output, experts) if isinstance(experts, int) else None
+    return ExpertProduct(s.root(x), index, prim.output, experts, weights) if isinstance(experts, int) else None
 
 
 def _batched(s: Semantics, prim: Prim) -> ExpertProduct | None:
     for weights, x in (prim.operands[:2], prim.operands[1::-1]):
         gathered = _gathered(s, weights)
         if gathered is not None and isinstance(x, Value):
-            index, experts = gathered
-            return ExpertProduct(_flat(s, x), index, _squeezed(s, prim.output), experts)
+            index, experts, stack = gathered
+            return ExpertProduct(_flat(s, x), index, _squeezed(s, prim.output), experts, stack)
     return None
 
 
-def _gathered(s: Semantics, operand: Operand) -> tuple[Value, int] | None:
-    """``(index, experts)`` of weights ``[experts, ., .]`` gathered by expert index."""
+def _gathered(s: Semantics, operand: Operand) -> tuple[Value, int, Value] | None:
+    """``(index, experts, weights)`` of weights ``[experts, ., .]`` gathered by expert index."""
     prim = _untransposed(s, operand)
     if prim is None or prim.op not in ("index", "gather") or prim.attributes.get("axis", 0) != 0:
         return None
@@ -85,7 +87,7 @@ def _gathered(s: Semantics, operand: Operand) -> tuple[Value, int] | None:
     if source.shape is None or len(source.shape) != 3:
         return None
     experts = source.shape[0]
-    return (_flat(s, index), experts) if isinstance(experts, int) else None
+    return (_flat(s, index), experts, source) if isinstance(experts, int) else None
 
 
 def _untransposed(s: Semantics, operand: Operand) -> Prim | None:
@@ -132,7 +134,7 @@ def _split(s: Semantics, prim: Prim) -> ExpertProduct | None:
     output, read = prim.output, s.only_reader(prim.output)
     if read is not None and read.prim is not None and read.prim.op == "reshape" and read.prim.output.type.rank == 2:
         output = read.prim.output
-    return ExpertProduct(s.root(rows, casts=True), sizes[0], output, len(parts), tuple(p[0].node for p in parts))
+    return ExpertProduct(s.root(rows, casts=True), sizes[0], output, len(parts), stack, tuple(p[0].node for p in parts))
 
 
 def _parts(s: Semantics, prim: Prim) -> Iterator[tuple[Prim, Prim, Value, int]]:
