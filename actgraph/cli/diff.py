@@ -30,7 +30,7 @@ def diff(
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json
 
-    graphs = open_model(left, quiet=True), open_model(right, quiet=True)
+    graphs = open_model(left, quiet=quiet, notes=False), open_model(right, quiet=quiet, notes=False)
     changes = ag.diff(*graphs)
     # Both files often hold one model under one name: the header says which file is which.
     shown = [left, right]

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 
 
-def open_model(model: str, tokenizer: Path | None = None, *, dtype: str | None = None, quiet: bool = False) -> Graph:
-    """Load MODEL in ``--dtype``, say what was kept static, and attach the tokenizer of ``--tokenizer``."""
+def open_model(
+    model: str, tokenizer: Path | None = None, *, dtype: str | None = None, quiet: bool = False, notes: bool = True
+) -> Graph:
+    """Load MODEL in ``--dtype``, say what was kept static (``notes``), and attach the tokenizer of ``--tokenizer``."""
     import actgraph as ag
     from actgraph.cli.output import remark, waiting
     from actgraph.graph.provenance import RecordedNote
@@ -36,7 +38,7 @@ def open_model(model: str, tokenizer: Path | None = None, *, dtype: str | None =
         raise InputError(f"{model} is a program of {len(graph)} graphs", "give one of the .onnx files in it")
     for note in graph.notes:
         if not isinstance(note, RecordedNote):  # those are history, which `inspect` shows
-            remark(f"note: {note}", quiet=quiet)
+            remark(f"note: {note}", quiet=quiet or not notes)
     if tokenizer is not None:
         attach_tokenizer(graph, tokenizer)
     return graph
@@ -47,7 +49,7 @@ def _progress(model: str) -> str:
     from actgraph.formats import kind_of
 
     if kind_of(model) in ("huggingface", "factory"):
-        return f"capturing {Path(model).name} ... (with the imports of torch and transformers, this can take 20 seconds)"
+        return f"capturing {Path(model).name} ... (some 15 s even for a tiny model)"
     return f"loading {model}"
 
 
