@@ -86,7 +86,7 @@ def __dir__() -> list[str]:
 
 
 def run(
-    graph: Graph,
+    graph: Graph | Program,
     pipeline: PipelineLike,
     corpus: Any = None,
     *,
@@ -101,6 +101,8 @@ def run(
 ) -> RunResult:
     """Run the passes of ``pipeline`` on a copy of ``graph``; the result has ``.graph`` and ``.report``.
 
+    graph: a ``Program`` gives a ``Program`` back, in ``.program``; of several graphs each goes through the pipeline, weights
+    stay shared, and there is a report for each, in ``.reports``.
     pipeline: text (``"sparsify{sparsity=0.4}, quantize"``), a recipe's ``Path``, passes, or a ``Pipeline``.
     corpus: what passes calibrate on: a file, a folder of images, texts, or dicts of arrays; default: the packaged sample text.
     seed: of everything that is drawn at random. verify: ``"none"``, ``"boundary"`` or ``"each"`` (pass).

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actgraph.graph.graph import Graph, Node, Role, Value
 from actgraph.graph.text import attribute_text, data_hash, value_text
+
+if TYPE_CHECKING:
+    from actgraph.graph.program import Program
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,15 @@ def _counted(item: tuple[str, int]) -> str:
     return f"{item[1]} {plural(kind, item[1])} {action}"
 
 
-def diff(left: Graph, right: Graph) -> GraphDiff:
-    """What changed from ``left`` to ``right``. Equal graphs give an empty diff; names of graphs are not compared."""
+def diff(left: Graph | Program, right: Graph | Program) -> GraphDiff:
+    """What changed from ``left`` to ``right``. Equal graphs give an empty diff; names of graphs are not compared.
+
+    Programs: see ``diff_programs``; a graph is a program of one.
+    """
+    from actgraph.graph.program import Program, diff_programs
+
+    if isinstance(left, Program) or isinstance(right, Program):
+        return diff_programs(*(side if isinstance(side, Program) else Program.of(side) for side in (left, right)))
     if left.dialect == right.dialect:
         return GraphDiff(left.name, right.name, "structure", tuple(_same_dialect(left, right)), _unrelated(left, right))
     note = Change("dialect", "dialect", left.dialect, right.dialect)

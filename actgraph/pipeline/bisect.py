@@ -23,6 +23,7 @@ from actgraph.pipeline.reproducer import SUFFIX
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
+    from actgraph.graph.program import Program
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class BisectReport:
 
 
 def bisect(
-    graph: Graph,
+    graph: Graph | Program,
     pipeline: PipelineLike,
     predicate: Predicate,
     corpus: Any = None,
@@ -103,8 +104,10 @@ def bisect(
 
     See ``parity``, ``perplexity_below`` and ``runs`` for predicates. folder: gets ``bisect.json``, and the last good and the
     first bad graph, as files that run (``last-good.onnx``, ``first-bad.onnx``; ``.pt2`` for torch graphs), and as text.
-    There is no bad graph when the pass itself fails. Raises InputError when the predicate already rejects ``graph``.
+    There is no bad graph when the pass itself fails. Raises InputError when the predicate already rejects ``graph``,
+    and for a program of several graphs.
     """
+    graph = _single(graph)
     steps = Pipeline.of(pipeline)
     # Checks are the predicate's business here: a pass that breaks its own promise must not hide a later question.
     manager = PassManager(
@@ -129,6 +132,19 @@ def bisect(
     if folder is not None:
         _write(Path(folder), report, search.graphs.get(low), search.graphs.get(high))
     return report
+
+
+def _single(graph: Graph | Program) -> Graph:
+    """The graph, also of a program of one. Raises InputError for several, of which each may break at another pass."""
+    from actgraph.graph.program import Program
+
+    if not isinstance(graph, Program):
+        return graph
+    if len(graph) > 1:
+        raise InputError(
+            f"bisect takes one graph, and {graph.name} is a program of {len(graph)}", f"choose one of {', '.join(graph.graphs)}"
+        )
+    return graph.graph
 
 
 class _Search:
@@ -193,9 +209,12 @@ def _write(folder: Path, report: BisectReport, good: Graph | None, bad: Graph | 
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def parity(graph: Graph, tolerance: float = 1e-4, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> Predicate:
+def parity(
+    graph: Graph | Program, tolerance: float = 1e-4, inputs: Mapping[str, Any] | None = None, seed: int = 0
+) -> Predicate:
     """Good while all outputs stay within ``tolerance`` (relative to the largest of each) of those of ``graph``."""
-    chosen = dict(inputs) if inputs is not None else sample_inputs(graph, padding="right", seed=seed)
+    graph = _single(graph)
+    chosen = dict(inputs) if inputs is not None else sample_inputs(graph, padding="both", seed=seed)
 
     def predicate(candidate: Graph) -> Verdict:
         found = compare(graph, candidate, [chosen], rtol=tolerance)
@@ -218,9 +237,10 @@ def perplexity_below(bound: float, corpus: Any = None, **options: Any) -> Predic
     return predicate
 
 
-def runs(graph: Graph, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> Predicate:
+def runs(graph: Graph | Program, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> Predicate:
     """Good while the graph verifies and runs with finite outputs (where those of ``graph`` are finite)."""
-    chosen = dict(inputs) if inputs is not None else sample_inputs(graph, padding="right", seed=seed)
+    graph = _single(graph)
+    chosen = dict(inputs) if inputs is not None else sample_inputs(graph, padding="both", seed=seed)
     finite = {name for name, array in graph.run(chosen).items() if np.isfinite(array.astype(np.float64)).all()}
 
     def predicate(candidate: Graph) -> Verdict:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from actgraph.calibrate.statistics import Request, Statistics
 from actgraph.errors import ActgraphError, InputError, OptionError, ParityError, PassError, VerifyError
+from actgraph.graph.program import Program
 from actgraph.graph.provenance import PassRecord, RecordedNote
 from actgraph.pipeline import reproducer as reproducers
 from actgraph.pipeline.base import Pass, PassContext, PassResult
@@ -28,16 +29,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The rewritten graph, and the report of how it came about."""
+    """What was rewritten, and the reports of how it came about: one a graph, by name.
 
-    graph: Graph
-    report: Report
+    A graph, or a program of one, is read as ``graph`` and ``report``; a program of several as ``program`` and ``reports``.
+    """
+
+    rewritten: Graph | Program
+    reports: Mapping[str, Report]
+
+    @property
+    def graph(self) -> Graph:
+        """The only graph. Raises InputError where there are several."""
+        return self.rewritten.graph if isinstance(self.rewritten, Program) else self.rewritten
+
+    @property
+    def program(self) -> Program:
+        """The rewritten program; that of one graph where a graph was given."""
+        return self.rewritten if isinstance(self.rewritten, Program) else Program.of(self.rewritten)
+
+    @property
+    def report(self) -> Report:
+        """The report of the only graph. Raises InputError where there are several."""
+        if len(self.reports) != 1:
+            raise InputError(f"there are {len(self.reports)} reports", f"choose one of reports: {', '.join(self.reports)}")
+        return next(iter(self.reports.values()))
 
     def __repr__(self) -> str:
-        return f"{self.graph!r}\n{self.report}"
+        return "\n".join([repr(self.rewritten), *map(str, self.reports.values())])
 
     def _repr_html_(self) -> str:
-        return self.report._repr_html_()
+        return "\n".join(report._repr_html_() for report in self.reports.values())
 
 
 class PassManager:
@@ -80,13 +101,34 @@ class PassManager:
         self.instruments = list(instruments)
         self.reproducer = reproducer
 
-    def run(self, graph: Graph, *, start: int = 0, stop: int | None = None) -> RunResult:
+    def run(self, graph: Graph | Program, *, start: int = 0, stop: int | None = None) -> RunResult:
         """Run the passes on a copy of ``graph``, which is not changed (tensors are shared until a pass replaces them).
 
+        A program's graphs go through the pipeline one by one, each on its own calibration and checks; their weights are shared
+        again afterwards (see ``Program.map``). ``inputs`` then serve each graph.
         start, stop: run a part of the pipeline only, on a graph that the passes before ``start`` have made.
         Raises what the passes raise, prefixed with the pass; PassError when a pass matched nothing, was applied before or takes
-        another dialect; VerifyError or ParityError when a pass did not keep what it promises.
+        another dialect; VerifyError or ParityError when a pass did not keep what it promises. For a program of several graphs
+        the message begins with the graph's name, and a shared weight that they do not agree on is a PassError.
         """
+        if not isinstance(graph, Program):
+            rewritten, report = self._run(graph, start, stop)
+            return RunResult(rewritten, {graph.name: report})
+        reports: dict[str, Report] = {}
+        names = iter(graph.graphs)
+
+        def rewrite(member: Graph) -> Graph:
+            name = next(names)
+            with contextlib.nullcontext() if len(graph) == 1 else _naming(name):
+                result, reports[name] = self._run(member, start, stop)
+            return result
+
+        program = graph.map(rewrite)
+        if self.verify != "none":
+            program.verify()
+        return RunResult(program, reports)
+
+    def _run(self, graph: Graph, start: int, stop: int | None) -> tuple[Graph, Report]:
         begun = time.perf_counter()
         stop = len(self.pipeline) if stop is None else stop
         self._check(graph, start)
@@ -107,7 +149,7 @@ class PassManager:
         report.forwards = calibrator.forwards
         report.seconds = time.perf_counter() - begun
         report.notes = [note for note in run.graph.notes if not isinstance(note, RecordedNote)]
-        return RunResult(run.graph, report)
+        return run.graph, report
 
     def _instruments(self) -> list[Instrument]:
         chosen: list[Instrument] = [*self.instruments]
@@ -167,8 +209,7 @@ class PassManager:
             left = self._reproduce(run, error)
             hint = f"{hint}; {left}" if hint else left
         if isinstance(error, ActgraphError):
-            kind = type(error) if type(error).__init__ is ActgraphError.__init__ else PassError
-            return kind(f"{where}: {error.message.removeprefix(f'{step.name}: ')}", hint)
+            return _restated(error, f"{where}: {error.message.removeprefix(f'{step.name}: ')}", hint)
         return PassError(f"{where} failed: {type(error).__name__}: {_one_line(error)}", hint)
 
     def _reproduce(self, run: Run, error: Exception) -> str:
@@ -211,6 +252,21 @@ class PassManager:
         report.corpus, report.documents, report.tokens = corpus.name, found.documents, found.tokens
         report.unit = corpus.unit
         return found
+
+
+@contextlib.contextmanager
+def _naming(graph: str) -> Iterator[None]:
+    """Begin the messages of errors with the name of the graph."""
+    try:
+        yield
+    except ActgraphError as error:
+        raise _restated(error, f"{graph}: {error.message}", error.hint) from error
+
+
+def _restated(error: ActgraphError, message: str, hint: str) -> ActgraphError:
+    """The error in other words, of its own class where that takes no more than words."""
+    kind = type(error) if type(error).__init__ is ActgraphError.__init__ else PassError
+    return kind(message, hint)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import actgraph as ag
-from actgraph.errors import InputError, PassError, VerifyError
+from actgraph.errors import ActgraphError, InputError, PassError, VerifyError
 from actgraph.formats import onnx_stream
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.formats.program_file import load_program
@@ -22,6 +22,7 @@ from actgraph.graph.program import Case, Driver, Program, diff_programs
 from actgraph.graph.slots import Slot, declare_slot
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
+from actgraph.pipeline.bisect import parity
 from tests import zoo
 
 
@@ -132,6 +133,53 @@ def test_a_pipeline_runs_on_a_program(dialect: str) -> None:
     assert packed
     holders = list(result.shared()[packed[0]].values())
     assert np.shares_memory(*(holder.graph.read(holder) for holder in holders))
+
+
+def test_run_takes_a_program_of_one_as_its_graph() -> None:
+    graph = zoo.captured("mlp")
+    program = Program({"only": graph}, Driver.single("only"), "a program")
+    result = ag.run(program, "quantize, dce")
+    assert list(result.program.graphs) == ["only"] and result.program.driver == program.driver
+    assert result.program.name == "a program" and result.graph is result.program.graph
+    alone = ag.run(graph, "quantize, dce")
+    assert result.program.content_hash() == alone.graph.content_hash() == alone.program.content_hash() != graph.content_hash()
+    assert result.report[0].counts == alone.report[0].counts and "quantize" in repr(result)
+    with pytest.raises(PassError, match=r"^pass 1 \(quantize\)"):
+        ag.run(result.program, "quantize", reproducer=False)
+
+
+def test_run_takes_a_program_of_several_graphs() -> None:
+    program = two()
+    before = program.content_hash()
+    result = ag.run(program, "quantize{site=*.up_proj}, dce")
+    assert program.content_hash() == before and result.program.driver == program.driver
+    assert list(result.reports) == ["full", "short"]
+    counts = [report[0].counts["weights packed"] for report in result.reports.values()]
+    assert counts[0] > counts[1] > 0, "each has its own"
+    packed = [holders for holders in result.program.shared().values() if next(iter(holders.values())).dtype is DType.I8]
+    assert packed and all(np.shares_memory(*(v.graph.read(v) for v in holders.values())) for holders in packed)
+    for read in (lambda: result.graph, lambda: result.report):
+        with pytest.raises(InputError, match=r"choose one of .*full, short"):
+            read()
+    with pytest.raises(ActgraphError, match=r"^short: pass 1 \(quantize\): "):
+        ag.run(program, "quantize{site=*.layers.1.*.up_proj}", reproducer=False)
+
+
+def test_diff_and_bisect_take_programs() -> None:
+    graph = zoo.captured("mlp")
+    one = Program.of(graph)
+    changed = ag.run(one, "quantize").program
+    assert not ag.diff(one, one) and not ag.diff(one, graph) and not ag.diff(graph, one)
+    assert ag.diff(one, changed).changes == ag.diff(graph, changed.graph).changes != ()
+    several = two()
+    assert not ag.diff(several, several.clone())
+    assert {change.kind for change in ag.diff(several.graphs["full"], several)} >= {"driver", "graph"}
+    found = ag.bisect(one, "dce, quantize", parity(one, 1e-6))
+    assert found.culprit_name == "quantize" and found.index == 1
+    clear = r"^bisect takes one graph, and early exit is a program of 2 \(choose one of full, short\)$"
+    for refused in (lambda: ag.bisect(several, "dce", lambda graph: True), lambda: parity(several)):
+        with pytest.raises(InputError, match=clear):
+            refused()
 
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
