@@ -33,13 +33,15 @@ _SAVERS = {
 }
 
 
-def load(source: Any, **options: Any) -> Graph:
+def load(source: Any, **options: Any) -> Graph | Any:
     """The graph of ``source``; the ``Program`` of a folder that ``Program.save`` wrote.
 
+    Typed ``Graph | Any``, the convention for results that are nearly always of one type: with ``Graph | Program`` every caller
+    would have to rule programs out, and with ``Graph`` asking ``isinstance(result, Program)`` would look pointless.
     options: those of the format's loader (``dtype=`` and ``revision=`` for Hugging Face models ...).
     Raises InputError when there is no such source, or when it cannot be read.
     """
-    return _import(_LOADERS[kind_of(source)])(source, **options)  # type: ignore[no-any-return]
+    return _import(_LOADERS[kind_of(source)])(source, **options)
 
 
 def kind_of(source: Any) -> str:

@@ -43,7 +43,8 @@ def trace(
     """Capture ``module`` called with ``args`` and ``kwargs`` (tensors in any nesting of lists, tuples and dicts).
 
     dynamic: dimension names by argument, ``{"input_ids": ("batch", "seq")}``; ``None`` in a tuple is a static dimension,
-    nested arguments take equally nested specs, and a name used twice is one dimension. limits: ``{"seq": (1, 512)}``.
+    nested arguments take equally nested specs, and a name used twice is one dimension. limits: ``{"seq": (1, 512)}``. A
+    ``torch.export.Dim`` in the place of a name brings its own.
     strict_dims: an error instead of a note where torch can only capture a dimension as a constant.
 
     The module is captured in eval mode and left as it was. Raises CaptureError naming the line of user code that could not be

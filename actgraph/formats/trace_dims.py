@@ -14,12 +14,14 @@ import sympy
 import torch
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
 
 from actgraph.errors import InputError
 from actgraph.graph.fx_types import size_expression
 
 DynamicSpec = Mapping[str, Any]  # argument -> names per axis, nested as the argument is
-Limits = Mapping[str, tuple[int | None, int | None]]
+Bounds = tuple[int | None, int | None]
+Limits = Mapping[str, Bounds]
 
 _HERE = str(Path(__file__).resolve().parent.parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -77,14 +79,16 @@ class Plan:
 def plan_dimensions(arguments: dict[str, Any], dynamic: DynamicSpec, limits: Limits) -> Plan:
     """Match ``dynamic`` with the arguments and choose example sizes: at least 2, distinct for distinct names.
 
-    Raises InputError for names of arguments that are not given, specs of the wrong length and sizes that disagree.
+    Raises InputError for names of arguments that are not given, specs of the wrong length, sizes that disagree
+    or lie outside the limits, and limits that disagree: those of a ``torch.export.Dim`` count like ``limits``.
     """
+    limits = {**limits}
     unknown = sorted(set(dynamic) - set(arguments))
     if unknown:
         raise InputError(f"dynamic names the argument {unknown[0]!r}, which is not given", f"given are {', '.join(arguments)}")
     leaves: list[Leaf] = []
     for key, value in arguments.items():
-        leaves += _leaves(value, dynamic.get(key), (key,))
+        leaves += _leaves(value, dynamic.get(key), (key,), limits)
     given: dict[str, int] = {}
     for leaf, tensor in zip(leaves, (_at(arguments, leaf.path) for leaf in leaves), strict=True):
         for axis, name in enumerate(leaf.dims):
@@ -96,6 +100,7 @@ def plan_dimensions(arguments: dict[str, Any], dynamic: DynamicSpec, limits: Lim
                 raise InputError(f"dimension {name!r} is {size} in one argument and {tensor.shape[axis]} in {where}")
     sizes: dict[str, int] = {}
     for name, size in given.items():
+        _check_limits(name, size, limits.get(name, (None, None)))
         high = limits.get(name, (None, None))[1]
         candidate = max(size, 2)
         while candidate in sizes.values() and (high is None or candidate < high):
@@ -111,8 +116,18 @@ def _dim(name: str, limits: tuple[int | None, int | None]) -> Any:
     return Dim(name, min=limits[0], max=limits[1])
 
 
-def dims_of_spec(spec: Any, rank: int, where: str) -> tuple[str | None, ...]:
-    """Names per axis of one tensor: from a tuple, or a dict by axis. Raises InputError when they do not fit the rank."""
+def _check_limits(name: str, size: int, limits: Bounds) -> None:
+    low, high = limits
+    if (low is not None and size < low) or (high is not None and size > high):
+        bounds = {key: str(bound) for key, bound in (("min", low), ("max", high)) if bound is not None}
+        raise InputError(f"dimension {name!r} is {size} in the arguments, and must be {_limits_text(bounds)}")
+
+
+def dims_of_spec(spec: Any, rank: int, where: str, limits: dict[str, Bounds] | None = None) -> tuple[str | None, ...]:
+    """Names per axis of one tensor: from a tuple, or a dict by axis. Raises InputError when they do not fit the rank.
+
+    limits: where those of ``torch.export.Dim`` objects are noted. Raises InputError when others are there already.
+    """
     if spec is None:
         return (None,) * rank
     if isinstance(spec, Mapping):
@@ -127,15 +142,28 @@ def dims_of_spec(spec: Any, rank: int, where: str) -> tuple[str | None, ...]:
         raise InputError(f"dynamic for {where} must be a tuple of names, not {spec!r}", 'such as ("batch", "seq")')
     if len(names) != rank:
         raise InputError(f"dynamic for {where} names {len(names)} axes, the tensor has {rank}")
+    if limits is not None:
+        for dim in names:
+            if isinstance(dim, Dim):
+                _note_limits(dim, limits)
     names = [getattr(name, "__name__", name) for name in names]
     if any(name is not None and not isinstance(name, str) for name in names):
         raise InputError(f"dynamic for {where} must hold names or None, not {spec!r}")
     return tuple(names)
 
 
-def _leaves(value: Any, spec: Any, path: tuple[Any, ...]) -> Iterator[Leaf]:
+def _note_limits(dim: Any, limits: dict[str, Bounds]) -> None:
+    """The limits that ``dim`` was made with; torch's own defaults, 0 and infinity, say nothing."""
+    bounds = (int(dim.min) or None, int(dim.max) if dim.max != int_oo else None)
+    if bounds != (None, None) and limits.setdefault(dim.__name__, bounds) != bounds:
+        raise InputError(
+            f"dimension {dim.__name__!r} is given different limits", "use one Dim object, or its name in other places"
+        )
+
+
+def _leaves(value: Any, spec: Any, path: tuple[Any, ...], limits: dict[str, Bounds]) -> Iterator[Leaf]:
     if isinstance(value, torch.Tensor):
-        yield Leaf(path, dims_of_spec(spec, value.dim(), ".".join(map(str, path))))
+        yield Leaf(path, dims_of_spec(spec, value.dim(), ".".join(map(str, path)), limits))
         return
     children = _children(value)
     if children is None:
@@ -146,7 +174,7 @@ def _leaves(value: Any, spec: Any, path: tuple[Any, ...]) -> Iterator[Leaf]:
             inner = spec.get(key)
         elif isinstance(spec, Sequence) and isinstance(key, int) and key < len(spec):
             inner = spec[key]
-        yield from _leaves(child, inner, (*path, key))
+        yield from _leaves(child, inner, (*path, key), limits)
 
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:

@@ -355,3 +355,17 @@ def test_a_tensor_given_for_two_arguments_is_two_inputs() -> None:
     assert [value.name for value in graph.inputs()] == ["x", "y"]
     a, b = np.ones((4, 3), np.float32), np.full((4, 3), 5, np.float32)
     np.testing.assert_array_equal(graph.run({"x": a, "y": b})["output"], 2 * a - b)
+
+
+def test_dim_objects_bring_their_limits() -> None:
+    batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq", min=2, max=8)
+    net, x = nn.Linear(4, 2), torch.zeros(3, 5, 4)
+    graph = trace(net, (x,), dynamic={"input": (batch, seq, None)})
+    named = trace(net, (x,), dynamic={"input": ("batch", "seq", None)}, limits={"seq": (2, 8)})
+    assert graph.dim_ranges == named.dim_ranges and graph.dim_ranges["seq"] == (2, 8)
+    with pytest.raises(InputError, match=r"seq.*8"):
+        graph.run({"input": np.zeros((3, 9, 4), np.float32)})
+    with pytest.raises(InputError, match="'seq' is 9 in the arguments, and must be at least 2 and at most 8"):
+        trace(net, (torch.zeros(3, 9, 4),), dynamic={"input": (batch, seq, None)})
+    with pytest.raises(InputError, match="'seq' is given different limits"):
+        trace(net, (x,), dynamic={"input": (batch, seq, None)}, limits={"seq": (2, 9)})
