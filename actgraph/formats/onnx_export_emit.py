@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference.ops import load_op
 
+from actgraph.formats.onnx_export_fit import in_float32
 from actgraph.formats.onnx_export_types import FOLD_LIMIT, has_graph, infer_types, set_type
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
@@ -251,6 +252,9 @@ class Emitter:
         folded = self._fold(node)
         if folded is not None:
             return self._replace(node, folded)
+        fitted = in_float32(self, node)
+        if fitted is not None:
+            return self._replace(node, fitted)
         known = self._shared.get(_key(node)) if _key(node) is not None else None
         if known is not None and self._sharable(node):
             return self._replace(node, known)

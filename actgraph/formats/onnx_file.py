@@ -7,6 +7,7 @@ import io
 import logging
 import mmap
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from actgraph.errors import ActgraphError, InputError, UnsupportedError
 from actgraph.formats import onnx_finish, onnx_stream
 from actgraph.formats.atomic import StagedFiles
 from actgraph.formats.companions import read_companions, write_companions
+from actgraph.formats.onnx_engines import engine_note
 from actgraph.graph.graph import Graph
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.onnx_native import array_of, tensor_of
@@ -107,6 +109,10 @@ def save_onnx(
         graph = to_onnx(graph, opset)
     elif opset is not None and opset != graph.opset:
         raise UnsupportedError(f"{graph.name} has opset {graph.opset} already", "opset= is for graphs captured from torch")
+    note = engine_note(graph)
+    if note and note not in graph.notes:
+        graph.notes.append(note)
+        warnings.warn(note, stacklevel=2)
     twin = graph.clone()
     if inline != "none":
         onnx_finish.inline_ops(twin, None if inline == "all" else [inline] if isinstance(inline, str) else inline)
