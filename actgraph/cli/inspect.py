@@ -32,7 +32,7 @@ def inspect(
     from actgraph.cli.models import open_model
     from actgraph.cli.output import dump_json
 
-    graph = open_model(model, dtype=dtype, quiet=True)
+    graph = open_model(model, dtype=dtype, notes=False)
     if text:
         print(graph.text(), end="")
         return

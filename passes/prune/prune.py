@@ -50,9 +50,12 @@ class Prune(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         groups = self._groups(graph)
         if not groups:
+            if not graph.views.feed_forwards():
+                experts = "experts of a mixture are not pruned" if graph.views.moe() else ""
+                raise PassError(f"prune: {graph.name} has no feed-forward that can be pruned", experts)
             raise PassError("prune: no feed-forward is selected", "list them with `actgraph sites MODEL '*.mlp.hidden'`")
         result = PassResult(
-            expected_change=f"{self.ratio:.0%} of the feed-forward neurons are removed", expected_size=UNBOUNDED
+            expected_change=f"{100 * self.ratio:.10g}% of the feed-forward neurons are removed", expected_size=UNBOUNDED
         )
         with context.edit(graph) as editor:
             for group in groups:
