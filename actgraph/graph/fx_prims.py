@@ -49,7 +49,7 @@ def describe(graph: FxGraph, node: Node) -> Prim | None:
 
 
 #: The ops of our own dialect that the vocabulary has names for: ``actgraph::clip`` is not ``aten::clip``.
-_OURS = frozenset({"grouped_linear", "dequantize"})
+_OURS = frozenset({"grouped_linear", "dequantize", "attention"})
 #: Ops whose one-element parameters stay values: they are weights, not numbers.
 _TENSORS_ONLY = frozenset({
     "linear", "matmul", "conv", "conv_transpose", "layer_norm", "rms_norm", "batch_norm", "group_norm", "gather", "index",
@@ -279,6 +279,11 @@ def _sdpa(c: _Call) -> Reading | None:
     return "sdpa", [c["query"], c["key"], c["value"], c["attn_mask"]], attributes
 
 
+def _attention(c: _Call) -> Reading:
+    attributes = {"scale": c["scale"], "is_causal": False, "enable_gqa": True, "softcap": c["softcap"]}
+    return "sdpa", [c["query"], c["key"], c["value"], c["mask"]], attributes
+
+
 def _trailing_axes(c: _Call, x: Any, shape: Any) -> tuple[int, ...]:
     rank = c.rank(x)
     return tuple(range(rank - len(shape), rank))
@@ -414,7 +419,7 @@ _RULES: dict[str, Rule] = {
     "linear": _linear, "addmm": _addmm,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
                     _convolution),
-    "scaled_dot_product_attention": _sdpa,
+    "scaled_dot_product_attention": _sdpa, "attention": _attention,
     "_grouped_mm": _grouped, "grouped_mm": _grouped, "grouped_mm_fallback": _grouped, "grouped_linear": _grouped,
     "layer_norm": _layer_norm, "native_layer_norm": _layer_norm, "rms_norm": _rms_norm, "_fused_rms_norm": _rms_norm,
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), _batch_norm),

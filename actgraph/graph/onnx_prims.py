@@ -35,7 +35,7 @@ def describe(graph: OnnxGraph, node: Node) -> Prim | None:
             break
     else:
         return None
-    if domain == "actgraph." and op[len(domain) :] not in ("grouped_linear", "dequantize"):
+    if domain == "actgraph." and op[len(domain) :] not in _OURS:
         return None
     if rule is None:
         return None
@@ -49,6 +49,8 @@ def describe(graph: OnnxGraph, node: Node) -> Prim | None:
     return Prim(name, values, attributes, node.outputs, node)
 
 
+#: The ops of our own dialect that the vocabulary has names for.
+_OURS = frozenset({"grouped_linear", "dequantize", "attention"})
 #: Ops whose one-element parameters stay values: they are weights, not numbers.
 _TENSORS_ONLY = frozenset({
     "linear", "matmul", "conv", "conv_transpose", "layer_norm", "rms_norm", "batch_norm", "group_norm",
@@ -350,6 +352,11 @@ def _attention(c: _Call) -> Reading | None:
     return "sdpa", [c[0], c[1], c[2], c[3]], attributes
 
 
+def _our_attention(c: _Call) -> Reading:
+    attributes = {"scale": c.get("scale"), "is_causal": False, "enable_gqa": True, "softcap": c.get("softcap", 0.0)}
+    return "sdpa", [c[0], c[1], c[2], c[3]], attributes
+
+
 def _multi_head(kv_heads: str, *, mask: int, refused: tuple[int, ...]) -> Rule:
     """onnxruntime's fused attention on ``[batch, seq, heads * head]``, without bias, cache or rotation inside."""
 
@@ -433,7 +440,7 @@ _RULES: dict[str, Rule] = {
     "GatherElements": lambda c: ("gather_elements", [c[0], c[1]], {"axis": c.axis(c.get("axis", 0))}),
     "Scatter": _scatter, "ScatterElements": _scatter, "ScatterND": _scatter, "OneHot": _same("one_hot"),
     "MatMul": _same("matmul", 2), "Gemm": _gemm, "Conv": _conv("conv"), "ConvTranspose": _conv("conv_transpose"),
-    "Attention": _attention, "grouped_linear": _grouped,
+    "Attention": _attention, "attention": _our_attention, "grouped_linear": _grouped,
     "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm, "SimplifiedLayerNormalization": _rms_norm,
     "BatchNormalization": _batch_norm, "GroupNormalization": _group_norm,
     "MaxPool": _same("max_pool"), "GlobalMaxPool": _same("max_pool"), "AveragePool": _same("avg_pool"),

@@ -53,7 +53,7 @@ VOCABULARY: dict[str, str] = {
     # contractions
     "matmul": "(a, b) *", "linear": "(x, weight, bias|None) {out_axis: axis of weight that is the output}",
     "conv": "(x, weight, bias|None) {stride, padding, dilation, groups}", "conv_transpose": "(x, weight, bias|None)",
-    "sdpa": "(q, k, v, mask|None) {scale, is_causal, enable_gqa}", "grouped_matmul": "(x, weights, offsets)",
+    "sdpa": "(q, k, v, mask|None) {scale, is_causal, enable_gqa, softcap}", "grouped_matmul": "(x, weights, offsets)",
     # quantized weights and products (files of other tools)
     "quantize": "(x, scale, zero_point|None)", "dequantize": "(x, scale, zero_point|None)",
     "dynamic_quantize": "(x) -> q, scale, zero_point",

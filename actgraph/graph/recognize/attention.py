@@ -76,6 +76,7 @@ def _fused(s: Semantics, prim: Prim) -> _Core | None:
     core = _Core(
         nodes, query, key, value, None, tidy(scale * query_scale * key_scale), prim.attributes["is_causal"], prim.output,
         heads=prim.attributes.get("heads"), kv_heads=prim.attributes.get("kv_heads"),
+        softcap=prim.attributes.get("softcap") or None,
     )  # fmt: skip
     if isinstance(mask, Value):
         _set_mask(s, core, mask)

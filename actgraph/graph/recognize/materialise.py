@@ -45,6 +45,8 @@ def _attention(editor: Editor, node: Node) -> None:
         raise SiteError(f"{node.name} is no fused attention any more", "a former pass replaced it: read its own output")
     query, key, value, mask = _operands(prim)
     scale = prim.attributes["scale"]
+    if prim.attributes.get("softcap"):
+        raise SiteError(f"the scores of {node.name} are capped, and its pattern cannot be taken out", "tap before kv_cache")
     if scale is None:
         raise SiteError(f"the scale of {node.name} is not known", "its head size is dynamic")
     attributes = {"scale": float(scale), "is_causal": bool(prim.attributes["is_causal"])}
