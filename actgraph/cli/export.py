@@ -35,7 +35,7 @@ def export(
     if dry_run:
         print(f"would write {graph!r} to {output}")
         return
-    save(graph, output, inline=inline, external_data=external_data)
+    save(graph, output, inline=inline, external_data=external_data, quiet=quiet)
     print(output)
 
 

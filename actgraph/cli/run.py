@@ -91,7 +91,7 @@ def run(
         progress=not quiet,
         calibration={"progress": not quiet},
     )
-    save(result.graph, output, inline=inline, external_data=external_data)
+    save(result.graph, output, inline=inline, external_data=external_data, quiet=quiet)
     if report is not None:
         write_text(report, result.report.to_json() + "\n")
     if json:
@@ -104,10 +104,22 @@ def run(
     print(output)
 
 
-def save(graph: Graph, path: Path, *, inline: str, external_data: bool) -> None:
-    """Write ``graph`` as the suffix of ``path`` says; ``check_save`` has refused what does not go together."""
+def save(graph: Graph, path: Path, *, inline: str, external_data: bool, quiet: bool = False) -> None:
+    """Write ``graph`` as the suffix of ``path`` says, with a note of what cannot run the file.
+
+    ``check_save`` has refused what does not go together.
+    """
+    import warnings
+
+    from actgraph.cli.output import remark
+
     if path.suffix == ".onnx":
-        graph.save(path, inline=inline, external_data=external_data or None)  # None: as the size asks for
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            graph.save(path, inline=inline, external_data=external_data or None)  # None: as the size asks for
+        for warning in told:
+            if warning.category is UserWarning:
+                remark(f"note: {warning.message}", quiet=quiet)
     else:
         graph.save(path)
 
