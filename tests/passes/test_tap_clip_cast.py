@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import actgraph as ag
 from actgraph.errors import OptionError, PassError
+from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph, Role
 from actgraph.passes.clip.clip import Clip
 from tests.passes.conftest import apply, corpus_batches, hf_stories, relative, run, token_inputs
@@ -94,6 +97,80 @@ def test_cast(stories: Graph, dialect: str, dtype: str) -> None:
     error = relative(run(stories), run(cast))
     assert error < {"f16": 2e-2, "bf16": 1e-1, "f64": 1e-5}[dtype]
     assert error > 0
+
+
+@pytest.mark.parametrize("options", ["", "{embeddings=true}", "{activations=static}"])
+def test_cast_leaves_scales_alone(dialect: str, options: str) -> None:
+    """Weights of about 1e-6 have scales of 1e-8, which are 0 in half precision; what they dequantize is not."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 8))
+    with torch.no_grad():
+        for weight in (model[0].weight, model[1].weight):
+            weight.copy_(torch.sign(weight) * (0.5 + torch.rand_like(weight)) * 2e-6)
+        model["embeddings" in options].weight.mul_(5e5)  # products of two such numbers would be 0 in half precision anyway
+        model[1].bias.zero_()
+    ids = torch.arange(6).reshape(2, 3)
+    graph = ag.trace(model.eval(), (ids,), dynamic={"input": ("batch", "seq")})
+    if dialect == "onnx":
+        graph = to_onnx(graph)
+    corpus = [{"input": np.arange(16).reshape(2, 8)}]
+    quantized = apply(graph, f"quantize{options}", corpus=corpus)
+    cast = apply(quantized, "cast{dtype=f16}")
+    cast.verify()
+    kept = {p.name: p.dtype for p in cast.parameters() if "scale" in p.name or p.name.startswith("fake_quant")}
+    assert kept and "f16" not in kept.values()
+    assert all(n.output.dtype == "f16" for n in cast.nodes() if n.op == "actgraph.dequantize")
+    assert next(linear for linear in cast.views.linears()).output.dtype == "f16"
+    weight, again = (g.views.linears()[0].read_weight().astype(np.float64) for g in (quantized, cast))
+    assert relative(weight, again) < 0.02, "half precision has a few bits left at this size"
+    if "embeddings" in options:
+        rows, again = (
+            apply(g, "tap{site='linear.0:in' prefix=t.}", parity="none").run({"input": ids.numpy()})["t.linear.0:in"]
+            for g in (quantized, cast)
+        )
+        assert rows.dtype == np.float32 and again.dtype == np.float16
+        assert relative(rows, again.astype(np.float32)) < 0.02
+
+
+def test_cast_unties_a_scale_from_numbers() -> None:
+    """A parameter that is a scale here and a factor there: each reader has the type that it needs."""
+    graph = ag.trace(torch.nn.Linear(4, 4).eval(), (torch.randn(2, 4),), dynamic={"input": ("batch", None)})
+    with graph.edit("test") as editor:
+        scale = editor.add_parameter("shared", np.full((4,), 1e-8, np.float32))
+        linear = graph.views.linears()[0]
+        codes = editor.add_parameter("codes", np.full((4, 4), 100, np.int8))
+        made = editor.insert("actgraph.dequantize", [codes, scale, None], {"axis": 0, "dtype": "f32"}, before=linear.nodes[0])
+        node, index = linear.matrix
+        editor.set_operand(node, index, made.output)
+        shifted = editor.insert("add", [linear.output, scale], after=linear.output.producer)
+        editor.redirect(linear.output, shifted.output)
+        editor.erase_dead()
+    cast = apply(graph, "cast{dtype=f16}")
+    assert sorted((p.name, str(p.dtype)) for p in cast.parameters() if "shared" in p.name) == [
+        ("shared", "f32"), ("shared_untied", "f16"),
+    ]  # fmt: skip
+
+
+def test_what_is_dequantized_comes_out_cast(tiny: Graph) -> None:
+    """No cast stands between a dequantizer and its product, which engines fuse."""
+    cast = apply(tiny, "quantize, cast{dtype=f16}")
+    assert {str(node.output.dtype) for node in cast.nodes() if node.op == "actgraph.dequantize"} == {"f16"}
+    readers = [use.node for n in cast.nodes() if n.op == "actgraph.dequantize" for use in n.output.uses]
+    assert len(readers) == 4 and all(r.prim.op in ("linear", "matmul") for r in readers)
+    assert relative(run(apply(tiny, "quantize")), run(cast)) < 1e-2
+
+
+def test_cast_of_a_quantized_file(tiny: Graph, tmp_path: Path) -> None:
+    """A file of plain ONNX ops: QuantizeLinear wants its input in the type of its scale."""
+    quantized = apply(tiny, "quantize{activations=static}", corpus=[{"ids": np.arange(16).reshape(4, 4)}])
+    plain = ag.load(quantized.save(tmp_path / "plain.onnx", inline="all"))
+    assert any(node.op == "onnx.QuantizeLinear" for node in plain.nodes())
+    cast = apply(plain, "cast{dtype=f16}")
+    cast.verify()
+    for node in cast.nodes():
+        if node.op in ("onnx.QuantizeLinear", "onnx.DequantizeLinear"):
+            assert node.operands[1].dtype == "f32"
+    assert relative(run(plain), run(cast)) < 5e-2
 
 
 def test_cast_refuses_overflow() -> None:
