@@ -139,7 +139,7 @@ def test_sample_inputs_pad_and_count_positions() -> None:
     assert inputs["input_ids"].max() < zoo.VOCAB
     assert len(np.unique(sample_inputs(graph, 8, 64)["input_ids"])) > zoo.VOCAB // 2
     with pytest.raises(InputError, match="padding"):
-        sample_inputs(graph, padding="both")
+        sample_inputs(graph, padding="middle")
 
 
 def test_models_that_take_different_inputs() -> None:
