@@ -40,7 +40,8 @@ class Parity(Instrument):
     mode: ``each`` pass, ``boundary`` (input against result), or ``auto``: each, unless the model is large (boundary for
     one of many nodes) or cannot be run.
     inputs: arrays by input name; default: token ids drawn from the vocabulary (normal numbers for float inputs), with padding
-    on the right in one row and on the left in another. A pass that moves an output by more than the size that it declared raises ParityError (at the boundary: by
+    on the right in one row and on the left in another.
+    A pass that moves an output by more than the size that it declared raises ParityError (at the boundary: by
     more than the sizes of all passes allow together), and so does one that makes a finite number NaN or infinite, whatever its
     size. Sizes are no tighter than 8 units in the last place of the output. Outputs that are NaN on all sample inputs, or have
     no elements, prove nothing: that is said, and ``each`` and ``boundary`` refuse when there is nothing else.
@@ -104,8 +105,8 @@ class Parity(Instrument):
         outputs = self._outputs_after(run, step.name)
         if outputs is None:
             return
-        run.row.change = change = measure(self._last, outputs)
-        _check(change, self._last, outputs, [(step, result)])
+        run.row.change = change = _measure_seen(self._last, outputs, self.inputs)
+        _check(change, self._last, outputs, [(step, result)], self.inputs)
         self._last = outputs
 
     def finish(self, run: Run) -> None:
@@ -114,9 +115,9 @@ class Parity(Instrument):
         last = self._last if not self._boundary else self._outputs_after(run, "the passes")
         if last is None:
             return
-        run.report.change = change = measure(self._first, last)
+        run.report.change = change = _measure_seen(self._first, last, self.inputs)
         if self._boundary:
-            _check(change, self._first, last, self._steps)
+            _check(change, self._first, last, self._steps, self.inputs)
 
     def _outputs_after(self, run: Run, what: str) -> dict[str, Array] | None:
         """The outputs now; ``None``, and it is said, where ``auto`` may not insist that the engine of the dialect runs them."""
@@ -148,13 +149,34 @@ def measure(before: Mapping[str, Array], after: Mapping[str, Array]) -> Change:
     return Change(moved, worst, missing=tuple(missing), compared=compared, broken=broken)
 
 
+def _measure_seen(before: Mapping[str, Array], after: Mapping[str, Array], inputs: Inputs) -> Change:
+    """``measure`` where the inputs are not padded on the left; NaN and infinity count everywhere.
+
+    Such a position sees nothing but padding, and its output is arbitrary: scores of fills, rounded otherwise in each type.
+    """
+    whole = measure(before, after)
+    mask = inputs.get("attention_mask")
+    if whole.broken or whole.missing or mask is None or mask.ndim != 2:
+        return whole
+    padding = np.cumsum(mask != 0, axis=1) == 0
+    if not padding.any():
+        return whole
+
+    def seen(outputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: array[~padding] if array.shape[:2] == padding.shape else array for name, array in outputs.items()}
+
+    return measure(seen(before), seen(after))
+
+
 def _breaks(left: Array, right: Array) -> bool:
     """Whether ``right`` has NaN or infinity where ``left`` has none (anywhere, if their shapes differ)."""
     finite = np.isfinite(left)
     return bool((~np.isfinite(right) & (finite if left.shape == right.shape else finite.all())).any())
 
 
-def _check(change: Change, before: Mapping[str, Array], after: Mapping[str, Array], steps: Steps) -> None:
+def _check(
+    change: Change, before: Mapping[str, Array], after: Mapping[str, Array], steps: Steps, inputs: Inputs | None = None
+) -> None:
     """Hold ``change`` against what ``steps`` declare, and write the size that they allow into it. Raises ParityError."""
     names = " and ".join(dict.fromkeys(step.name for step, _ in steps))
     promise = "promises" if len({step.name for step, _ in steps}) == 1 else "promise"
@@ -172,7 +194,8 @@ def _check(change: Change, before: Mapping[str, Array], after: Mapping[str, Arra
         raise ParityError(f"the output {change.missing[0]} is gone or has another shape, and {names} {promise} {promised}")
     if reasons and not all(_is_float(array) for array in before.values()):
         # A rounding may flip an index or a flag, by any amount: sizes bound the numbers behind them.
-        change = measure({name: array for name, array in before.items() if _is_float(array)}, after)
+        floats = {name: array for name, array in before.items() if _is_float(array)}
+        change = measure(floats, after) if inputs is None else _measure_seen(floats, after, inputs)
     if not change.relative <= size:
         raise ParityError(
             f"the output {change.output} moved by {change.relative:.3g} relative, and {names} {promise} {promised}",

@@ -87,6 +87,8 @@ def clamp_numbers(editor: Editor, graph: Graph, dtype: DType) -> int:
         else:
             continue
         count += 1
+    if count:
+        editor.erase_dead()  # the calls with the old numbers would not run in the new type
     return count
 
 
