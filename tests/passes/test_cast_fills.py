@@ -179,3 +179,12 @@ def test_cast_of_an_onnx_graph_keeps_float32_where_it_must(tmp_path: Path) -> No
     assert {p.dtype for p in result.graph.parameters() if p.dtype is not None and p.dtype.is_float} == {"bf16"}
     with pytest.raises(UnsupportedError):
         ag.run(to_onnx(_angles()), "cast{dtype=bf16}", parity="each")
+
+
+def test_verify_fails_a_file_that_does_not_open(tmp_path: Path) -> None:
+    """onnxruntime has no bfloat16 kernels: that is a failed check with its reason, and not an error."""
+    from actgraph.cli.verify import check_exports
+
+    checks = list(check_exports(apply(_angles(), "cast{dtype=bf16}"), tmp_path, [{"x": np.ones((2, 4), np.float32)}], 1e-4))
+    assert len(checks) == 2
+    assert all(check.verdict == "FAILED" and "onnxruntime cannot run" in check.detail for check in checks)
