@@ -52,7 +52,7 @@ class Generation:
 
 
 @overload
-def generate(
+def generate(  # type: ignore[overload-overlap]  # text is a sequence of texts to the type checker, and one prompt to us
     model: Graph | Compiled, prompt: Prompt = ..., max_new_tokens: int = ..., *, temperature: float = ..., top_k: int = ...,
     top_p: float = ..., seed: int = ..., stop: str | Sequence[str] = ..., stop_at_end: bool = ...,
 ) -> Generation: ...  # fmt: skip

@@ -37,7 +37,9 @@ def compile(graph: Graph, engine: str = "auto", *, chunk: int = CHUNK) -> Compil
     wanted = _DIALECTS.get(engine, graph.dialect)
     if wanted == "onnx" and graph.dialect == "fx":
         from actgraph.formats.onnx_export import to_onnx
+        from actgraph.graph.fx import FxGraph
 
+        assert isinstance(graph, FxGraph)
         graph = to_onnx(graph)
     elif wanted != graph.dialect:
         raise UnsupportedError(f"{graph.name} is an ONNX graph, which torch does not run", "use engine='onnxruntime'")

@@ -45,7 +45,7 @@ def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
     if length is None or first_end is None:
         what = "context length" if length is None else "end token"
         raise InputError(f"the configuration of {graph.name} names no {what}", "set it in graph.companions.config")
-    heads = {attention.heads for attention in graph.views.attentions()} or {shape[1]}
+    heads = {attention.heads for attention in graph.views.attentions()}
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
     return {
         "model": {
@@ -66,7 +66,7 @@ def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                "num_attention_heads": max(h for h in heads if isinstance(h, int)),
+                "num_attention_heads": max(heads, default=shape[1]),
                 "num_hidden_layers": len(layers),
                 "num_key_value_heads": shape[1],
             },
