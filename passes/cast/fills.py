@@ -26,7 +26,7 @@ _FLOATS = (DType.F16, DType.BF16, DType.F32, DType.F64)
 
 def limit(dtype: DType) -> float:
     """The largest finite number of a float type."""
-    return float(ml_dtypes.finfo(dtype.numpy).max)
+    return float(ml_dtypes.finfo(dtype.numpy).max)  # type: ignore[no-untyped-call]
 
 
 def becomes_infinite(data: Array, dtype: DType) -> Array:
