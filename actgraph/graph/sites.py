@@ -321,6 +321,15 @@ class SiteTable:
                 self._unplace(name)
                 self._place(name, value_anchor(value))
 
+    def make_virtual(self, old: Node | Value, recipe: str, new: Node, kind: TensorType) -> None:
+        """The sites that ``old`` had are virtual ones of ``new``: of a node those by ``recipe``, of a value all."""
+        listed = self._on_value.get(old, ()) if isinstance(old, Value) else self._on_node.get(old, ())
+        for name in list(listed):
+            anchor = self.anchors[name]
+            if anchor.kind is SiteKind.VALUE or (anchor.kind is SiteKind.VIRTUAL and anchor.recipe == recipe):
+                self._unplace(name)
+                self._place(name, virtual_anchor(new, recipe, kind))
+
     def mark_removed(self, graph: Graph, names: Sequence[str], by: str) -> None:
         """Forget anchors whose node or value is gone after nodes or parameters ``names`` were, remembering who removed them."""
         if not names:

@@ -7,6 +7,7 @@ Here both are found by what they compute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +15,10 @@ import numpy as np
 from pydantic import Field
 
 from actgraph.errors import PassError
-from actgraph.graph import Editor, Graph, Value
+from actgraph.graph import Editor, Graph, Node, Use, Value
 from actgraph.graph.context import logits_output, token_dims
 from actgraph.graph.graph import Role
+from actgraph.graph.recognize.materialise import PATTERN
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.graph.views import Attention
 from actgraph.ops.dtypes import DType
@@ -150,16 +152,30 @@ class _Rewrite:
         if pattern is not None and readers:
             if attention.softcap:
                 raise PassError(f"the pattern of {attention.output.name} is read, and its scores are capped")
-            made = self.editor.insert("actgraph.attention_pattern", [attention.query, key, seen], attributes, like=like).output
-            self.editor.redirect(pattern, made, readers)
-            self.editor.move_sites(pattern, made)
-            result = self.editor.insert("actgraph.attention_mix", [made, value], like=like).output
+            first = self.editor.insert("actgraph.attention_pattern", [attention.query, key, seen], attributes, like=like)
+            self.editor.redirect(pattern, first.output, readers)
+            self.editor.move_sites(pattern, first.output)
+            last = self.editor.insert("actgraph.attention_mix", [first.output, value], like=like)
+            self._move_edges(attention, ((first, 0), (first, 1), (last, 1), (first, 2)))
         else:
             attributes["softcap"] = attention.softcap or 0.0
-            result = self.editor.insert("actgraph.attention", [attention.query, key, value, seen], attributes, like=like).output
-        if result.shape != attention.output.shape:
-            raise PassError(f"the attention {attention.output.name} gives {attention.output.type}, not {result.type}")
-        self.editor.redirect(attention.output, result)
+            last = self.editor.insert("actgraph.attention", [attention.query, key, value, seen], attributes, like=like)
+            self._move_edges(attention, tuple((last, index) for index in range(4)))
+            if not attention.softcap and attention.query.shape is not None and key.shape is not None:
+                kind = TensorType(attention.query.dtype, (*attention.query.shape[:3], key.shape[2]))
+                for old in (pattern, *attention.nodes) if pattern is not None else attention.nodes:
+                    self.editor.make_virtual(old, PATTERN, last, kind)
+        if last.output.shape != attention.output.shape:
+            raise PassError(f"the attention {attention.output.name} gives {attention.output.type}, not {last.output.type}")
+        self.editor.redirect(attention.output, last.output)
+
+    def _move_edges(self, attention: Attention, places: Sequence[tuple[Node, int]]) -> None:
+        """The edges at which the attention read query, key, value and mask are where the new ops read them."""
+        operands = (attention.query, attention.key, attention.value, attention.mask)
+        for old, (new, place) in zip(operands, places, strict=True):
+            for use in old.uses if old is not None else ():
+                if use.node in attention.nodes:
+                    self.editor.move_edges(use, Use(new, place))
 
     def _slot(self, name: str, new: Value) -> Slot:
         assert new.shape is not None and new.dtype is not None

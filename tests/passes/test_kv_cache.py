@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Array
-from actgraph.graph.slots import slots_of
+from actgraph.graph.slots import slots_of, with_initial_slots
 from actgraph.passes.cache.kv_cache import key_value_bytes
 from actgraph.passes.cache.masks import recognise
 from tests import zoo
@@ -211,6 +212,27 @@ def test_a_pattern_that_is_read_stays_readable() -> None:
     found = both.run({**feed, **empty})
     name = next(label for label in expected if label != "logits")
     np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sites_and_views_are_what_they_were(name: str, dialect: str) -> None:
+    """All but the masks that modules were given; a pattern can still be taken out of an attention."""
+    graph = zoo.captured(name) if dialect == "fx" else to_onnx(zoo.captured(name))
+    cached = apply(graph, "kv_cache")
+    before, after = ({site.name for site in g.sites()} for g in (graph, cached))
+    assert after <= before and all(re.fullmatch(r"(model|transformer)(\..*)?:in\[\d\]", site) for site in before - after)
+    assert len(cached.views.blocks()) == len(graph.views.blocks())
+    for old, new in zip(graph.views.attentions(), cached.views.attentions(), strict=True):
+        assert (new.heads, new.kv_heads, new.scale) == (old.heads, old.kv_heads, old.scale)
+        assert [v.name for v in (new.q, new.k, new.v) if v] == [v.name for v in (old.q, old.k, old.v) if v]
+    tapped, reference = (apply(g, "tap{site=blocks.1.attn.pattern}") for g in (cached, graph))
+    ids, mask = tokens(graph), np.ones((2, LENGTH), np.int64)
+    feed = {"input_ids": ids, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
+    expected = reference.run(feed)
+    found = tapped.run(with_initial_slots(tapped, feed))
+    label = next(label for label, _ in reference.outputs() if label != "logits")
+    np.testing.assert_allclose(found[label], expected[label], atol=1e-6)
 
 
 @pytest.mark.parametrize(
