@@ -88,6 +88,7 @@ register(
         samples=(
             Sample(((2, 3, 5, 4), (2, 3, 1, 4)), dtypes=tuple(sorted(COMPUTE_FLOATS)), draw=draws(normal, normal)),
             Sample(((2, 3, 0, 4), (2, 3, 2, 4)), dtypes=(DType.F32,), draw=draws(normal, normal), note="nothing before"),
+            Sample(((2, 3, 2, 4), (2, 3, 0, 4)), dtypes=(DType.F16,), draw=draws(normal, normal), note="nothing new"),
             Sample(((2, 3, 4), (2, 1, 4)), {"axis": 1}, dtypes=(DType.I8,),
                    draw=draws(integers(-9, 9, DType.I8), integers(-9, 9, DType.I8))),
         ),
@@ -189,6 +190,10 @@ register(
             Sample(((2, 6, 4), (2, 2, 4), (1,)), {"axis": 1}, dtypes=(DType.I8,),
                    draw=draws(integers(-9, 9, DType.I8), integers(-9, 9, DType.I8), _ints(0, 4))),
             Sample(((1, 1, 1, 1), (1, 1, 1, 1), (1,)), dtypes=(DType.F32,), draw=draws(normal, normal, _ints(0, 1))),
+            Sample(((1, 2, 4, 2), (1, 2, 0, 2), (1,)), dtypes=(DType.F32,), draw=draws(normal, normal, _ints(0, 4)),
+                   note="nothing new"),
+            Sample(((1, 2, 4, 2), (1, 2, 0, 2), (1,)), {"mode": "ring"}, dtypes=(DType.F32,),
+                   draw=draws(normal, normal, _ints(0, 9)), note="nothing new in a ring"),
         ),
     )
 )  # fmt: skip

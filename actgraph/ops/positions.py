@@ -33,6 +33,8 @@ def check_axis(op: str, x: TensorType, axis: int) -> None:
 
 _LENGTH_DOC = """
 The size of ``x`` along ``axis``, as a tensor [1] of int64: how many tokens a cache holds, for ops that count on from there.
+
+Source: standard practice (incremental decoding).
 """
 
 
@@ -73,6 +75,7 @@ register(
             Sample(((2, 3, 5),), {"axis": 1}, dtypes=(DType.F32, DType.F16), draw=draws(normal)),
             Sample(((2, 0),), {"axis": 1}, dtypes=(DType.F32,), draw=draws(normal), note="empty"),
             Sample(((4, 1, 2),), {"axis": -1}, dtypes=(DType.BOOL,), draw=draws(boolean)),
+            Sample(((7,),), {"axis": 0}, dtypes=(DType.F32,), draw=draws(normal)),
         ),
     )
 )
@@ -83,6 +86,8 @@ _POSITIONS_DOC = """
 ``start, start + 1, start + 2 ...``: as many as ``x`` is long along ``axis``, [length] of int64. Without ``start`` it is 0.
 
 ``x`` gives only its size. With ``start`` the number of tokens before, these are the positions of a call's own tokens.
+
+Source: standard practice (incremental decoding).
 """
 
 

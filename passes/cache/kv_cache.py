@@ -163,8 +163,10 @@ class _Rewrite:
             self._move_edges(attention, tuple((last, index) for index in range(4)))
             if not attention.softcap and attention.query.shape is not None and key.shape is not None:
                 kind = TensorType(attention.query.dtype, (*attention.query.shape[:3], key.shape[2]))
-                for old in (pattern, *attention.nodes) if pattern is not None else attention.nodes:
-                    self.editor.make_virtual(old, PATTERN, last, kind)
+                for node in attention.nodes:
+                    self.editor.make_virtual(node, PATTERN, last, kind)
+                if pattern is not None:
+                    self.editor.make_virtual(pattern, PATTERN, last, kind)
         if last.output.shape != attention.output.shape:
             raise PassError(f"the attention {attention.output.name} gives {attention.output.type}, not {last.output.type}")
         self.editor.redirect(attention.output, last.output)

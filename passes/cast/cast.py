@@ -20,7 +20,8 @@ from actgraph.pipeline.base import Pass, PassContext, PassResult
 class Cast(Pass):
     """Store weights and compute in ``dtype``; float inputs and outputs keep their types at the border.
 
-    Casts that the model makes itself (norms and rotary angles in float32) stay; where that leaves an op with operands of two
+    Casts that the model makes itself (norms in float32) stay, and what only leads to a sine or cosine (the angles of rotary
+    positions, which half precision could not tell apart) is computed as before; where that leaves an op with operands of two
     float types, the wider ones are cast to ``dtype``. Numbers that fill masks (-3.4e38 where a key is not allowed) are brought
     into the range of ``dtype``; other weights beyond it are an error, not infinities. Nodes of an ONNX graph whose operator
     does not take ``dtype`` (``Cos`` has no bfloat16 below opset 22) stay in float32, between casts.
@@ -39,10 +40,11 @@ class Cast(Pass):
         size = max(_SIZES[dtype] for dtype in {target, *floats} if dtype is not None)
         result = PassResult(expected_change=f"numbers are rounded to {target}", expected_size=size)
         declared = {name: value.dtype for name, value in graph.outputs()}
+        angles = _angles(graph) if target in (DType.F16, DType.BF16) else frozenset[Node]()
         with context.edit(graph) as editor:
             for parameter in graph.parameters():
                 if parameter.dtype in _CASTABLE and parameter.dtype is not target:
-                    uses = [use for use in parameter.uses if not is_scale(use)]
+                    uses = [use for use in parameter.uses if not is_scale(use) and use.node not in angles]
                     if uses or not parameter.uses:
                         editor.set_parameter(parameter, _converted(graph, parameter, target), uses=uses)
                         result.counts["parameters cast"] += 1
@@ -58,7 +60,8 @@ class Cast(Pass):
                     editor.redirect(value, node.output, [use for use in value.uses if use.node != node])
                     result.counts["inputs cast"] += 1
             for node in list(graph.nodes()):
-                self._unify(editor, node, target, result)
+                if node not in angles:
+                    self._unify(editor, node, target, result)
                 operands, results = _refused(graph, node)
                 for index in operands:
                     self._insert(editor, node, index, DType.F32, result)
@@ -104,6 +107,17 @@ class Cast(Pass):
 #: How far outputs may move, relative, when one side computes in this type and the other in a better one.
 _SIZES = {DType.F16: 0.1, DType.BF16: 0.5, DType.F32: 1e-3, DType.F64: 1e-3}
 _CASTABLE = frozenset(_SIZES)
+
+
+def _angles(graph: Graph) -> frozenset[Node]:
+    """Sines and cosines, and the nodes whose results go nowhere else."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes()):
+        prim = node.prim
+        uses = [use for output in node.outputs for use in output.uses]
+        if (prim is not None and prim.op in ("cos", "sin")) or (uses and all(use.node in found for use in uses)):
+            found.add(node)
+    return frozenset(found)
 
 
 def _converted(graph: Graph, parameter: Value, target: DType) -> Array:

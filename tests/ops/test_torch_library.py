@@ -43,7 +43,10 @@ def first_case(op) -> Case:  # type: ignore[no-untyped-def]
 
 def test_most_ops_are_tried_with_a_dynamic_axis() -> None:
     static = {op.name for op in all_ops() if Call(first_case(op)).shares_rows()}
-    assert static <= {"attention_mix", "attention_pattern", "dequantize", "quantize", "select_rows"}
+    assert static <= {
+        "attention", "attention_mix", "attention_pattern", "cache_append", "cache_write", "dequantize", "quantize",
+        "select_rows",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("op", all_ops(), ids=lambda op: op.name)

@@ -14,6 +14,8 @@ import actgraph as ag
 from actgraph.errors import PassError, UnsupportedError
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph
+from actgraph.ops.dtypes import DType
+from tests import zoo
 from tests.passes.conftest import apply, relative
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -188,3 +190,17 @@ def test_verify_fails_a_file_that_does_not_open(tmp_path: Path) -> None:
     checks = list(check_exports(apply(_angles(), "cast{dtype=bf16}"), tmp_path, [{"x": np.ones((2, 4), np.float32)}], 1e-4))
     assert len(checks) == 2
     assert all(check.verdict == "FAILED" and "onnxruntime cannot run" in check.detail for check in checks)
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_rotary_angles_stay_in_single_precision(dialect: str, dtype: str) -> None:
+    """At position 4097 neighbouring angles are one number in half precision."""
+    graph = zoo.captured("llama") if dialect == "fx" else to_onnx(zoo.captured("llama"))
+    rewritten = ag.run(graph, f"cast{{dtype={dtype}}}", parity="none").graph
+    turned = [node for node in rewritten.nodes() if node.prim is not None and node.prim.op in ("cos", "sin")]
+    assert turned and all(node.operands[0] is not None and node.operands[0].dtype is DType.F32 for node in turned)
+    frequencies = [parameter for parameter in rewritten.parameters() if "inv_freq" in parameter.name]
+    assert all(parameter.dtype is DType.F32 for parameter in frequencies)
+    others = {parameter.dtype for parameter in rewritten.parameters() if parameter.type.rank == 2}
+    assert others == {DType(dtype)}

@@ -92,7 +92,9 @@ def test_cast(stories: Graph, dialect: str, dtype: str) -> None:
         pytest.skip("onnxruntime's CPU engine has no bfloat16 MatMul")
     cast = apply(stories, f"cast{{dtype={dtype}}}")
     cast.verify()
-    assert {p.dtype for p in cast.parameters() if p.dtype is not None and p.dtype.is_float} == {dtype}
+    floats = {p.name: p.dtype for p in cast.parameters() if p.dtype is not None and p.dtype.is_float}
+    kept = {name for name, kind in floats.items() if kind != dtype}  # rotary angles stay in single precision
+    assert set(floats.values()) - {"f32"} == {dtype} and all("inv_freq" in name for name in kept)
     assert [v.dtype for _, v in cast.outputs()] == ["f32"]
     error = relative(run(stories), run(cast))
     assert error < {"f16": 2e-2, "bf16": 1e-1, "f64": 1e-5}[dtype]
