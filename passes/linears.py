@@ -10,7 +10,7 @@ from actgraph.errors import PassError
 from actgraph.graph import Graph, Value
 from actgraph.graph.recognize.experts import expert_products
 from actgraph.graph.sites import Anchor
-from actgraph.graph.views import Convolution, Linear
+from actgraph.graph.views import Convolution, Linear, Views
 from actgraph.passes.places import Selector
 
 Weighted = TypeVar("Weighted", Linear, Convolution)
@@ -79,12 +79,12 @@ def check_selectors(graph: Graph, site: Selector, acts: Callable[[Places], bool]
             raise PassError(f"{selector!r} names no {what}", "list the sites with `actgraph sites MODEL`")
 
 
-def expert_weights(graph: Graph, site: Selector, ignore: Selector) -> list[tuple[str, str]]:
+def expert_weights(graph: Graph, views: Views, site: Selector, ignore: Selector) -> list[tuple[str, str]]:
     """``(value, reason)`` for each selected product of a mixture of experts: no linear of its own, so passes over linears
     decline it."""
     wanted, unwanted = Places.of(graph, site), Places.ignored(graph, ignore)
     found = []
-    for product in expert_products(graph.views.semantics):
+    for product in expert_products(views.semantics):
         around = {product.rows, product.output}
         if (not site or around & wanted.values) and not around & unwanted.values:
             weight = next((v for v in _constants(product.weights) if v.is_parameter), product.weights)

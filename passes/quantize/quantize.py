@@ -18,7 +18,7 @@ from actgraph.calibrate.statistics import Request
 from actgraph.errors import PassError
 from actgraph.graph import Editor, Graph, Use, Value
 from actgraph.graph.graph import Array, parameter_bytes
-from actgraph.graph.views import Convolution, Linear
+from actgraph.graph.views import Convolution, Linear, Views
 from actgraph.ops.dtypes import DType
 from actgraph.ops.quantizer import symmetric_parameters
 from actgraph.passes.linears import check_selectors, chosen, edge_name, expert_weights
@@ -49,12 +49,13 @@ class Quantize(Pass):
     def requests(self, graph: Graph) -> Sequence[Request]:
         if self.activations != "static":
             return ()
-        return [Request(edge_name(graph, w), "absmax") for w in self._places(graph)]
+        return [Request(edge_name(graph, w), "absmax") for w in self._places(graph, graph.views)]
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        places = self._places(graph)
+        views = graph.views
+        places = self._places(graph, views)
         tables = list(dict.fromkeys(table for _, table in embeddings(graph))) if self.embeddings else []
-        experts = expert_weights(graph, self.site, self.ignore)
+        experts = expert_weights(graph, views, self.site, self.ignore)
         if not places and not tables:
             raise PassError("quantize: no linear or convolution is selected", "check site and ignore with `actgraph sites`")
         rounded = [what for what in ("weights", "activations") if getattr(self, what) != "none"]
@@ -86,8 +87,7 @@ class Quantize(Pass):
             raise PassError(f"quantize changed nothing: {reason}")
         return result
 
-    def _places(self, graph: Graph) -> list[Linear | Convolution]:
-        views = graph.views
+    def _places(self, graph: Graph, views: Views) -> list[Linear | Convolution]:
         linears, convs = views.linears(), views.convs()
         every: list[Linear | Convolution] = [*linears, *convs]
         check_selectors(graph, self.site, lambda named: any(named.covers(w) for w in every), "linear or convolution")

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from actgraph.calibrate.statistics import Request
 from actgraph.errors import OptionError, PassError
 from actgraph.graph import Graph, Node, Use, Value
-from actgraph.graph.views import FeedForward
+from actgraph.graph.views import FeedForward, Views
 from actgraph.passes.linears import Places, check_selectors, edge_name, expert_weights, input_value
 from actgraph.passes.places import Selector
 from actgraph.pipeline.base import UNBOUNDED, Declined, Pass, PassContext, PassResult
@@ -51,10 +51,12 @@ class Sparsify(Pass):
     def requests(self, graph: Graph) -> Sequence[Request]:
         if self.sparsity is None:
             return ()
-        return [_request(name) for name, _, _ in self._places(graph)]
+        return [_request(name) for name, _, _ in self._places(graph, graph.views)]
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        places = self._places(graph)
+        views = graph.views
+        places = self._places(graph, views)
+        experts = expert_weights(graph, views, self.site, self.ignore) if self.method == "teal" else []
         if not places:
             raise PassError(
                 f"sparsify: no {'linear input' if self.method == 'teal' else 'gated feed-forward'} is selected",
@@ -74,11 +76,7 @@ class Sparsify(Pass):
                     result.expected_change = f"activations with |x| <= t are dropped ({self.method})"
                     result.expected_size = UNBOUNDED
                 result.details.append({"site": name, "threshold": threshold, "sparsity": measured})
-        if self.method == "teal":
-            result.declined += [
-                Declined(name, f"{reason}: their inputs are not gated")
-                for name, reason in expert_weights(graph, self.site, self.ignore)
-            ]
+        result.declined += [Declined(name, f"{reason}: their inputs are not gated") for name, reason in experts]
         if not result.counts:
             raise PassError(f"sparsify changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
         return result
@@ -93,10 +91,9 @@ class Sparsify(Pass):
         threshold = float(sketch.quantile(self.sparsity)) if self.sparsity > 0 else 0.0
         return threshold, float(sketch.cdf(threshold))
 
-    def _places(self, graph: Graph) -> list[tuple[str, Value, list[Use] | None]]:
+    def _places(self, graph: Graph, views: Views) -> list[tuple[str, Value, list[Use] | None]]:
         """``(site name, value, uses)``: what to gate and for which readers (``None``: all)."""
         wanted, unwanted = Places.of(graph, self.site), Places.ignored(graph, self.ignore)
-        views = graph.views
         if self.method == "cats":
             gated = [f for f in views.feed_forwards() if f.gate is not None and f.act != f.hidden]
             check_selectors(graph, self.site, lambda named: any(f.act in named.values for f in gated), "gated activation")
@@ -107,7 +104,7 @@ class Sparsify(Pass):
             ]
         linears = views.linears()
         check_selectors(graph, self.site, lambda named: any(named.covers_input(x) for x in linears), "input of a linear")
-        inside = _in_blocks(graph)
+        inside = set() if self.site else _in_blocks(graph, views)
         return [
             (edge_name(graph, linear), input_value(linear), [linear.input])
             for linear in linears
@@ -125,9 +122,8 @@ def _act_name(graph: Graph, feed_forward: FeedForward) -> str:
     return graph.site_table.role_name_of(feed_forward.act) or (names[0] if names else f"%{feed_forward.act.name}")
 
 
-def _in_blocks(graph: Graph) -> set[Node]:
+def _in_blocks(graph: Graph, views: Views) -> set[Node]:
     """The first nodes of the projections of all blocks (of all linears in a model without blocks)."""
-    views = graph.views
     linears = views.linears()
     blocks = views.blocks()
     if not blocks:
