@@ -13,10 +13,10 @@ from typing import TypeGuard, cast, overload
 import numpy as np
 
 from actgraph.errors import InputError
-from actgraph.graph.context import logits_output
+from actgraph.graph.context import context_length, logits_output
 from actgraph.graph.graph import Array, Graph
 from actgraph.runtime.sampling import Sampling
-from actgraph.runtime.session import Compiled, compile, context_length, unknown_inputs
+from actgraph.runtime.session import Compiled, compile, unknown_inputs
 
 #: A prompt: text, or token ids.
 Prompt = str | Sequence[int]

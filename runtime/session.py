@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from actgraph.errors import InputError, UnsupportedError
-from actgraph.graph.context import KINDS
+from actgraph.graph.context import KINDS, context_length
 from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role
 from actgraph.graph.slots import Slot, initial, slots_of, with_initial_slots
@@ -178,14 +178,6 @@ def _capacity(graph: Graph, slots: Sequence[Slot]) -> int | None:
     limits = [limit for limit in (context_length(graph),) if limit is not None]
     limits += [size for slot in slots if slot.update == "scatter" and isinstance(size := slot.shape[2], int)]
     return min(limits, default=None)
-
-
-def context_length(graph: Graph) -> int | None:
-    """The number of tokens that the model was made for; ``None`` where its configuration does not say."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(graph.companions.config.get(key), int):
-            return int(graph.companions.config[key])
-    return None
 
 
 def unknown_inputs(graph: Graph) -> Iterator[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from actgraph.calibrate.corpora import Corpus, Messages
 from actgraph.errors import InputError
+from actgraph.graph.context import context_length
 from actgraph.graph.graph import Role, Value
 from actgraph.graph.parity import is_optional
 from actgraph.ops.shapes import Dim
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Sample = dict[str, Array]
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _FILLED = ("attention_mask", "position_ids", "token_type_ids")
 
 
@@ -106,9 +106,7 @@ def _decoder_start(graph: Graph) -> int | None:
 
 def max_length(graph: Graph, limit: int | None = None) -> int | None:
     """The most tokens that a document may have: the smallest of ``limit``, the model's and the tokenizer's."""
-    found = [] if limit is None else [limit]
-    configs = [graph.companions.config, graph.companions.config.get("text_config") or {}]
-    found += [config[key] for config in configs for key in _LENGTHS if isinstance(config.get(key), int)]
+    found = [length for length in (limit, context_length(graph)) if length is not None]
     settings = _json_companion(graph, "tokenizer_config.json")
     length = settings.get("model_max_length")
     if isinstance(length, (int, float)) and 0 < length < 1e9:

@@ -11,13 +11,12 @@ from typing import Any
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.formats.atomic import atomic_file
-from actgraph.graph.context import logits_output
+from actgraph.graph.context import context_length, logits_output
 from actgraph.graph.graph import Graph
 from actgraph.graph.slots import slots_of
 
 #: Architectures of decoders whose inputs onnxruntime-genai fills in as the plain ones that a cached graph has.
 _TYPE = "llama"
-_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
@@ -39,9 +38,7 @@ def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
     vocabulary = logits.shape[-1] if logits.shape is not None else None
     end = generation.get("eos_token_id", config.get("eos_token_id"))
     first_end = end[0] if isinstance(end, list) and end else end
-    length = next(
-        (config[k] for k in ("max_position_embeddings", "n_positions", "n_ctx") if isinstance(config.get(k), int)), None
-    )
+    length = context_length(graph)
     if length is None or first_end is None:
         what = "context length" if length is None else "end token"
         raise InputError(f"the configuration of {graph.name} names no {what}", "set it in graph.companions.config")

@@ -94,6 +94,16 @@ def token_dims(graph: Graph) -> tuple[Dim, ...] | None:
     return None
 
 
+#: How configurations spell the number of tokens that a model was made for.
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+
+
+def context_length(graph: Graph) -> int | None:
+    """The number of tokens that the model was made for (the smallest its configuration names); ``None`` where it names none."""
+    configs = [graph.companions.config, graph.companions.config.get("text_config") or {}]
+    return min((config[key] for config in configs for key in _LENGTHS if isinstance(config.get(key), int)), default=None)
+
+
 def logits_output(graph: Graph) -> str:
     """The name of the output that holds next-token scores ``[batch, seq, vocabulary]``: ``logits``, or the only one of rank 3.
 

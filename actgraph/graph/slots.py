@@ -58,12 +58,6 @@ class Slot:
     def type(self) -> TensorType:
         return TensorType(self.dtype, self.shape)
 
-    @property
-    def axis(self) -> int | None:
-        """The axis whose size is not known before the first call (the one that grows); ``None`` for a fixed size."""
-        named = [axis for axis, size in enumerate(self.shape) if axis and not isinstance(size, int)]
-        return named[0] if named else None
-
     def __str__(self) -> str:
         return f"{self.name}: {self.type} {{init = {self.init:g}, reset = {self.reset}, update = {self.update}}}"
 

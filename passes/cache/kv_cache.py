@@ -16,7 +16,7 @@ from pydantic import Field
 
 from actgraph.errors import PassError
 from actgraph.graph import Editor, Graph, Node, Use, Value
-from actgraph.graph.context import logits_output, token_dims
+from actgraph.graph.context import context_length, logits_output, token_dims
 from actgraph.graph.graph import Role
 from actgraph.graph.recognize.materialise import PATTERN
 from actgraph.graph.slots import Slot, slots_of
@@ -60,7 +60,7 @@ class KeyValueCache(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = decoder_attentions(graph)
-        limit = length_limit(graph)
+        limit = context_length(graph)
         if self.form == "static" and self.max_length is None and limit is None:
             raise PassError("kv_cache: the model names no limit of its length", "give max_length=2048")
         shown = proof.refuse_what_looks_ahead(graph)
@@ -95,14 +95,6 @@ def decoder_attentions(graph: Graph) -> list[Attention]:
         fixed = dims[1] if dims else "unknown"
         raise PassError(f"kv_cache: the length of {graph.name} is fixed ({fixed})", "capture it with a dynamic length")
     return attentions
-
-
-def length_limit(graph: Graph) -> int | None:
-    """The number of tokens that the model can take; ``None`` where it does not say."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(graph.companions.config.get(key), int):
-            return int(graph.companions.config[key])
-    return None
 
 
 @dataclass
@@ -242,14 +234,3 @@ class _Rewrite:
         if mask.uses:
             whole = f"{PAST} + {self.seq}" if self.form == "growing" else "total"
             self.editor.set_input_type(mask, TensorType(mask.dtype, (self.batch, whole)))
-
-
-def key_value_bytes(graph: Graph, batch: int, length: int) -> int:
-    """Bytes of all key-value slots of ``graph`` for ``batch`` rows of ``length`` tokens."""
-    total = 0
-    for slot in slots_of(graph).values():
-        elements = 1
-        for axis, size in enumerate(slot.shape):
-            elements *= size if isinstance(size, int) else batch if axis == 0 else length
-        total += elements * slot.dtype.bits // 8
-    return total

@@ -17,7 +17,6 @@ from actgraph.graph import Graph
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Array
 from actgraph.graph.slots import slots_of, with_initial_slots
-from actgraph.passes.cache.kv_cache import key_value_bytes
 from actgraph.passes.cache.masks import recognise
 from tests import zoo
 from tests.graph import onnx_models
@@ -109,7 +108,9 @@ def test_the_cache_holds_key_heads_only() -> None:
     graph = zoo.captured("llama")  # 4 heads, 2 key heads of 8
     cached = apply(graph, "kv_cache")
     assert {slot.shape for slot in slots_of(cached).values()} == {("batch", 2, "past", 8)}
-    assert key_value_bytes(cached, batch=3, length=10) == 2 * 2 * 3 * 2 * 10 * 8 * 4  # layers, key and value, ..., float32
+    session = ag.compile(cached).session(batch=3)
+    session.feed(np.ones((3, 10), np.int64))
+    assert session.bytes == 2 * 2 * 3 * 2 * 10 * 8 * 4  # layers, key and value, rows, key heads, tokens, head, float32
     names = [value.name for value in cached.inputs()]
     assert names[:3] == ["input_ids", "attention_mask", "position_ids"]
     assert names[3:] == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
