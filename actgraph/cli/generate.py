@@ -95,7 +95,7 @@ def _with_cache(graph: Graph, quiet: bool) -> Graph:
     if slots_of(graph):
         return graph
     try:
-        return ag.run(graph, "kv_cache", parity="none", reproducer=False).graph
+        return ag.run(graph, "kv_cache{graphs=combined}", parity="none", reproducer=False).graph
     except ag.ActgraphError as error:
         if not quiet:
             print(f"note: without a cache: {error.message}", file=sys.stderr)

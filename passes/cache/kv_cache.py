@@ -57,6 +57,9 @@ class KeyValueCache(Pass):
     max_length: int | None = Field(
         default=None, ge=2, description="Tokens that a static cache holds; default: the model's limit."
     )
+    graphs: Literal["program", "combined"] = Field(
+        default="combined", description="A program of a prefill and a decode graph, or one graph for both."
+    )
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = decoder_attentions(graph)

@@ -17,7 +17,8 @@ from tests import zoo
 def test_onnxruntime_genai_generates_the_same_tokens(tmp_path: Path, steered: bool) -> None:
     og = pytest.importorskip("onnxruntime_genai")
     vector = "[" + ", ".join(["0.2"] * 64) + "]"
-    pipeline = f"steer{{vector={vector} site=blocks.2.resid_post scale=0.3 fold=false}}, kv_cache" if steered else "kv_cache"
+    steer = f"steer{{vector={vector} site=blocks.2.resid_post scale=0.3 fold=false}}, " if steered else ""
+    pipeline = f"{steer}kv_cache{{graphs=combined}}"
     graph = ag.run(zoo.captured("stories260k"), pipeline).graph
     folder = save_genai(graph, tmp_path / "model")
     model = og.Model(str(folder))
@@ -33,7 +34,7 @@ def test_onnxruntime_genai_generates_the_same_tokens(tmp_path: Path, steered: bo
 
 
 def test_the_configuration_says_what_the_graph_is(tmp_path: Path) -> None:
-    graph = ag.run(zoo.captured("llama"), "kv_cache").graph
+    graph = ag.run(zoo.captured("llama"), "kv_cache{graphs=combined}").graph
     config = json.loads((save_genai(graph, tmp_path / "llama") / "genai_config.json").read_text())
     decoder = config["model"]["decoder"]
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (4, 2, 8)
@@ -42,7 +43,10 @@ def test_the_configuration_says_what_the_graph_is(tmp_path: Path) -> None:
 
 
 def test_what_genai_cannot_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    for graph in (zoo.captured("llama"), ag.run(zoo.captured("llama"), "kv_cache{form=static max_length=16}").graph):
+    for graph in (
+        zoo.captured("llama"),
+        ag.run(zoo.captured("llama"), "kv_cache{graphs=combined form=static max_length=16}").graph,
+    ):
         with pytest.raises(UnsupportedError, match="no growing key-value cache"):
             save_genai(graph, tmp_path / "no")
     assert not (tmp_path / "no").exists()

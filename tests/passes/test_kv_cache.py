@@ -78,7 +78,7 @@ def test_prompt_and_steps_equal_one_forward(name: str, source: str, form: str) -
     """Any chunking, with padding on the left, in torch and for the file that stock torch exports."""
     graph = zoo.captured(name) if source == "torch" else ag.load(zoo.stock_onnx(name))
     graph.companions = zoo.captured(name).companions
-    cached = apply(graph, f"kv_cache{{form={form}}}")
+    cached = apply(graph, f"kv_cache{{graphs=combined form={form}}}")
     ids = tokens(graph)
     for mask in (np.ones((2, LENGTH), np.int64), left_padded()):
         expected = whole(graph, ids, mask)
@@ -89,7 +89,7 @@ def test_prompt_and_steps_equal_one_forward(name: str, source: str, form: str) -
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3"])
 def test_garbage_beyond_the_valid_length_is_never_seen(name: str) -> None:
     graph = zoo.captured(name)
-    cached, ids, mask = apply(graph, "kv_cache{form=static max_length=24}"), tokens(graph), left_padded()
+    cached, ids, mask = apply(graph, "kv_cache{graphs=combined form=static max_length=24}"), tokens(graph), left_padded()
     clean = stepwise(cached, ids, mask, (5, 3, 3))
     assert np.array_equal(clean, stepwise(cached, ids, mask, (5, 3, 3), garbage=3e4))
 
@@ -98,7 +98,7 @@ def test_garbage_beyond_the_valid_length_is_never_seen(name: str) -> None:
 def test_a_batch_of_different_lengths_equals_separate_runs(name: str) -> None:
     """Learned positions: a wrong position moves the logits."""
     graph = zoo.captured(name)
-    cached, ids, mask = apply(graph, "kv_cache"), tokens(graph), left_padded()
+    cached, ids, mask = apply(graph, "kv_cache{graphs=combined}"), tokens(graph), left_padded()
     together = stepwise(cached, ids, mask, (6, 1, 1, 1, 1, 1))
     alone = stepwise(cached, ids[1:, PADDED:], mask[1:, PADDED:], (2, 1, 1, 1, 1, 1))
     assert np.abs(together[1, PADDED:] - alone[0]).max() < 1e-5 * np.abs(alone).max()
@@ -106,7 +106,7 @@ def test_a_batch_of_different_lengths_equals_separate_runs(name: str) -> None:
 
 def test_the_cache_holds_key_heads_only() -> None:
     graph = zoo.captured("llama")  # 4 heads, 2 key heads of 8
-    cached = apply(graph, "kv_cache")
+    cached = apply(graph, "kv_cache{graphs=combined}")
     assert {slot.shape for slot in slots_of(cached).values()} == {("batch", 2, "past", 8)}
     session = ag.compile(cached).session(batch=3)
     session.feed(np.ones((3, 10), np.int64))
@@ -163,7 +163,7 @@ def attends(rule: str) -> Graph:
 def test_masks_that_count_positions(rule: str, dialect: str) -> None:
     graph = attends(rule) if dialect == "fx" else to_onnx(attends(rule))
     expected = {"causal": "causal", "chunk": "causal, chunks of 3", "window": "causal, window 5"}[rule]
-    result = ag.run(graph, "kv_cache")
+    result = ag.run(graph, "kv_cache{graphs=combined}")
     assert [row["mask"] for row in result.report[0].details] == [expected]
     assert result.report[0].change is not None and result.report[0].change.relative < 1e-5
 
@@ -182,7 +182,7 @@ def test_what_cannot_have_a_cache_is_refused(rule: str, why: str) -> None:
     graph = attends(rule)
     before = graph.content_hash()
     with pytest.raises(PassError, match=why):
-        ag.run(graph, "kv_cache")
+        ag.run(graph, "kv_cache{graphs=combined}")
     assert graph.content_hash() == before
 
 
@@ -191,21 +191,21 @@ def test_what_cannot_have_a_cache_is_refused(rule: str, why: str) -> None:
 )
 def test_models_without_a_causal_attention_are_refused(name: str, why: str) -> None:
     with pytest.raises(PassError, match=why):
-        ag.run(zoo.captured(name), "kv_cache")
+        ag.run(zoo.captured(name), "kv_cache{graphs=combined}")
 
 
 def test_a_cache_is_inserted_once() -> None:
-    cached = apply(attends("causal"), "kv_cache")
+    cached = apply(attends("causal"), "kv_cache{graphs=combined}")
     with pytest.raises(PassError, match="has state already"):
-        ag.run(cached, "kv_cache{form=static max_length=8}")
+        ag.run(cached, "kv_cache{graphs=combined form=static max_length=8}")
     with pytest.raises(PassError, match="names no limit"):
-        ag.run(attends("causal"), "kv_cache{form=static}")
+        ag.run(attends("causal"), "kv_cache{graphs=combined form=static}")
 
 
 def test_a_pattern_that_is_read_stays_readable() -> None:
     graph = zoo.captured("stories260k")
     tapped = apply(graph, "tap{site=blocks.1.attn.pattern}")
-    both = apply(tapped, "kv_cache")
+    both = apply(tapped, "kv_cache{graphs=combined}")
     ids, mask = tokens(graph), np.ones((2, LENGTH), np.int64)
     feed = {"input_ids": ids, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
     expected = tapped.run(feed)
@@ -220,7 +220,7 @@ def test_a_pattern_that_is_read_stays_readable() -> None:
 def test_sites_and_views_are_what_they_were(name: str, dialect: str) -> None:
     """All but the masks that modules were given; a pattern can still be taken out of an attention."""
     graph = zoo.captured(name) if dialect == "fx" else to_onnx(zoo.captured(name))
-    cached = apply(graph, "kv_cache")
+    cached = apply(graph, "kv_cache{graphs=combined}")
     before, after = ({site.name for site in g.sites()} for g in (graph, cached))
     assert after <= before and all(re.fullmatch(r"(model|transformer)(\..*)?:in\[\d\]", site) for site in before - after)
     assert len(cached.views.blocks()) == len(graph.views.blocks())
@@ -249,7 +249,7 @@ def test_sites_and_views_are_what_they_were(name: str, dialect: str) -> None:
 def test_after_other_passes(before: str, dialect: str) -> None:
     graph = zoo.captured("stories260k")
     edited = apply(graph if dialect == "fx" else to_onnx(graph), before)
-    cached = apply(edited, "kv_cache")
+    cached = apply(edited, "kv_cache{graphs=combined}")
     ids, mask = tokens(graph), left_padded()
     assert error(stepwise(cached, ids, mask, (5, 1, 4, 1)), whole(edited, ids, mask), mask) < 1e-4
 
@@ -258,7 +258,7 @@ def test_after_other_passes(before: str, dialect: str) -> None:
 def test_files_keep_their_state(form: str, tmp_path: Path) -> None:
     """Through .pt2 and ONNX, functions kept and inlined: the slots, the hash and the numbers."""
     graph = zoo.captured("gpt2")
-    cached, ids, mask = apply(graph, f"kv_cache{{form={form}}}"), tokens(graph), left_padded()
+    cached, ids, mask = apply(graph, f"kv_cache{{graphs=combined form={form}}}"), tokens(graph), left_padded()
     expected = whole(graph, ids, mask)
     again = ag.load(cached.save(tmp_path / "cached.pt2"))
     assert again.content_hash() == cached.content_hash() and slots_of(again) == slots_of(cached)
@@ -270,4 +270,4 @@ def test_files_keep_their_state(form: str, tmp_path: Path) -> None:
 
 def test_a_model_without_input_ids_is_no_decoder() -> None:
     with pytest.raises(ag.ActgraphError, match="no language model"):
-        ag.run(onnx_models.mlp(), "kv_cache")
+        ag.run(onnx_models.mlp(), "kv_cache{graphs=combined}")

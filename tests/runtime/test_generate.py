@@ -171,7 +171,7 @@ def cached(stories: Stories) -> dict[str, ag.Graph]:
     from actgraph.formats.onnx_export import to_onnx
 
     graphs = {"torch": stories(), "onnxruntime": to_onnx(stories())}
-    forms = {"growing": "kv_cache", "static": "kv_cache{form=static max_length=512}"}
+    forms = {"growing": "kv_cache{graphs=combined}", "static": "kv_cache{graphs=combined form=static max_length=512}"}
     return {f"{e} {form}": ag.run(graph, text).graph for e, graph in graphs.items() for form, text in forms.items()}
 
 
@@ -242,7 +242,7 @@ def test_a_session_starts_clean_after_a_reset(cached: dict[str, ag.Graph]) -> No
 
 
 def test_a_full_context_is_an_error(cached: dict[str, ag.Graph], stories: Stories) -> None:
-    graph = ag.run(stories(), "kv_cache{form=static max_length=8}").graph
+    graph = ag.run(stories(), "kv_cache{graphs=combined form=static max_length=8}").graph
     session = ag.compile(graph).session()
     session.feed(np.ones((1, 6), np.int64))
     with pytest.raises(InputError, match="the context is full: 6 of 8 tokens are used, and 3 are to come"):
