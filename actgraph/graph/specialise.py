@@ -1,8 +1,8 @@
 """Fixing a named dimension of a graph: the same graph for one token, for one row, for images of one size.
 
-What the general graph computes with a size that is fixed now (sizes read off tensors, sums of them) becomes a constant, and goes.
-Sites, roles, slots, provenance and history stay. Native by design: torch propagates types through fake execution, ONNX declares
-them.
+What the general graph computes with a size that is fixed now (sizes read off tensors, sums of them) becomes a constant
+and goes. Sites, roles, slots, provenance and history stay. Native by design: torch propagates types through fake execution,
+ONNX declares them.
 """
 
 from __future__ import annotations

@@ -91,13 +91,13 @@ def test_several_dimensions_at_once_and_files(tmp_path: Path) -> None:
 
 def test_clear_errors() -> None:
     graph = zoo.captured("llama")
-    with pytest.raises(InputError, match="no input of .* has the dimension 'length'") as caught:
+    with pytest.raises(InputError, match=r"no input of .* has the dimension 'length'") as caught:
         specialise(graph, {"length": 1})
     assert "batch, seq" in caught.value.hint
     for size in (0, -1, True, 1.5):
         with pytest.raises(InputError, match="the size of seq is"):
             specialise(graph, {"seq": size})  # type: ignore[dict-item]
-    with pytest.raises(InputError, match="all its sizes are fixed|no input"):
+    with pytest.raises(InputError, match=r"all its sizes are fixed|no input"):
         specialise(specialise(graph, {"seq": 1, "batch": 1}), {"seq": 2})
 
 
