@@ -2,7 +2,7 @@
 
 A pass declares a slot with ``Editor.add_slot`` and writes it with ``Editor.write_slot``. What stands in the file is explicit:
 the input holds the old content, the output the new one, and whoever runs the graph feeds one back to the other. A session may
-keep both in one buffer and write in place (``update = scatter``). Slots are set back by ``reset``.
+keep both in one buffer and write in place (``update = scatter`` or ``ring``). Slots are set back by ``reset``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from actgraph.ops.shapes import Shape, TensorType
 
 #: When a slot is set back to ``init``, and how a graph writes it.
 RESETS = ("request", "session", "never")
-UPDATES = ("replace", "append", "scatter")
+UPDATES = ("replace", "append", "scatter", "ring")
 STATE_IN, STATE_OUT = "state_in.", "state_out."
 _SLOTS = "slots"  # the key of a graph's metadata that holds what types alone do not say
 
@@ -33,7 +33,9 @@ class Slot:
     init: the number that fills the slot at first (a slot that grows starts with no entries). reset: when it is filled again
     (``request``: for each new request of a row, ``session``: never within a session, ``never``: it outlives sessions).
     update: the output is the whole new content (``replace``), the old content with entries appended along the axis that grows
-    (``append``), or the old content with some entries written over (``scatter``, which an engine may do in place).
+    (``append``), or the old content with some entries written over: at their positions (``scatter``), or at their positions
+    modulo the number of places (``ring``, which holds the last tokens and is never full). Both may be done in place, where
+    nothing reads the old content after the write.
     input, output: their names, ``state_in.<name>`` and ``state_out.<name>`` where a convention has no others.
     """
 

@@ -1,4 +1,4 @@
-"""Positions of tokens when a call sees only some of them: counting on from a start, and who may see whom."""
+"""Positions of tokens when a call sees only some of them: counting on from a start, in a ring, and who may see whom."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from actgraph.errors import VerifyError
 from actgraph.ops.drawing import boolean, draws, integers, normal
 from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register
-from actgraph.ops.shapes import Dim, TensorType
+from actgraph.ops.shapes import Dim, TensorType, dim_add
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +143,93 @@ register(
         ),
     )
 )
+
+# --- ring_positions ---------------------------------------------------------------------------------------------------------
+
+_RING_DOC = """
+Which positions the places of a ring of ``size`` hold when ``start`` tokens were written before, and behind them the positions
+``start, start + 1 ...`` of the new tokens: [size + tokens] of int64, the keys of a call that reads the ring and then writes.
+
+Place j holds the last position before ``start`` that is j modulo ``size``: ``p = last - (last - j) mod size`` with
+``last = start - 1``; below 0 it holds nothing, which ``position_mask`` hides. With ``written`` it is the ring once the new
+tokens are in it (``last = start + tokens - 1``), and nothing behind it: [size]. ``x`` gives only the number of new tokens.
+
+Source: *Mistral 7B*, 2023 (rolling buffer cache).
+"""
+
+
+def _ring_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    x, start = types
+    assert x is not None and start is not None
+    check_axis("ring_positions", x, attributes["axis"])
+    if attributes["size"] < 1:
+        raise VerifyError(f"actgraph.ring_positions: size is {attributes['size']}", "a ring has at least one place")
+    if start.shape not in (None, (), (1,)):
+        raise VerifyError(f"actgraph.ring_positions: start {start} must have one element")
+    tokens: Dim = x.shape[attributes["axis"]] if x.shape is not None else None
+    return [TensorType(DType.I64, (attributes["size"] if attributes["written"] else dim_add(attributes["size"], tokens),))]
+
+
+def _ring(x: torch.Tensor, start: torch.Tensor, *, axis: int, size: int, written: bool = False) -> torch.Tensor:
+    import torch
+
+    first, count = start.to(torch.int64).reshape(()), x.shape[axis]
+    last = (first + count if written else first) - 1
+    held = last - torch.remainder(last - torch.arange(size, dtype=torch.int64, device=x.device), size)
+    return held if written else torch.cat([held, first + torch.arange(count, dtype=torch.int64, device=x.device)])
+
+
+def _ring_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    x, start = operands
+    assert x is not None and start is not None
+    size, written = attributes["size"], attributes["written"]
+    first, count = b.reshape(b.cast(start, DType.I64), [1], 1), b.size(x, attributes["axis"])
+    last = (first + count if written else first) - 1
+    held = last - b.op("Mod", last - b.ints(list(range(size))), size)
+    if written:
+        return [held]
+    stop = b.reshape(count, [], 0)
+    counted = b.op("Range", b.const(0, DType.I64), stop, b.const(1, DType.I64), rank=1)
+    return [b.concat([held, first + counted], axis=0)]
+
+
+register(
+    OpDef(
+        name="ring_positions",
+        doc=_RING_DOC,
+        inputs=(
+            Operand("x", "any tensor: its size is the number of new tokens", dtypes=_ANY),
+            Operand("start", "the number of tokens before, [] or [1]", dtypes=_INTEGERS),
+        ),
+        outputs=("positions",),
+        infer=_ring_infer,
+        reference=_ring,
+        body=_ring_body,
+        attributes=(
+            _AXIS,
+            Attribute("size", "int", "places of the ring"),
+            Attribute("written", "bool", "after the new tokens were written", default=False),
+        ),
+        traits=frozenset({Trait.POSITION_AWARE}),
+        min_opset=13,
+        exact="bits",
+        differentiable=False,
+        samples=(
+            Sample(((2, 3), (1,)), {"axis": 1, "size": 4}, dtypes=(DType.I64,), draw=draws(_ints(0, 9), _ints(0, 1)),
+                   note="empty"),
+            Sample(((2, 3), (1,)), {"axis": 1, "size": 4}, dtypes=(DType.I64,), draw=draws(_ints(0, 9), _ints(2, 3)),
+                   note="partly filled"),
+            Sample(((2, 1, 5), ()), {"axis": 1, "size": 3}, dtypes=(DType.F32,),
+                   draw=draws(normal, integers(7, 30, DType.I32))),
+            Sample(((2, 1), (1,)), {"axis": -1, "size": 5, "written": True}, dtypes=(DType.I64,),
+                   draw=draws(_ints(0, 9), _ints(0, 40))),
+            Sample(((2, 7), (1,)), {"axis": 1, "size": 4, "written": True}, dtypes=(DType.I64,),
+                   draw=draws(_ints(0, 9), _ints(0, 3)), note="more tokens than places"),
+            Sample(((2, 0), (1,)), {"axis": 1, "size": 1}, dtypes=(DType.F16,), draw=draws(normal, _ints(3, 9)),
+                   note="no tokens"),
+        ),
+    )
+)  # fmt: skip
 
 # --- position_mask ----------------------------------------------------------------------------------------------------------
 

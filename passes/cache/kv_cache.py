@@ -23,13 +23,16 @@ from actgraph.graph.slots import Slot, slots_of
 from actgraph.graph.views import Attention
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
-from actgraph.passes.cache import masks, proof
+from actgraph.passes.cache import masks, proof, ring, storage
 from actgraph.passes.cache.cut import cut
 from actgraph.passes.cache.masks import Mask
+from actgraph.passes.cache.storage import Storage
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 
 PAST = "past"
 POSITION = "cache_position"
+#: How far logits may move, relative: far more than what a sound model loses, far less than a wrong scale or axis costs.
+_SIZES = {"float16": 1e-2, "int8": 0.5}
 
 
 class KeyValueCache(Pass):
@@ -39,7 +42,12 @@ class KeyValueCache(Pass):
     ``attention_mask`` [batch, past + seq] covers all, ``position_ids`` are those of the new ones, and each attention has the
     slots ``past_key_values.{i}.key`` and ``.value`` (outputs ``present.{i}.key`` ...), [batch, key heads, tokens, head], cut
     off after rotary and norms and before heads are repeated. ``form=growing`` appends to them; ``form=static`` writes into a
-    fixed number of places (``max_length``) from ``cache_position`` on, which an engine can do in place.
+    fixed number of places (``max_length``) from ``cache_position`` on, which an engine can do in place. ``form=ring`` is the
+    same, but attentions that see a window of W tokens keep the last W only.
+
+    ``storage=float16`` and ``int8`` keep keys and values in fewer bytes; int8 has a scale per token and key head, in the slots
+    ``past_key_values.{i}.key_scale`` and ``.value_scale`` [batch, key heads, tokens, 1]. The cache is first shown to be right
+    in full precision, and then the error that the storage makes is measured and reported.
 
     Masks are replaced by ``position_mask`` after their values were shown to be causal, a window or chunks, with or without
     padding; positions that the graph counts go on where the cache ends. A model that looks ahead, mixes rows of a batch, or
@@ -51,12 +59,14 @@ class KeyValueCache(Pass):
     name: ClassVar[str] = "kv_cache"
     family: ClassVar[str] = "cache"
 
-    form: Literal["growing", "static"] = Field(
-        default="growing", description="A cache that is appended to, or one of fixed size that is written into."
+    form: Literal["growing", "static", "ring"] = Field(
+        default="growing",
+        description="A cache that is appended to, one of fixed size that is written into, or that with rings for windows.",
     )
     max_length: int | None = Field(
         default=None, ge=2, description="Tokens that a static cache holds; default: the model's limit."
     )
+    storage: Storage = Field(default="same", description="In which numbers the cache is stored; same: as they are computed.")
     graphs: Literal["program", "combined"] = Field(
         default="combined", description="A program of a prefill and a decode graph, or one graph for both."
     )
@@ -64,23 +74,40 @@ class KeyValueCache(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = decoder_attentions(graph)
         limit = context_length(graph)
-        if self.form == "static" and self.max_length is None and limit is None:
-            raise PassError("kv_cache: the model names no limit of its length", "give max_length=2048")
         shown = proof.refuse_what_looks_ahead(graph)
         found = masks.recognise(graph, attentions, min(limit or masks.LONGEST, masks.LONGEST))
-        before = graph.clone()
-        result = PassResult()
+        size = self._size(found, limit)
+        before, result = graph.clone(), PassResult()
+        trial = graph.clone() if self.storage != "same" else None
         with context.edit(graph) as editor:
-            rewrite = _Rewrite(graph, editor, self.form, self.max_length or limit or 0)
-            for index, (attention, mask) in enumerate(zip(attentions, found, strict=True)):
-                rewrite.attention(index, attention, mask)
-                result.details.append({"site": f"attention {index}", "mask": str(mask), "heads": attention.kv_heads})
-            rewrite.positions()
-            rewrite.attention_mask()
-            error = proof.reproduces(before, graph, self.max_length or limit)
+            caches = _insert(_Rewrite(graph, editor, self.form, size, self.storage), attentions, found)
+            windows = [cache.ring for cache in caches if cache.ring]
+            if trial is None:
+                error = proof.reproduces(before, graph, self.max_length or limit, windows)
+            else:
+                with trial.edit(by=self.name) as rehearsal:
+                    _insert(_Rewrite(trial, rehearsal, self.form, size, "same"), decoder_attentions(trial), found)
+                    error = proof.reproduces(before, trial, self.max_length or limit, windows)
+                result.expected_change = f"keys and values are stored in {self.storage}"
+                result.expected_size = _SIZES[self.storage]
+                loss = proof.measure(before, graph, self.max_length or limit, windows)
+        for index, (attention, mask, cache) in enumerate(zip(attentions, found, caches, strict=True)):
+            row = {"site": f"attention {index}", "mask": str(mask), "heads": attention.kv_heads, "cache": str(cache)}
+            result.details.append(row)
         result.counts["attentions cached"] = len(attentions)
         result.messages += [*shown, f"{error:.1e} relative from the graph without a cache, over chunks and single tokens"]
+        if trial is not None:
+            result.messages.append(f"stored in {self.storage}: {loss}")
         return result
+
+    def _size(self, found: Sequence[Mask], limit: int | None) -> int:
+        """Places of a cache of fixed size; 0 where none is needed. Raises PassError where the size cannot be known."""
+        if self.form == "ring" and not any(mask.window for mask in found):
+            raise PassError("kv_cache: no attention has a sliding window, which a ring is for", "use form=static")
+        whole = self.form == "static" or (self.form == "ring" and not all(mask.window for mask in found))
+        if whole and self.max_length is None and limit is None:
+            raise PassError("kv_cache: the model names no limit of its length", "give max_length=2048")
+        return self.max_length or limit or 0
 
 
 def decoder_attentions(graph: Graph) -> list[Attention]:
@@ -100,6 +127,24 @@ def decoder_attentions(graph: Graph) -> list[Attention]:
     return attentions
 
 
+@dataclass(frozen=True)
+class _Cache:
+    """What one attention keeps. ring: its places, 0 where it keeps every token; size: places of one that does, 0: it grows."""
+
+    size: int
+    ring: int = 0
+
+    def __str__(self) -> str:
+        return f"ring of {self.ring}" if self.ring else f"static, {self.size}" if self.size else "growing"
+
+
+def _insert(rewrite: _Rewrite, attentions: Sequence[Attention], found: Sequence[Mask]) -> list[_Cache]:
+    caches = [rewrite.attention(n, attention, mask) for n, (attention, mask) in enumerate(zip(attentions, found, strict=True))]
+    rewrite.positions()
+    rewrite.attention_mask()
+    return caches
+
+
 @dataclass
 class _Rewrite:
     """The edits of one graph."""
@@ -108,6 +153,7 @@ class _Rewrite:
     editor: Editor
     form: str
     size: int
+    storage: Storage
 
     def __post_init__(self) -> None:
         dims = token_dims(self.graph)
@@ -119,22 +165,39 @@ class _Rewrite:
         self.start: Value | None = None
         self.made: dict[Mask, Value] = {}
 
-    def attention(self, index: int, attention: Attention, mask: Mask) -> None:
+    def attention(self, index: int, attention: Attention, mask: Mask) -> _Cache:
         """Give one attention its slots, and make it read them."""
-        present = []
+        cache = self._cache(mask)
+        every = []
         for part, operand in (("key", attention.key), ("value", attention.value)):
             new = cut(self.graph, attention, operand).by_head(self.editor)
-            slot = self._slot(f"{index}.{part}", new)
-            old = self.editor.add_slot(slot)
-            start = self._start(old)
-            growing = self.form == "growing"
-            op, operands = ("cache_append", [old, new]) if growing else ("cache_write", [old, new, start])
-            like = attention.output.producer
-            node = self.editor.insert(f"actgraph.{op}", operands, name=f"present.{index}.{part}", like=like)
-            self.editor.write_slot(slot, node.output)
-            present.append(node.output)
-        key, value = present
-        self._compute(attention, key, value, self._mask(mask, key))
+            assert new.dtype is not None
+            parts = zip(storage.PARTS[self.storage], storage.stored(self.editor, new, self.storage), strict=True)
+            kept = [self._keep(f"{index}.{part}{ending}", tensor, cache, attention) for ending, tensor in parts]
+            every.append(storage.read(self.editor, kept, self.storage, new.dtype))
+        key, value = every
+        self._compute(attention, key, value, self._mask(mask, key, cache))
+        return cache
+
+    def _cache(self, mask: Mask) -> _Cache:
+        if self.form == "growing":
+            return _Cache(0)
+        ring = self.form == "ring" and mask.window and (not self.size or mask.window < self.size)
+        return _Cache(0, mask.window) if ring else _Cache(self.size)
+
+    def _keep(self, name: str, new: Value, cache: _Cache, attention: Attention) -> Value:
+        """Keep ``new`` in a slot; returns the entries of all tokens that the attention may see."""
+        slot = self._slot(name, new, cache)
+        old = self.editor.add_slot(slot)
+        start = self._start(old)
+        like, node_name = attention.output.producer, f"present.{name}"
+        if slot.update == "append":
+            written = self.editor.insert("actgraph.cache_append", [old, new], name=node_name, like=like).output
+        else:
+            mode = {"mode": "ring"} if cache.ring else {}
+            written = self.editor.insert("actgraph.cache_write", [old, new, start], mode, name=node_name, like=like).output
+        self.editor.write_slot(slot, written)
+        return ring.extend(self.editor, old, new, like) if cache.ring else written
 
     def _compute(self, attention: Attention, key: Value, value: Value, seen: Value) -> None:
         """The attention anew over all keys; as its two halves where somebody reads the pattern."""
@@ -174,16 +237,13 @@ class _Rewrite:
                 if use.node in attention.nodes:
                     self.editor.move_edges(use, Use(new, place))
 
-    def _slot(self, name: str, new: Value) -> Slot:
+    def _slot(self, name: str, new: Value, cache: _Cache) -> Slot:
         assert new.shape is not None and new.dtype is not None
         batch, heads, _, head = new.shape
-        length = PAST if self.form == "growing" else self.size
-        index, _, part = name.partition(".")
-        update = "append" if self.form == "growing" else "scatter"
-        return Slot(
-            f"past_key_values.{name}", new.dtype, (batch, heads, length, head), update=update,
-            input=f"past_key_values.{name}", output=f"present.{index}.{part}",
-        )  # fmt: skip
+        update = "ring" if cache.ring else "scatter" if cache.size else "append"
+        shape = (batch, heads, cache.ring or cache.size or PAST, head)
+        past, present = f"past_key_values.{name}", f"present.{name}"
+        return Slot(past, new.dtype, shape, update=update, input=past, output=present)
 
     def _start(self, past: Value) -> Value:
         """The position of the first new token, [1]."""
@@ -198,10 +258,14 @@ class _Rewrite:
         operands = [like, start] if start is not None else [like]
         return self.editor.insert("actgraph.positions", operands, {"axis": axis}, name=name).output
 
-    def _mask(self, mask: Mask, key: Value) -> Value:
+    def _mask(self, mask: Mask, key: Value, cache: _Cache) -> Value:
         if mask not in self.made:
+            assert self.start is not None
             queries = self._counted(self.tokens, 1, self.start, "query_positions")
-            keys = self._counted(key, 2, None, "key_positions")
+            if cache.ring:
+                keys = ring.positions(self.editor, self.tokens, self.start, cache.ring)
+            else:
+                keys = self._counted(key, 2, None, "key_positions")
             operands = [queries, keys, *([self.padding] if mask.padded and self.padding is not None else [])]
             attributes = {"window": mask.window, "chunk": mask.chunk}
             node = self.editor.insert("actgraph.position_mask", operands, attributes, name="position_mask")
