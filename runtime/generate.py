@@ -15,8 +15,10 @@ import numpy as np
 from actgraph.errors import InputError
 from actgraph.graph.context import context_length, logits_output
 from actgraph.graph.graph import Array, Graph
+from actgraph.graph.program import Program
 from actgraph.runtime.sampling import Sampling
 from actgraph.runtime.session import Compiled, compile, unknown_inputs
+from actgraph.runtime.text import INCOMPLETE, TextStream, Tokenizer, continuation
 
 #: A prompt: text, or token ids.
 Prompt = str | Sequence[int]
@@ -53,20 +55,20 @@ class Generation:
 
 @overload
 def generate(  # type: ignore[overload-overlap]  # text is a sequence of texts to the type checker, and one prompt to us
-    model: Graph | Compiled, prompt: Prompt = ..., max_new_tokens: int = ..., *, temperature: float = ..., top_k: int = ...,
-    top_p: float = ..., seed: int = ..., stop: str | Sequence[str] = ..., stop_at_end: bool = ...,
+    model: Graph | Program | Compiled, prompt: Prompt = ..., max_new_tokens: int = ..., *, temperature: float = ...,
+    top_k: int = ..., top_p: float = ..., seed: int = ..., stop: str | Sequence[str] = ..., stop_at_end: bool = ...,
 ) -> Generation: ...  # fmt: skip
 
 
 @overload
 def generate(
-    model: Graph | Compiled, prompt: Sequence[Prompt], max_new_tokens: int = ..., *, temperature: float = ...,
+    model: Graph | Program | Compiled, prompt: Sequence[Prompt], max_new_tokens: int = ..., *, temperature: float = ...,
     top_k: int = ..., top_p: float = ..., seed: int = ..., stop: str | Sequence[str] = ..., stop_at_end: bool = ...,
 ) -> list[Generation]: ...  # fmt: skip
 
 
 def generate(
-    model: Graph | Compiled,
+    model: Graph | Program | Compiled,
     prompt: Prompt | Sequence[Prompt] = "",
     max_new_tokens: int = 60,
     *,
@@ -84,24 +86,29 @@ def generate(
     stop: generation of a row ends before the first of these strings.
     stop_at_end: stop at an end token of the generation config (which is not part of the result).
 
+    model: a graph, a program of a prefill and a decode graph, or either compiled; open it once with ``compile`` for several
+    calls. One prompt on a model compiled with ``prefixes`` computes only what the cache of prefixes does not have.
+
     Raises InputError when the model is not a causal language model or has no tokenizer for a text prompt.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
+
+    def run(model: Graph | Program | Compiled, prompts: Sequence[Prompt], row: int = 0) -> list[Generation]:
+        return _finished(_Generator(model, prompts, max_new_tokens, sampling, stops, stop_at_end, row, follow=False))
+
     if not _is_batch(prompt):
-        generator = _Generator(model, [cast("Prompt", prompt)], max_new_tokens, sampling, stops, stop_at_end)
-        return _finished(generator)[0]
+        return run(model, [cast("Prompt", prompt)])[0]
     if not prompt:
         raise InputError("there are no prompts", "give at least one")
-    compiled = model if isinstance(model, Compiled) else compile(model)
-    if "attention_mask" in compiled.inputs:
-        return _finished(_Generator(compiled, list(prompt), max_new_tokens, sampling, stops, stop_at_end))
-    single = [_Generator(compiled, [p], max_new_tokens, sampling, stops, stop_at_end, row=r) for r, p in enumerate(prompt)]
-    return [_finished(generator)[0] for generator in single]
+    compiled = model if isinstance(model, Compiled) else compile(model)  # type: ignore[arg-type]
+    if any(value.name == "attention_mask" for value in _main_graph(compiled).inputs()):
+        return run(compiled, list(prompt))
+    return [run(compiled, [each], row)[0] for row, each in enumerate(prompt)]
 
 
 def stream(
-    model: Graph | Compiled,
+    model: Graph | Program | Compiled,
     prompt: Prompt = "",
     max_new_tokens: int = 60,
     *,
@@ -128,46 +135,80 @@ def _finished(generator: _Generator) -> list[Generation]:
     return [row.generation() for row in generator.rows]
 
 
+class _Numbers:
+    """What stands for text where there is no tokenizer."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
 @dataclass
 class _Row:
-    """One prompt and what has been made of it."""
+    """One prompt and what has been made of it.
 
-    tokenizer: object
+    stream: the text so far, where somebody looks at it before the end; else it is made at the end, at once.
+    """
+
+    tokenizer: Tokenizer | None
     prompt: tuple[int, ...]
     number: int
+    stops: tuple[str, ...] = ()
+    stream: TextStream | None = None
     tokens: list[int] = field(default_factory=list)
-    shown: str = ""
-    cut: int | None = None  # where a stop string begins
+    shown: list[str] = field(default_factory=list)
+    held: str = ""  # complete text that may be the beginning of a stop string
     reason: str = ""
 
     @property
-    def text(self) -> str:
-        """The continuation so far. Decoders treat a leading space unlike an inner one, so the prompt is decoded along."""
-        if self.tokenizer is None:
-            return " ".join(str(token) for token in self.tokens)
-        decode = self.tokenizer.decode  # type: ignore[attr-defined]
-        start, whole = str(decode(list(self.prompt))), str(decode([*self.prompt, *self.tokens]))
-        text = whole[len(start) :] if whole.startswith(start) else str(decode(self.tokens))
-        return text if self.cut is None else text[: self.cut]
+    def context(self) -> tuple[int, ...]:
+        """The tokens whose text stands before the continuation."""
+        return self.prompt if self.tokenizer is not None else ()
 
-    def take(self, token: int, stops: Sequence[str], last: bool) -> Step:
+    def follow(self) -> None:
+        """From now on steps tell their text."""
+        self.stream = TextStream(self.tokenizer or _Numbers(), self.context)
+
+    def take(self, token: int, last: bool) -> Step:
         """Add a token; the step holds the text that can no longer change."""
         self.tokens.append(token)
-        text = self.text
-        found = [place for place in (text.find(stop) for stop in stops if stop) if place >= 0]
-        if found:
-            self.cut, self.reason = min(found), "stop"
-            text = text[: self.cut]
-        elif last:
+        if last:
             self.reason = "length"
-        whole = bool(self.reason) or not text.endswith("\ufffd")  # else the first bytes of a character: wait for the rest
-        end = len(text) if self.reason else len(text) - _may_become(text, stops)
-        new = text[len(self.shown) : end] if whole else ""
-        self.shown += new
-        return Step(token, new)
+        if self.stream is None:
+            return Step(token, "")
+        text = self.held + self.stream.push(token)
+        if self.stops:
+            seen = text + self.stream.pending.rstrip(INCOMPLETE)
+            found = [place for place in map(seen.find, self.stops) if place >= 0]
+            if found:
+                self.reason, self.held = "stop", ""
+                return self._show(token, seen[: min(found)])
+        if last:
+            self.held = text
+            return self._show(token, self._rest())
+        end = len(text) - _may_become(text, self.stops)
+        self.held = text[end:]
+        return self._show(token, text[:end])
+
+    def end(self, reason: str) -> Step | None:
+        """No token follows: the step with the text that was held back, if there is any."""
+        self.reason = reason
+        rest = self._rest()
+        return self._show(None, rest) if rest else None
+
+    def _rest(self) -> str:
+        text = self.held + (self.stream.finish() if self.stream is not None else "")
+        self.held = ""
+        return text
+
+    def _show(self, token: int | None, text: str) -> Step:
+        self.shown.append(text)
+        return Step(token, text)
 
     def generation(self) -> Generation:
-        return Generation(self.prompt, tuple(self.tokens), self.text, self.reason or "length")
+        made = "".join(self.shown)
+        if self.stream is None:
+            made = continuation(self.tokenizer or _Numbers(), self.context, self.tokens)
+        return Generation(self.prompt, tuple(self.tokens), made, self.reason or "length")
 
 
 def _may_become(text: str, stops: Sequence[str]) -> int:
@@ -176,25 +217,30 @@ def _may_become(text: str, stops: Sequence[str]) -> int:
 
 
 class _Generator:
-    """Generation of a batch of rows; yields the steps of each round by row."""
+    """Generation of a batch of rows; yields the steps of each round by row. follow: the steps tell their text."""
 
     def __init__(
         self,
-        model: Graph | Compiled,
+        model: Graph | Program | Compiled,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         sampling: Sampling,
         stops: Sequence[str] = (),
         stop_at_end: bool = True,
         row: int = 0,
+        follow: bool = True,
     ) -> None:
         if max_new_tokens < 0:
             raise InputError(f"max_new_tokens must not be negative, and is {max_new_tokens}")
-        graph = model.graph if isinstance(model, Compiled) else model
+        graph = _main_graph(model)
         tokenizer = graph.companions.tokenizer
+        stops = tuple(stop for stop in stops if stop)
         if stops and tokenizer is None:
             raise InputError(f"{graph.name} has no tokenizer, and stop strings are text", "give --tokenizer DIR, or no stop")
-        self.rows = [_Row(tokenizer, _encode(graph, prompt), row + n) for n, prompt in enumerate(prompts)]
+        self.rows = [_Row(tokenizer, _encode(graph, prompt), row + n, stops) for n, prompt in enumerate(prompts)]
+        if follow or stops:
+            for each in self.rows:
+                each.follow()
         self.limit = context_length(graph)
         longest = max(len(r.prompt) for r in self.rows)
         if self.limit is not None and longest > self.limit:
@@ -203,46 +249,64 @@ class _Generator:
         for name in unknown_inputs(graph):
             raise InputError(f"generation does not know what to feed input {name!r} of {graph.name}", "it fills token inputs")
         self.ends = _end_tokens(graph) if stop_at_end else frozenset[int]()
-        self.max_new_tokens, self.sampling, self.stops = max_new_tokens, sampling, stops
-        self.compiled = model if isinstance(model, Compiled) else compile(model)
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.compiled = model if isinstance(model, Compiled) else compile(model)  # type: ignore[arg-type]
         self.session = self.compiled.session(len(self.rows))
 
     def __iter__(self) -> Iterator[dict[int, Step]]:
-        longest = max(len(row.prompt) for row in self.rows)
-        ids = np.zeros((len(self.rows), longest), np.int64)
+        rows, feed, name = self.rows, self._prompt, self.logits_name
+        longest = max(len(row.prompt) for row in rows)
+        ids = np.zeros((len(rows), longest), np.int64)
         valid = np.zeros_like(ids)
-        for place, row in enumerate(self.rows):
+        for place, row in enumerate(rows):
             ids[place, longest - len(row.prompt) :], valid[place, longest - len(row.prompt) :] = row.prompt, 1
+        mask = None if valid.all() else valid
+        capacity = self.compiled.capacity
         for count in range(self.max_new_tokens):
-            capacity = self.compiled.capacity
             if capacity is not None and self.session.length + ids.shape[1] > capacity:
-                for row in self.rows:
-                    row.reason = row.reason or "context"
+                yield from self._context_is_full()
                 return
-            logits = self.session.feed(ids, valid)[self.logits_name][:, -1]
-            steps = self._round(logits, last=count + 1 == self.max_new_tokens)
-            yield {row.number: step for row, step in steps}
-            if all(row.reason for row in self.rows):
+            logits = feed(ids, mask)[name]
+            yield self._round(logits, last=count + 1 == self.max_new_tokens)
+            going = [not row.reason for row in rows]
+            if not any(going):
                 return
-            # Rows that ended go on as padding, until the others have.
-            ids = np.asarray([[0 if row.reason else row.tokens[-1]] for row in self.rows], np.int64)
-            valid = np.asarray([[0 if row.reason else 1] for row in self.rows], np.int64)
+            feed = self.session.feed
+            if all(going):
+                ids, mask = np.array([[row.tokens[-1]] for row in rows], np.int64), None
+            else:  # Rows that ended go on as padding, until the others have.
+                ids = np.array([[0 if row.reason else row.tokens[-1]] for row in rows], np.int64)
+                mask = np.array(going, np.int64)[:, None]
 
-    def _round(self, logits: Array, last: bool) -> list[tuple[_Row, Step]]:
-        made = []
+    def _prompt(self, ids: Array, valid: Array | None) -> dict[str, Array]:
+        """Feed the prompt, of whose beginning the keys and values may be known already."""
+        prefixes = getattr(self.compiled, "prefixes", None)
+        if prefixes is None or len(self.rows) > 1:
+            return self.session.feed(ids, valid)
+        return prefixes.feed(self.session, ids)
+
+    def _round(self, logits: Array, last: bool) -> dict[int, Step]:
+        made = {}
         for place, row in enumerate(self.rows):
             if row.reason:
                 continue
-            token = self.sampling.pick(logits[place], len(row.tokens), row.number)
-            if token in self.ends:
-                row.reason = "end"
-                rest = row.text[len(row.shown) :]
-                if rest:
-                    row.shown += rest
-                    made.append((row, Step(None, rest)))
-                continue
-            made.append((row, row.take(token, self.stops, last)))
+            token = self.sampling.pick(logits[place, -1], len(row.tokens), row.number)
+            step = row.end("end") if token in self.ends else row.take(token, last)
+            if step is not None:
+                made[row.number] = step
         return made
+
+    def _context_is_full(self) -> Iterator[dict[int, Step]]:
+        ended = {row.number: row.end("context") for row in self.rows if not row.reason}
+        rest = {number: step for number, step in ended.items() if step is not None}
+        if rest:
+            yield rest
+
+
+def _main_graph(model: Graph | Program | Compiled) -> Graph:
+    """The graph that tells about the model: of a program the first, which takes the prompt."""
+    source: Graph | Program = (getattr(model, "program", None) or model.graph) if isinstance(model, Compiled) else model
+    return next(iter(source)) if isinstance(source, Program) else source
 
 
 def _encode(graph: Graph, prompt: Prompt) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,21 +32,58 @@ class Sampling:
             raise InputError(f"top_k must not be negative, and is {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, and is {self.top_p}")
+        if not 0 <= self.seed < 1 << 64:
+            raise InputError(f"seed must be from 0 to 2**64 - 1, and is {self.seed}")
 
     def pick(self, logits: Array, number: int, row: int = 0) -> int:
         """The token ``number`` of ``row`` (both from 0). logits: [vocabulary]. Raises InputError where they are NaN."""
-        logits = np.asarray(logits, np.float64)
-        if not np.isfinite(logits).any() or np.isnan(logits).any():
+        best = int(np.argmax(logits))  # the first NaN, where there is one
+        if not math.isfinite(logits[best]):
             raise InputError("the model's logits are not numbers", "`actgraph bisect` finds the pass that broke them")
         if self.temperature == 0:
-            return int(np.argmax(logits))
-        order = np.argsort(-logits, kind="stable")[: self.top_k or None]
-        scaled = logits[order] / self.temperature
-        weights = np.exp(scaled - scaled.max())
+            return best
+        scores = (np.asarray(logits, np.float64) - float(logits[best])) / self.temperature
+        draw = self._draw(number, row)
+        if self.top_k and self.top_k < len(scores):
+            order = _largest(scores, self.top_k)
+            return self._choose(order, np.exp(scores[order]), draw)
+        weights = np.exp(scores)
+        total = weights.sum()
+        # Tokens count from the most likely one, and what is drawn is nearly always among few: those above a bound are enough
+        # as soon as they hold the draw.
+        for width in (6.0, 14.0):
+            order = _sorted(scores, np.flatnonzero(scores >= -width))
+            most = weights[order]
+            if most.sum() > total * (self.top_p if self.top_p < 1 else draw):
+                return self._choose(order, most, draw, total)
+        order = _sorted(scores, np.arange(len(scores)))
+        return self._choose(order, weights[order], draw, total)
+
+    def _choose(self, order: Array, weights: Array, draw: float, total: float | None = None) -> int:
+        """The token of ``order`` (most likely first, at least as many as can be drawn) at ``draw``, a number from 0 to 1."""
+        summed = np.cumsum(weights)
+        total = float(summed[-1]) if total is None else total
         if self.top_p < 1:
-            before = np.cumsum(weights) - weights
-            kept = int((before < self.top_p * weights.sum()).sum())
-            order, weights = order[:kept], weights[:kept]
-        draw = np.random.Generator(np.random.Philox(key=[self.seed, (row << 32) + number])).random()
-        place = int(np.searchsorted(np.cumsum(weights), draw * weights.sum(), side="right"))
+            kept = int(((summed - weights) < self.top_p * total).sum())
+            order, summed = order[:kept], summed[:kept]
+            total = float(summed[-1])
+        place = int(np.searchsorted(summed, draw * total, side="right"))
         return int(order[min(place, len(order) - 1)])
+
+    def _draw(self, number: int, row: int) -> float:
+        key = np.asarray([self.seed, (row << 32) + number], np.uint64)
+        return float(np.random.Generator(np.random.Philox(key=key)).random())
+
+
+def _largest(scores: Array, count: int) -> Array:
+    """The indices of the ``count`` largest scores, largest first; of equal ones those that stand first."""
+    bound = np.partition(scores, len(scores) - count)[len(scores) - count]
+    above = np.flatnonzero(scores > bound)
+    equal = np.flatnonzero(scores == bound)[: count - len(above)]
+    return _sorted(scores, np.sort(np.concatenate([above, equal])))
+
+
+def _sorted(scores: Array, indices: Array) -> Array:
+    """Ascending ``indices`` by falling score; of equal ones in their order."""
+    result: Array = indices[np.argsort(-scores[indices], kind="stable")]
+    return result
