@@ -39,7 +39,7 @@ def attend_after_write(editor: Editor) -> int:
         old, new = joined.operands
         if old is None or new is None or old.name not in rings:
             continue
-        if new.shape is None or new.shape[joined.attributes["axis"]] != 1:
+        if new.shape is None or new.shape[joined.attributes.get("axis", 2)] != 1:
             raise PassError(
                 f"{new.name} ({new.type}) may be several tokens", "a ring is read after the write of one token only"
             )

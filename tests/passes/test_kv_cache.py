@@ -17,6 +17,7 @@ from actgraph.graph import Graph
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Array
 from actgraph.graph.slots import slots_of, with_initial_slots
+from actgraph.ops.dtypes import DType
 from actgraph.passes.cache.masks import recognise
 from tests import zoo
 from tests.graph import onnx_models
@@ -44,7 +45,7 @@ def stepwise(graph: Graph, ids: Array, mask: Array, steps: tuple[int, ...], garb
     state: dict[str, Array] = {}
     for slot in slots:
         shape = [len(ids) if axis == 0 else size if isinstance(size, int) else 0 for axis, size in enumerate(slot.shape)]
-        state[slot.input] = np.full(shape, garbage, slot.dtype.numpy)
+        state[slot.input] = np.full(shape, min(garbage, 127) if slot.dtype is DType.I8 else garbage, slot.dtype.numpy)
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     parts, done = [], 0
     for count in steps:
