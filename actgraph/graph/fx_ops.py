@@ -46,9 +46,13 @@ def call(op: str, operands: Operands, attributes: Mapping[str, Any], size_of: Si
     if op == "reshape":
         sizes = [size_of(size) if isinstance(size, str) else size for size in attributes["shape"]]
         return aten.reshape.default, (operands[0], sizes), {}
+    if op == "slice":
+        start, end = attributes.get("start", 0), attributes.get("end", _END)
+        return aten.slice.Tensor, (operands[0], attributes["axis"], start, end, attributes.get("step", 1)), {}
     raise UnsupportedError(f"op {op!r} cannot be inserted into an FX graph", "use a registry op or a starred vocabulary name")
 
 
+_END = 2**63 - 1  # how a slice says "to the end"
 _SIMPLE: dict[str, Any] = {
     "identity": aten.clone.default,
     "add": aten.add.Tensor,

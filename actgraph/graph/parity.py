@@ -18,7 +18,7 @@ import numpy as np
 from actgraph.errors import InputError, ParityError
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Array, Graph, Role, Value
-from actgraph.graph.slots import with_initial_slots
+from actgraph.graph.slots import slots_of, with_initial_slots
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import Dim
 
@@ -312,7 +312,10 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
     for name, sample in graph.companions.sample_inputs.items():
         declared = next((v for v in graph.inputs() if v.name == name), None)
         if declared is not None and declared.shape is not None:
-            sizes.update({dim: n for dim, n in zip(declared.shape, np.shape(sample), strict=False) if isinstance(dim, str)})
+            known = zip(declared.shape, np.shape(sample), strict=False)
+            sizes.update({dim: n for dim, n in known if isinstance(dim, str) and dim.isidentifier()})
+    for slot in slots_of(graph).values():  # the state is what it is before the first call
+        sizes.update({dim: 0 for dim in slot.shape[1:] if isinstance(dim, str) and dim.isidentifier()})
     sizes.update({"batch": batch, "seq": seq})
     if padding not in ("none", "left", "right", "both"):
         raise InputError(f"padding must be none, left, right or both, not {padding!r}")
@@ -339,14 +342,13 @@ def _size(dim: Dim, sizes: Mapping[str, int], fallback: int) -> int:
         return fallback
     if dim in sizes:
         return sizes[dim]
-    for name, size in sizes.items():  # an expression such as 2*seq
-        if name in dim:
-            from actgraph.ops.shapes import canonical_dim
+    from actgraph.graph.specialise import fixed_size
 
-            result = canonical_dim(dim.replace(name, str(size)))
-            if isinstance(result, int):
-                return result
-    return fallback
+    try:
+        result = fixed_size(dim, sizes)  # an expression such as 2*seq
+    except InputError:  # seq/4 where it does not divide
+        return fallback
+    return result if isinstance(result, int) else fallback
 
 
 def _mask(shape: tuple[int, ...], padding: str) -> Array:

@@ -43,7 +43,7 @@ VOCABULARY: dict[str, str] = {
     "argmax": "(x) {axis}",
     # shape
     "reshape": "(x) {shape: output shape}: view, flatten, squeeze, unsqueeze *", "transpose": "(x) {perm} *",
-    "expand": "(x)", "slice": "(x) {axis, start, end, step}", "split": "(x) {axis} -> pieces",
+    "expand": "(x)", "slice": "(x) {axis, start, end, step} *", "split": "(x) {axis} -> pieces",
     "unbind": "(x) {axis} -> pieces without the axis", "concat": "(x, ...) {axis}",
     "pad": "(x)", "roll": "(x)", "flip": "(x)", "repeat": "(x)", "trilu": "(x)", "stack": "(x, ...) {axis}",
     # indexing

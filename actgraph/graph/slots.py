@@ -8,7 +8,7 @@ keep both in one buffer and write in place (``update = scatter`` or ``ring``). S
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,11 @@ def with_initial_slots(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, A
         return dict(inputs)
     batch = next((len(array) for array in inputs.values() if np.ndim(array) > 0), 1)
     return {**inputs, **{slot.input: initial(slot, batch) for slot in slots}}
+
+
+def advance(slots: Iterable[Slot], results: Mapping[str, Array]) -> dict[str, Array]:
+    """The state for the next call, by input name, from the ``results`` of this one."""
+    return {slot.input: results[slot.output] for slot in slots}
 
 
 def declare_slot(graph: Graph, slot: Slot) -> None:

@@ -13,7 +13,7 @@ from actgraph.graph.context import logits_output
 from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array
 from actgraph.graph.parity import sample_inputs
-from actgraph.graph.slots import slots_of, with_initial_slots
+from actgraph.graph.slots import advance, slots_of, with_initial_slots
 
 #: Relative to the largest logit: what rounding in another order may move.
 TOLERANCE = 1e-4
@@ -129,22 +129,27 @@ def _divisions(limit: int | None, rings: Sequence[int]) -> Iterator[tuple[int, l
 def in_steps(graph: Graph, run: Runner, inputs: Mapping[str, Array], steps: Sequence[int]) -> Array:
     """The logits [batch, length, vocabulary] of ``inputs`` fed in steps of so many tokens, with the state fed back."""
     slots, label = list(slots_of(graph).values()), logits_output(graph)
-    declared = {value.name for value in graph.inputs()}
     state: dict[str, Array] = {}
     parts: list[Array] = []
     done = 0
     for count in steps:
-        own = {key: array for key, array in inputs.items() if key in declared and key != "attention_mask"}
-        feed = {key: array[:, done : done + count] for key, array in own.items()}
-        if "attention_mask" in declared:
-            feed["attention_mask"] = inputs["attention_mask"][:, : done + count]
-        if "cache_position" in declared:
-            feed["cache_position"] = np.asarray([done], np.int64)
-        results = run(with_initial_slots(graph, {**feed, **state}))
-        state = {slot.input: results[slot.output] for slot in slots}
+        results = run(with_initial_slots(graph, {**feed(graph, inputs, done, done + count), **state}))
+        state = advance(slots, results)
         parts.append(results[label])
         done += count
     return np.concatenate(parts, axis=1)
+
+
+def feed(graph: Graph, inputs: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
+    """What a call takes, beside its state, for the tokens ``start`` to ``stop`` of ``inputs`` (those of the whole sequence)."""
+    declared = {value.name for value in graph.inputs()}
+    own = {key: array for key, array in inputs.items() if key in declared and key != "attention_mask"}
+    result = {key: array[:, start:stop] for key, array in own.items()}
+    if "attention_mask" in declared:
+        result["attention_mask"] = inputs["attention_mask"][:, :stop]
+    if "cache_position" in declared:
+        result["cache_position"] = np.asarray([start], np.int64)
+    return result
 
 
 def _culprit(graph: Graph) -> str:
