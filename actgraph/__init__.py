@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ActgraphError", "Compiled", "Corpus", "Driver", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager",
     "Pipeline", "PrefixCache", "Program", "Report", "RunResult", "Session", "Site", "SteeringVector", "Step", "bisect",
-    "compare", "compile", "diff", "extract_vector", "generate", "load", "load_vector", "log_likelihoods", "perplexity", "register", "run",
-    "sample_inputs", "stream", "trace",
+    "compare", "compile", "diff", "extract_vector", "generate", "load", "load_vector", "log_likelihoods", "perplexity",
+    "register", "run", "sample_inputs", "stream", "trace",
 ]  # fmt: skip
 
 install_executor("fx", "actgraph.runtime.torch_engine:TorchExecutor")
