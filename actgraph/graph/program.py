@@ -108,7 +108,8 @@ class Program:
         """The only graph. Raises InputError where there are several."""
         if len(self.graphs) != 1:
             names = ", ".join(self.graphs)
-            raise InputError(f"{self.name} is a program of {len(self.graphs)} graphs", f"choose one of {names}")
+            hint = f"choose one of {names}; kv_cache{{graphs=combined}} makes one graph of prefill and decode"
+            raise InputError(f"{self.name} is a program of {len(self.graphs)} graphs", hint)
         return next(iter(self.graphs.values()))
 
     def __iter__(self) -> Iterator[Graph]:

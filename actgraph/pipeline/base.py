@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from actgraph.calibrate.statistics import Request, Statistics
     from actgraph.graph import Editor, Graph
+    from actgraph.graph.program import Program
 
 
 #: The sizes of change that a pass may declare besides a number of its own: other sums in the same precision, and no bound.
@@ -114,6 +115,15 @@ class Pass(BaseModel, abc.ABC):
     @abc.abstractmethod
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrite ``graph`` in place. Raises PassError when what was asked for matches nothing."""
+
+    def program(self, graph: Graph, result: PassResult) -> Program | None:
+        """The program of several graphs that ``graph``, as ``run`` left it, becomes; ``None``: it stays one graph.
+
+        Asked for after everything that watches the pass has accepted ``graph``. The graphs of the program must compute what
+        ``graph`` does, which the pass shows by running them (and may say in ``result.messages``). Later passes of the pipeline
+        run on each of them.
+        """
+        return None
 
     def __str__(self) -> str:
         """The pass as pipeline text, with the options that differ from their defaults: ``sparsify{sparsity=0.4}``."""

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from actgraph.calibrate.statistics import Request, Statistics
 from actgraph.errors import ActgraphError, InputError, OptionError, ParityError, PassError, VerifyError
+from actgraph.graph.context import token_dims
 from actgraph.graph.program import Program
 from actgraph.graph.provenance import PassRecord, RecordedNote
+from actgraph.graph.slots import slots_of
 from actgraph.pipeline import reproducer as reproducers
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 from actgraph.pipeline.calibration import Calibrator
@@ -32,6 +34,7 @@ class RunResult:
     """What was rewritten, and the reports of how it came about: one a graph, by name.
 
     A graph, or a program of one, is read as ``graph`` and ``report``; a program of several as ``program`` and ``reports``.
+    Where a pass made a program of a graph, there is one ``report`` as long as no later pass ran on its graphs one by one.
     """
 
     rewritten: Graph | Program
@@ -49,16 +52,19 @@ class RunResult:
 
     @property
     def report(self) -> Report:
-        """The report of the only graph. Raises InputError where there are several."""
-        if len(self.reports) != 1:
+        """The report of the only graph, or of all where they have one in common. Raises InputError where there are several."""
+        if len({id(report) for report in self.reports.values()}) != 1:
             raise InputError(f"there are {len(self.reports)} reports", f"choose one of reports: {', '.join(self.reports)}")
         return next(iter(self.reports.values()))
 
     def __repr__(self) -> str:
-        return "\n".join([repr(self.rewritten), *map(str, self.reports.values())])
+        return "\n".join([repr(self.rewritten), *map(str, self._distinct())])
 
     def _repr_html_(self) -> str:
-        return "\n".join(report._repr_html_() for report in self.reports.values())
+        return "\n".join(report._repr_html_() for report in self._distinct())
+
+    def _distinct(self) -> list[Report]:
+        return list({id(report): report for report in self.reports.values()}.values())
 
 
 class PassManager:
@@ -111,31 +117,50 @@ class PassManager:
         another dialect; VerifyError or ParityError when a pass did not keep what it promises. For a program of several graphs
         the message begins with the graph's name, and a shared weight that they do not agree on is a PassError.
         """
-        if not isinstance(graph, Program):
-            rewritten, report = self._run(graph, start, stop)
-            return RunResult(rewritten, {graph.name: report})
+        if isinstance(graph, Program) and len(graph) > 1:
+            return RunResult(*self._run_each(graph, start, stop, self.inputs))
+        member = graph.graph if isinstance(graph, Program) else graph
+        rewritten, reports = self._run(member, start, stop, self.inputs)
+        if isinstance(graph, Program) and not isinstance(rewritten, Program):
+            return RunResult(
+                Program(dict.fromkeys(graph.graphs, rewritten), graph.driver, graph.name),
+                dict(zip(graph.graphs, reports.values(), strict=True)),
+            )
+        return RunResult(rewritten, reports)
+
+    def _run_each(
+        self, program: Program, start: int, stop: int | None, inputs: Mapping[str, Any] | None
+    ) -> tuple[Program, dict[str, Report]]:
+        """The pipeline on each graph of ``program``, whose weights are shared again afterwards."""
         reports: dict[str, Report] = {}
-        names = iter(graph.graphs)
+        names = iter(program.graphs)
 
         def rewrite(member: Graph) -> Graph:
             name = next(names)
-            with contextlib.nullcontext() if len(graph) == 1 else _naming(name):
-                result, reports[name] = self._run(member, start, stop)
-            return result
+            with _naming(name):
+                rewritten, made = self._run(member, start, stop, inputs)
+                if isinstance(rewritten, Program):
+                    raise PassError("a graph of a program cannot become a program", "start from the single graph")
+            (reports[name],) = made.values()
+            return rewritten
 
-        program = graph.map(rewrite)
+        result = program.map(rewrite)
         if self.verify != "none":
-            program.verify()
-        return RunResult(program, reports)
+            result.verify()
+        return result, reports
 
-    def _run(self, graph: Graph, start: int, stop: int | None) -> tuple[Graph, Report]:
+    def _run(
+        self, graph: Graph, start: int, stop: int | None, inputs: Mapping[str, Any] | None
+    ) -> tuple[Graph | Program, dict[str, Report]]:
+        """The pipeline on one graph, and from the pass on that makes a program of it on each graph of that."""
         begun = time.perf_counter()
         stop = len(self.pipeline) if stop is None else stop
         self._check(graph, start)
         report = Report(graph.name, graph.dialect, str(self.pipeline), seed=self.seed, versions=versions())
         run = Run(graph, graph.clone(), self.pipeline, report, self.seed)
-        instruments = self._instruments()
+        instruments = self._instruments(inputs)
         calibrator = Calibrator(lambda g, requests: self._collect(g, requests, report))
+        program: Program | None = None
         for instrument in instruments:
             instrument.start(run)
         with _existing_objects_set_aside():
@@ -143,24 +168,32 @@ class PassManager:
                 step = self.pipeline.passes[index]
                 run.index, run.row = index, PassRow(step.name, str(step))
                 report.rows.append(run.row)
-                self._step(run, step, calibrator, instruments)
+                program = self._step(run, step, calibrator, instruments)
+                if program is not None:
+                    break
         for instrument in reversed(instruments):
             instrument.finish(run)
         report.forwards = calibrator.forwards
         report.seconds = time.perf_counter() - begun
         report.notes = [note for note in run.graph.notes if not isinstance(note, RecordedNote)]
-        return run.graph, report
+        if program is None:
+            return run.graph, {graph.name: report}
+        if run.index + 1 == stop:
+            return program, dict.fromkeys(program.graphs, report)
+        rest, later = self._run_each(program, run.index + 1, stop, None)  # inputs are those of the one graph
+        return rest, {name: report.followed_by(found) for name, found in later.items()}
 
-    def _instruments(self) -> list[Instrument]:
+    def _instruments(self, inputs: Mapping[str, Any] | None) -> list[Instrument]:
         chosen: list[Instrument] = [*self.instruments]
         if self.progress and sys.stderr.isatty():
             chosen.append(Progress())
-        chosen.append(Parity(self.parity, self.inputs))
+        chosen.append(Parity(self.parity, inputs))
         if self.verify != "none":
             chosen.append(Verification(self.verify))
         return [*chosen, Provenance(), Sizes(), Memory(), Timing()]
 
-    def _step(self, run: Run, step: Pass, calibrator: Calibrator, instruments: Sequence[Instrument]) -> None:
+    def _step(self, run: Run, step: Pass, calibrator: Calibrator, instruments: Sequence[Instrument]) -> Program | None:
+        """Run one pass; returns the program that it made of the graph, if it did."""
         row = run.row
         try:
             begun = time.perf_counter()
@@ -174,11 +207,19 @@ class PassManager:
             self._take(run, step, context, result)
             for instrument in reversed(instruments):
                 instrument.after(run, step, result)
+            begun = time.perf_counter()
+            program = step.program(run.graph, result)
+            if program is not None:
+                if self.verify != "none":
+                    program.verify()
+                row.messages = list(result.messages)
+                row.seconds += time.perf_counter() - begun
         except Exception as error:
             for instrument in reversed(instruments):
                 instrument.failed(run, step, error)
             raise self._explained(run, step, error) from error
         calibrator.ran(step)
+        return program
 
     @staticmethod
     def _take(run: Run, step: Pass, context: PassContext, result: PassResult) -> None:
@@ -214,7 +255,7 @@ class PassManager:
 
     def _reproduce(self, run: Run, error: Exception) -> str:
         base = None if isinstance(self.reproducer, bool) else self.reproducer
-        prefix = self.pipeline[: run.index + 1]
+        prefix = self.pipeline[run.index + 1 - len(run.report.rows) : run.index + 1]  # from the pass that began on the source
         folder = reproducers.folder_for(base, run.source, prefix)
         settings = {"verify": self.verify, "parity": self.parity, "calibration": self.calibration}
         record = reproducers.Setting(self.seed, self.corpus, settings, self.inputs)
@@ -247,6 +288,12 @@ class PassManager:
         from actgraph.calibrate.corpora import Corpus
         from actgraph.calibrate.engine import collect
 
+        dims = token_dims(graph)
+        if slots_of(graph) and dims is not None and dims[1:] == (1,):
+            raise PassError(
+                f"it needs statistics, and {graph.name} computes one token at a time",
+                "put it before the pass that makes prefill and decode graphs, or use kv_cache{graphs=combined}",
+            )
         corpus = Corpus.of(self.corpus)
         found = collect(graph, requests, corpus, **self.calibration)
         report.corpus, report.documents, report.tokens = corpus.name, found.documents, found.tokens

@@ -79,6 +79,16 @@ class Report:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def followed_by(self, later: Report) -> Report:
+        """One report of two runs, the second on one of the graphs that the first made (the change over both is unknown)."""
+        return Report(
+            later.graph, self.dialect, self.pipeline, [*self.rows, *later.rows], self.seed,
+            later.corpus or self.corpus, later.documents or self.documents, later.unit if later.documents else self.unit,
+            later.tokens or self.tokens, self.forwards + later.forwards, self.seconds + later.seconds,
+            self.parity if self.parity == later.parity else f"{self.parity}; then {later.parity}",
+            notes=later.notes, versions=self.versions,
+        )  # fmt: skip
+
     def __getitem__(self, key: int | str) -> PassRow:
         """The row of the n-th pass, or of the first pass of that name."""
         if isinstance(key, int):

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from actgraph.errors import PassError
+from actgraph.errors import OptionError, PassError
 from actgraph.graph import Editor, Graph, Node, Use, Value
 from actgraph.graph.context import context_length, logits_output, token_dims
 from actgraph.graph.graph import Role
+from actgraph.graph.program import Program
 from actgraph.graph.recognize.materialise import PATTERN
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.graph.views import Attention
@@ -26,19 +27,23 @@ from actgraph.ops.shapes import TensorType
 from actgraph.passes.cache import masks, proof, ring, storage
 from actgraph.passes.cache.cut import cut
 from actgraph.passes.cache.masks import Mask
+from actgraph.passes.cache.program import split
 from actgraph.passes.cache.storage import Storage
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 
 PAST = "past"
 POSITION = "cache_position"
 #: How far logits may move, relative: far more than what a sound model loses, far less than a wrong scale or axis costs.
-_SIZES = {"float16": 1e-2, "int8": 0.5}
+_SIZES = {"float16": 0.05, "int8": 0.5}
 
 
 class KeyValueCache(Pass):
     """Keep keys and values of earlier tokens, so that a call computes only the new ones.
 
-    The result is one graph for prompts, chunks of prompts and single tokens: ``input_ids`` [batch, seq] are the new tokens,
+    The result is a program of two graphs with the same slots: ``prefill`` for prompts and chunks of prompts, and ``decode`` for
+    one token of each row, without what one token makes needless. ``graphs=combined`` gives one graph for both. With
+    ``last_logits`` prefill computes the logits of the last position only, [batch, 1, vocabulary]. ``input_ids`` [batch, seq]
+    (``[batch, 1]`` in decode) are the new tokens,
     ``attention_mask`` [batch, past + seq] covers all, ``position_ids`` are those of the new ones, and each attention has the
     slots ``past_key_values.{i}.key`` and ``.value`` (outputs ``present.{i}.key`` ...), [batch, key heads, tokens, head], cut
     off after rotary and norms and before heads are repeated. ``form=growing`` appends to them; ``form=static`` writes into a
@@ -68,8 +73,15 @@ class KeyValueCache(Pass):
     )
     storage: Storage = Field(default="same", description="In which numbers the cache is stored; same: as they are computed.")
     graphs: Literal["program", "combined"] = Field(
-        default="combined", description="A program of a prefill and a decode graph, or one graph for both."
+        default="program", description="A program of a prefill and a decode graph, or one graph for both."
     )
+    last_logits: bool = Field(default=False, description="The prefill graph gives the logits of the last position only.")
+
+    @model_validator(mode="after")
+    def _of_prefill(self) -> KeyValueCache:
+        if self.last_logits and self.graphs == "combined":
+            raise OptionError("kv_cache: last_logits is for the prefill graph of a program", "leave graphs=combined out")
+        return self
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = decoder_attentions(graph)
@@ -99,6 +111,14 @@ class KeyValueCache(Pass):
         if trial is not None:
             result.messages.append(f"stored in {self.storage}: {loss}")
         return result
+
+    def program(self, graph: Graph, result: PassResult) -> Program | None:
+        if self.graphs == "combined":
+            return None
+        program, difference = split(graph, last_logits=self.last_logits, options=str(self))
+        sizes = ", ".join(f"{name} of {len(member.nodes())} nodes" for name, member in program.graphs.items())
+        result.messages.append(f"{sizes}: {difference:.1e} relative from one graph for both")
+        return program
 
     def _size(self, found: Sequence[Mask], limit: int | None) -> int:
         """Places of a cache of fixed size; 0 where none is needed. Raises PassError where the size cannot be known."""
@@ -293,6 +313,11 @@ class _Rewrite:
             if use.node is None or use.node.op == "actgraph.position_mask":
                 continue
             prim = use.node.prim
+            if prim is not None and prim.op == "cast":  # which tokens are real: each reader's own, the new ones
+                counted = self._counted(self.tokens, 1, self.start, "positions")
+                recent = self.editor.insert("gather", [mask, counted], {"axis": 1}, name="new_attention_mask").output
+                self.editor.set_operand(use.node, use.index, recent)
+                continue
             if prim is None or prim.op != "shape_of":
                 raise PassError(
                     f"{use.node.name} ({use.node.op}) reads the attention mask outside of attentions", "it has no cache form"

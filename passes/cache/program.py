@@ -88,7 +88,7 @@ def _simplify_mask(editor: Editor, node: Node) -> None:
 def _is_last(queries: Value | None, keys: Value | None) -> bool:
     """Whether the one query stands at the position of the last key: it counts on from a length, keys from 0 to one more."""
     query, key = _positions(queries), _positions(keys)
-    if query is None or key is None or len(key.operands) > 1 and key.operands[1] is not None:
+    if query is None or key is None or (len(key.operands) > 1 and key.operands[1] is not None):
         return False
     start = query.operands[1] if len(query.operands) > 1 else None
     length = start.producer if start is not None else None
