@@ -21,10 +21,12 @@ from actgraph.graph.views import Attention
 
 #: Lengths that a mask is looked at; the last is replaced by a longer one where the model can take it.
 LENGTHS = (5, 12)
-#: The longest sequence that masks are proven for.
-LONGEST = 1024
+#: The longest sequence that masks are proven for, and that where the graph compares positions with a larger number.
+LONGEST, FARTHEST = 1024, 4608
 #: Added to a score, this or less hides the key.
 _HIDING = -1e3
+#: What a bound of a window takes part in.
+_COMPARES = frozenset({"add", "sub", "lt", "le", "gt", "ge", "mul", "min", "max", "clip"})
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,39 @@ class Mask:
         return seen[None] & (valid[:, None] if self.padded else np.ones_like(valid[:, None]))
 
 
+def reach(graph: Graph, attentions: list[Attention], limit: int | None = None) -> tuple[int, int]:
+    """``(longest, beyond)``: the length at which the masks of ``graph`` are to be looked at, of ``limit`` tokens that it takes.
+
+    A window wider than what is looked at would pass for none, so where masks are made with a number of that size, the length
+    is larger than it. beyond: the first such number that is out of reach, 0 where there is none.
+    """
+    values = list(dict.fromkeys(a.mask for a in attentions if a.mask is not None))
+    longest = min(limit or LONGEST, LONGEST)
+    numbers = sorted(n for n in _numbers(_only(graph, values)) if longest <= n < (limit or 2**24)) if values else []
+    near = [number for number in numbers if number < FARTHEST]
+    return max([longest, *(number + 1 for number in near)]), min((n for n in numbers if n >= FARTHEST), default=0)
+
+
+def _numbers(maker: Graph) -> set[int]:
+    """The whole numbers that a graph computes with, without their signs."""
+    found: set[float] = set()
+    for node in maker.nodes():
+        prim = node.prim
+        if prim is None or prim.op not in _COMPARES:
+            continue
+        for operand in prim.operands:
+            if isinstance(operand, (int, float)):
+                found.add(operand)
+            elif isinstance(operand, Value) and operand.is_parameter and all(n == 1 for n in operand.shape or (0,)):
+                found.add(float(maker.read(operand).reshape(-1)[0]))
+    return {abs(int(number)) for number in found if np.isfinite(number) and number == int(number)}
+
+
 def recognise(graph: Graph, attentions: list[Attention], longest: int) -> list[Mask]:
     """The mask of each attention, proven for lengths up to ``longest``. Raises PassError for one that is none of ours."""
     listed = {a.mask: a for a in attentions if a.mask is not None}
+    if not listed:
+        return [_of(attention, {}) for attention in attentions]
     maker = _only(graph, list(listed))
     found: dict[Value, Mask] = {}
     trials = [(length, padding) for length in dict.fromkeys((*LENGTHS, longest)) for padding in ("none", "left", "right")]

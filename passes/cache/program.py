@@ -60,7 +60,8 @@ def for_one_token(combined: Graph, options: str = "") -> Graph:
         if any(slot.update == "ring" for slot in slots_of(graph).values()):
             ring.attend_after_write(editor)
         editor.erase_dead()
-    for cleanup in (FoldConstants(), RemoveIdentities()):
+    # weights stay as they are: prefill has the same ones
+    for cleanup in (FoldConstants(limit=64, weights=False), RemoveIdentities()):
         cleanup.run(graph, PassContext(name="kv_cache", text=options))
     return graph
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
 from actgraph.errors import UnsupportedError
-from actgraph.graph import Graph, Value
+from actgraph.graph import Graph, Node, Value
 from actgraph.graph.evaluate import evaluate_node
 from actgraph.graph.graph import Array
 from actgraph.pipeline.base import Pass, PassContext, PassResult
@@ -26,6 +27,7 @@ class FoldConstants(Pass):
     may_do_nothing: ClassVar[bool] = True
 
     limit: int = Field(default=1024, ge=1, description="Largest result in elements that may grow the model.")
+    weights: bool = Field(default=True, description="Fold what is larger as well where it frees as much (a transposed weight).")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         result = PassResult()
@@ -40,10 +42,7 @@ class FoldConstants(Pass):
                 if not all(operand.is_parameter or operand in known for operand in present):
                     continue
                 size = _elements(node.outputs[0])
-                if size is None or size > max(
-                    self.limit,
-                    sum(_elements(operand) or 0 for operand in present if all(use.node == node for use in operand.uses)),
-                ):
+                if size is None or size > max(self.limit, _freed(node, present) if self.weights else 0):
                     continue
                 arrays = [None if o is None else known[o] if o in known else graph.read(o) for o in node.operands]
                 try:
@@ -61,6 +60,11 @@ class FoldConstants(Pass):
             if editor.touched:
                 editor.erase_dead()
         return result
+
+
+def _freed(node: Node, operands: Sequence[Value]) -> int:
+    """The elements of the operands that nothing but ``node`` reads."""
+    return sum(_elements(operand) or 0 for operand in operands if all(use.node == node for use in operand.uses))
 
 
 def _elements(value: Value) -> int | None:

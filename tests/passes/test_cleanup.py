@@ -134,6 +134,15 @@ def test_fold_grows_the_model_up_to_its_limit_only() -> None:
     assert counts == [0, 1, 0]
 
 
+def test_fold_leaves_weights_if_asked_to(both_stories: dict[str, Graph]) -> None:
+    """Transposes of weights stay, so that the weight is still shared by name."""
+    graph = both_stories["onnx"]
+    transposed = [n.name for n in graph.nodes() if n.op == "onnx.Transpose" and n.operands[0] and n.operands[0].is_parameter]
+    assert transposed
+    kept = {node.name for node in apply(graph, "fold{weights=false}").nodes()}
+    assert kept.issuperset(transposed) and not {n.name for n in apply(graph, "fold").nodes()}.issuperset(transposed)
+
+
 def test_fold_keeps_packed_weights(stories: Graph) -> None:
     quantized = apply(stories, "quantize{weights=int8}, fold")
     assert any(node.op == "actgraph.dequantize" for node in quantized.nodes())
