@@ -137,6 +137,11 @@ def decoder_attentions(graph: Graph) -> list[Attention]:
     logits_output(graph)
     if any(value.name == "decoder_input_ids" for value in graph.inputs()):
         raise PassError("kv_cache: encoder-decoders are not supported", "use a decoder-only model")
+    if any(value.name == "step" and graph.role(value.name) is Role.CONTEXT for value in graph.inputs()):
+        raise PassError(
+            f"kv_cache: {graph.name} asks for the number of the step, which without a cache is that of earlier tokens too",
+            "ask for positions and prompt_lengths",
+        )
     attentions = graph.views.attentions()
     if not attentions:
         raise PassError(f"kv_cache: {graph.name} has no attention that could have a cache", "see `actgraph sites`")
@@ -314,9 +319,8 @@ class _Rewrite:
                 continue
             prim = use.node.prim
             if prim is not None and prim.op == "cast":  # which tokens are real: each reader's own, the new ones
-                counted = self._counted(self.tokens, 1, self.start, "positions")
-                recent = self.editor.insert("gather", [mask, counted], {"axis": 1}, name="new_attention_mask").output
-                self.editor.set_operand(use.node, use.index, recent)
+                recent = self.editor.insert("actgraph.recent", [mask, self.tokens], {"axis": 1}, name="new_attention_mask")
+                self.editor.set_operand(use.node, use.index, recent.output)
                 continue
             if prim is None or prim.op != "shape_of":
                 raise PassError(
