@@ -22,20 +22,21 @@ def diff(
 ) -> None:
     """Compare two models as graphs.
 
-    Nodes, weights, signature, sites and passes are compared. A torch and an ONNX graph have no nodes in common;
-    between them signature, sites and views are compared. The exit code is 0 when nothing differs and 1 when something
-    does.
+    Nodes, weights, signature, sites and passes are compared; of programs also driver and slots, and graphs of equal name.
+    A torch and an ONNX graph have no nodes in common; between them signature, sites and views are compared. The exit code
+    is 0 when nothing differs and 1 when something does.
     """
     import actgraph as ag
-    from actgraph.cli.models import open_model
+    from actgraph.cli.models import open_any
     from actgraph.cli.output import dump_json
 
-    graphs = open_model(left, quiet=quiet, notes=False), open_model(right, quiet=quiet, notes=False)
-    changes = ag.diff(*graphs)
+    programs = open_any(left, quiet=quiet, notes=False), open_any(right, quiet=quiet, notes=False)
+    changes = ag.diff(*programs)
     # Both files often hold one model under one name: the header says which file is which.
     shown = [left, right]
-    if graphs[0].dialect != graphs[1].dialect:
-        shown = [f"{source} ({graph.dialect})" for source, graph in zip(shown, graphs, strict=True)]
+    dialects = [next(iter(program)).dialect for program in programs]
+    if dialects[0] != dialects[1]:
+        shown = [f"{source} ({dialect})" for source, dialect in zip(shown, dialects, strict=True)]
     changes = replace(changes, left=shown[0], right=shown[1])
     if json:
         dump_json(changes.to_dict())

@@ -12,7 +12,7 @@ from actgraph.cli import options
 from actgraph.cli.options import example
 
 if TYPE_CHECKING:
-    from actgraph.graph import Graph
+    from actgraph.graph.program import Program
 
 EXAMPLE = example(
     "actgraph generate stories260k --prompt 'Once upon a time' -n 40",
@@ -47,7 +47,7 @@ def generate(
     sequence is computed again at each step. At the end the speed is told on standard error.
     """
     import actgraph as ag
-    from actgraph.cli.models import open_model
+    from actgraph.cli.models import open_any
     from actgraph.cli.output import dump_json
     from actgraph.errors import InputError
 
@@ -55,15 +55,16 @@ def generate(
         raise typer.BadParameter("give the prompt once")
     given = prompt if prompt is not None else text or ""
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop or ()}
-    graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
+    program = open_any(model, tokenizer, dtype=dtype, quiet=quiet)
+    graph = next(iter(program))
     if not any(value.name == "input_ids" for value in graph.inputs()):
         takes = ", ".join(f"{value.name} {value.type}" for value in graph.inputs())
         raise InputError(f"{model} is no language model: it takes {takes}", "generate needs an input input_ids")
     if cache:
-        graph = _with_cache(graph, quiet)
+        program = _with_cache(program, quiet)
     begun = time.perf_counter()
     if json:
-        result = ag.generate(graph, given, max_new_tokens, **sampling)
+        result = ag.generate(program, given, max_new_tokens, **sampling)
         dump_json(
             {
                 "prompt": given,
@@ -74,7 +75,7 @@ def generate(
             }
         )
         return
-    steps = ag.stream(graph, given, max_new_tokens, **sampling)
+    steps = ag.stream(program, given, max_new_tokens, **sampling)
     print(given, end="", flush=True)
     count, first = 0, begun
     for step in steps:
@@ -87,19 +88,18 @@ def generate(
         print(f"{count} tokens, {rate:.0f} tokens/s after the first ({first - begun:.2f} s)", file=sys.stderr)
 
 
-def _with_cache(graph: Graph, quiet: bool) -> Graph:
-    """``graph`` with a cache; as it is where it has state already or cannot have a cache, which a note says."""
+def _with_cache(program: Program, quiet: bool) -> Program:
+    """``program`` with a cache; as it is where it has state already or cannot have a cache, which a note says."""
     import actgraph as ag
-    from actgraph.graph.slots import slots_of
 
-    if slots_of(graph):
-        return graph
+    if program.slots or len(program) > 1:
+        return program
     try:
-        return ag.run(graph, "kv_cache{graphs=combined}", parity="none", reproducer=False).graph
+        return ag.run(program, "kv_cache{graphs=combined}", parity="none", reproducer=False).program
     except ag.ActgraphError as error:
         if not quiet:
             print(f"note: without a cache: {error.message}", file=sys.stderr)
-        return graph
+        return program
 
 
 command = generate

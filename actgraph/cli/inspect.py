@@ -26,21 +26,31 @@ def inspect(
 ) -> None:
     """Show what is in a model and what was done to it.
 
-    Signature, sizes, the passes that ran, which nodes they made, functions, notes, and how to run the file. -v also
-    counts the nodes by op.
+    Signature, sizes, the passes that ran, which nodes they made, functions, notes, and how to run the file; of a program
+    its driver and slots, and this for each graph. -v also counts the nodes by op.
     """
-    from actgraph.cli.models import open_model
+    from actgraph.cli.models import open_any
     from actgraph.cli.output import dump_json
 
-    graph = open_model(model, dtype=dtype, notes=False)
+    program = open_any(model, dtype=dtype, notes=False)
     if text:
-        print(graph.text(), end="")
-        return
-    facts = describe(graph)
-    if json:
-        dump_json(facts)
+        print(program.text(), end="")
+    elif len(program) == 1:
+        facts = describe(program.graph)
+        dump_json(facts) if json else _print(facts, verbose)
+    elif json:
+        graphs = {name: describe(graph) for name, graph in program.graphs.items()}
+        slots = [slot.to_dict() for slot in program.slots.values()]
+        dump_json({"name": program.name, "driver": program.driver.to_dict(), "slots": slots, "graphs": graphs})
     else:
-        _print(facts, verbose)
+        print(f"{program.name}: a program of {len(program)} graphs")
+        print(f"driver: {program.driver}")
+        for slot in program.slots.values():
+            print(f"slot: {slot}")
+        print(f"shared weights: {len(program.shared())}")
+        for name, graph in program.graphs.items():
+            print(f"\n# {name}")
+            _print(describe(graph), verbose)
 
 
 def describe(graph: Graph) -> dict[str, Any]:

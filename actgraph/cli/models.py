@@ -14,6 +14,7 @@ from actgraph.errors import ActgraphError, InputError, OptionError
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
+    from actgraph.graph.program import Program
     from actgraph.pipeline import Pipeline
 
 
@@ -24,7 +25,20 @@ DTYPES = ("float32", "float16", "bfloat16", "auto")
 def open_model(
     model: str, tokenizer: Path | None = None, *, dtype: str | None = None, quiet: bool = False, notes: bool = True
 ) -> Graph:
-    """Load MODEL in ``--dtype``, say what was kept static (``notes``), and attach the tokenizer of ``--tokenizer``."""
+    """``open_any`` for verbs that take one graph. Raises InputError for a program of several."""
+    graph = open_any(model, tokenizer, dtype=dtype, quiet=quiet, notes=notes)
+    if len(graph) != 1:
+        raise InputError(f"{model} is a program of {len(graph)} graphs", "give one of the .onnx files in it")
+    return graph.graph
+
+
+def open_any(
+    model: str, tokenizer: Path | None = None, *, dtype: str | None = None, quiet: bool = False, notes: bool = True
+) -> Program:
+    """Load MODEL in ``--dtype``, say what was kept static (``notes``), and attach the tokenizer of ``--tokenizer``.
+
+    A file with one graph is a program of one.
+    """
     import actgraph as ag
     from actgraph.cli.output import remark, waiting
     from actgraph.graph.provenance import RecordedNote
@@ -33,15 +47,15 @@ def open_model(
     if tokenizer is not None:
         _check_tokenizer(tokenizer)
     with waiting(_progress(model), quiet=quiet):
-        graph = ag.load(model, **loading)
-    if isinstance(graph, ag.Program):
-        raise InputError(f"{model} is a program of {len(graph)} graphs", "give one of the .onnx files in it")
-    for note in graph.notes:
+        loaded = ag.load(model, **loading)
+    program = loaded if isinstance(loaded, ag.Program) else ag.Program.of(loaded)
+    for note in dict.fromkeys(note for graph in program for note in graph.notes):
         if not isinstance(note, RecordedNote):  # those are history, which `inspect` shows
             remark(f"note: {note}", quiet=quiet or not notes)
     if tokenizer is not None:
-        attach_tokenizer(graph, tokenizer)
-    return graph
+        for graph in program:
+            attach_tokenizer(graph, tokenizer)
+    return program
 
 
 def _progress(model: str) -> str:
@@ -61,7 +75,11 @@ def _dtype(dtype: str, model: str) -> str:
         raise InputError(f"--dtype is {dtype!r}", f"choose {', '.join(DTYPES)}")
     kind = kind_of(model)
     if kind != "huggingface":
-        what = {"factory": "the factory decides the dtype of its model", "onnx": "an .onnx file has its own dtype"}
+        what = {
+            "program": "the files of a program have their own",
+            "factory": "the factory decides the dtype of its model",
+            "onnx": "an .onnx file has its own dtype",
+        }
         told = what.get(kind, f"a .{kind} file has its own dtype")
         raise InputError(f"--dtype is for Hugging Face models: {told}", "use the pass cast{dtype=...} to change it")
     return dtype
@@ -147,9 +165,23 @@ def _check_folder(folder: Path, hint: str) -> None:
         raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}", "choose another folder") from error
 
 
-def check_save(path: Path, suffixes: Sequence[str], *, inline: str, external_data: bool) -> None:
-    """``check_output`` for a model, with the options of its format. Raises InputError, OptionError for an unknown op."""
-    check_output(path, suffixes)
+def check_save(
+    path: Path, suffixes: Sequence[str], *, inline: str, external_data: bool, several: bool = False, genai: bool = False
+) -> None:
+    """``check_output`` for a model, with the options of its format. Raises InputError, OptionError for an unknown op.
+
+    several: the result is a program of several graphs, which is a folder; genai: it is a folder for onnxruntime-genai.
+    """
+    if genai or several:
+        what = "--genai writes a folder" if genai else "the result is a program of several graphs"
+        if genai and several:
+            raise InputError("--genai takes one graph, and this is a program of several", "use kv_cache{graphs=combined}")
+        if path.suffix in suffixes:
+            hint = "name a folder, without a suffix" + ("" if genai else ", or use kv_cache{graphs=combined} to get one graph")
+            raise InputError(f"cannot write {path}: {what}", hint)
+        check_output_folder(path)
+    else:
+        check_output(path, suffixes)
     given = [name for name, on in (("--inline", inline != "none"), ("--external-data", external_data)) if on]
     if given and path.suffix != ".onnx":
         raise InputError(f"{given[0]} is for .onnx files", f"leave it out for {path}")

@@ -33,8 +33,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face directory, an .onnx or .pt2 file, package.module:factory, or stories260k. "
-        "A .pt2 file and a factory run code: give only what you trust.",
+        help="A Hugging Face directory, an .onnx or .pt2 file, package.module:factory, stories260k, or a folder of "
+        "several graphs. A .pt2 file and a factory run code: give only what you trust.",
     ),
 ]
 Pipeline = Annotated[
@@ -48,7 +48,18 @@ Corpus = Annotated[
         help="Calibration data: .txt (a document a line), .jsonl, .npz, .safetensors, or a folder of images.",
     ),
 ]
-Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write: .onnx or .pt2.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="OUT", help="What to write: .onnx or .pt2, or a folder for several graphs."),
+]
+Genai = Annotated[
+    bool,
+    typer.Option(
+        "--genai",
+        help="Write a folder for onnxruntime-genai: model.onnx with a cache that grows (inserted where MODEL has none), "
+        "genai_config.json, tokenizer.",
+    ),
+]
 Inline = Annotated[
     str,
     typer.Option(

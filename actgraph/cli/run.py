@@ -12,11 +12,13 @@ from actgraph.cli.options import example
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
+    from actgraph.graph.program import Program
     from actgraph.pipeline import Pipeline
 
 EXAMPLE = example(
     "actgraph run stories260k -p 'sparsify{method=teal sparsity=0.4}, quantize{weights=int8}' -o small.onnx",
     "actgraph run model.onnx -r recipe.yaml --corpus texts.txt --inline all -o out.onnx",
+    "actgraph run stories260k -p 'quantize{weights=int8}, kv_cache' -o cached  # a folder: prefill.onnx, decode.onnx",
 )
 SUFFIXES = (".onnx", ".pt2")
 
@@ -29,6 +31,7 @@ def run(
     corpus: options.Corpus = None,
     inline: options.Inline = "none",
     external_data: options.ExternalData = False,
+    genai: options.Genai = False,
     tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,
     seed: options.Seed = 0,
@@ -52,16 +55,19 @@ def run(
 ) -> None:
     """Run passes on a model and write the result.
 
+    A pass that makes several graphs of one (kv_cache) gives a folder: a manifest, one .onnx file each, and the weights once.
     The report says what each pass did. Calibration data is the packaged sample text unless --corpus is given. -v also
     lists every place that a pass changed.
     """
-    from actgraph.cli.models import check_output, check_output_folder, check_save, open_model, read_pipeline
+    from actgraph.cli.models import check_output, check_output_folder, check_save, open_any, read_pipeline
+    from actgraph.formats import kind_of
 
     pipeline = read_pipeline(passes, recipe)
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write the result: -o OUT.onnx or -o OUT.pt2 (or --dry-run)")
     if output is not None:
-        check_save(output, SUFFIXES, inline=inline, external_data=external_data)
+        several = kind_of(model) == "program" or any(step.makes_program for step in pipeline)
+        check_save(output, SUFFIXES, inline=inline, external_data=external_data, several=several, genai=genai)
     if report is not None:
         check_output(report, (".json",))
     if reproducer is not None:
@@ -70,18 +76,18 @@ def run(
         from actgraph.calibrate.corpora import Corpus
 
         Corpus.of(corpus)  # a bad file is said before the model is loaded
-    graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
+    program = open_any(model, tokenizer, dtype=dtype, quiet=quiet)
     if dry_run:
-        _plan(graph, pipeline, corpus, json=json)
+        _plan(next(iter(program)), pipeline, corpus, json=json)
         return
     assert output is not None
-    from json import loads
+    from json import dumps, loads
 
     import actgraph as ag
     from actgraph.cli.output import dump_json, write_text
 
     result = ag.run(
-        graph,
+        program,
         pipeline,
         corpus,
         seed=seed,
@@ -91,21 +97,33 @@ def run(
         progress=not quiet,
         calibration={"progress": not quiet},
     )
-    save(result.graph, output, inline=inline, external_data=external_data, quiet=quiet)
+    made = with_cache(result.program) if genai else result.program
+    save(made, output, inline=inline, external_data=external_data, genai=genai, quiet=quiet)
+    reports = {name: loads(each.to_json()) for name, each in result.reports.items()}
+    single = len({id(each) for each in result.reports.values()}) == 1
+    facts = loads(result.report.to_json()) if single else reports
     if report is not None:
-        write_text(report, result.report.to_json() + "\n")
+        write_text(report, dumps(facts, indent=2) + "\n")
     if json:
-        dump_json({"output": str(output), "report": loads(result.report.to_json())})
+        dump_json({"output": str(output), "report" if single else "reports": facts})
         return
     if not quiet:
-        print(result.report)
-        if verbose:
-            print("\n" + result.report.details())
+        for name, each in [("", result.report)] if single else list(result.reports.items()):
+            print(f"# {name}\n{each}" if name else each)
+            if verbose:
+                print("\n" + each.details())
     print(output)
 
 
-def save(graph: Graph, path: Path, *, inline: str, external_data: bool, quiet: bool = False) -> None:
-    """Write ``graph`` as the suffix of ``path`` says, with a note of what cannot run the file.
+def with_cache(program: Program) -> Program:
+    """``program`` with a growing cache in one graph, if it has no state yet. Raises PassError where it cannot have one."""
+    import actgraph as ag
+
+    return program if program.slots else ag.Program.of(ag.run(program.graph, "kv_cache{graphs=combined}", parity="none").graph)
+
+
+def save(program: Program, path: Path, *, inline: str, external_data: bool, genai: bool = False, quiet: bool = False) -> None:
+    """Write ``program`` as the suffix of ``path`` says (a folder without one), with a note of what cannot run the file.
 
     ``check_save`` has refused what does not go together.
     """
@@ -113,15 +131,19 @@ def save(graph: Graph, path: Path, *, inline: str, external_data: bool, quiet: b
 
     from actgraph.cli.output import remark
 
-    if path.suffix == ".onnx":
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always", UserWarning)
-            graph.save(path, inline=inline, external_data=external_data or None)  # None: as the size asks for
-        for warning in told:
-            if warning.category is UserWarning:
-                remark(f"note: {warning.message}", quiet=quiet)
-    else:
-        graph.save(path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        if genai:
+            from actgraph.formats.genai import save_genai
+
+            save_genai(program.graph, path)
+        elif path.suffix == ".onnx":
+            program.save(path, inline=inline, external_data=external_data or None)  # None: as the size asks for
+        else:
+            program.save(path)
+    for warning in told:
+        if warning.category is UserWarning:
+            remark(f"note: {warning.message}", quiet=quiet)
 
 
 def _plan(graph: Graph, pipeline: Pipeline, corpus: str | None, *, json: bool) -> None:

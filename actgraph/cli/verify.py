@@ -17,6 +17,7 @@ from actgraph.cli.options import example
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
+    from actgraph.graph.program import Program
     from actgraph.pipeline import Pass, PassManager, Pipeline
 
 EXAMPLE = example(
@@ -84,19 +85,20 @@ def verify(
     may differ by a twentieth of what it declares, because rounding in the last place flips single codes. A check in
     which no numbers could be compared counts as failed.
     """
-    from actgraph.cli.models import open_model, read_pipeline
+    from actgraph.cli.models import open_any, read_pipeline
     from actgraph.cli.output import dump_json, table
 
     if other is not None and (passes is not None or recipe is not None):
         raise typer.BadParameter("give either a second model or passes")
     pipeline = read_pipeline(passes, recipe) if other is None else None
-    graph = open_model(model, tokenizer, quiet=quiet)
-    arrays = sample_sets(graph, seed) if inputs is None else [_read_inputs(inputs)]
+    program = open_any(model, tokenizer, quiet=quiet)
+    arrays = None if inputs is None else [_read_inputs(inputs)]
     if other is not None:
-        checks = [compared(f"{model} = {other}", graph, open_model(other, quiet=quiet), arrays, tolerance)]
+        right = open_any(other, quiet=quiet)
+        checks = list(check_programs(f"{model} = {other}", program, right, arrays, tolerance, seed))
     else:
         assert pipeline is not None
-        checks = list(check_pipeline(graph, pipeline, corpus, arrays, tolerance, seed=seed, quiet=quiet))
+        checks = list(check_pipeline(program, pipeline, corpus, arrays, tolerance, seed=seed, quiet=quiet))
     ok = all(check.ok for check in checks)
     if json:
         dump_json({"ok": ok, "tolerance": tolerance, "checks": [asdict(check) for check in checks]})
@@ -118,35 +120,72 @@ def sample_sets(graph: Graph, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def check_programs(
+    what: str, left: Program, right: Program, inputs: Sequence[dict[str, Any]] | None, tolerance: float, seed: int = 0
+) -> Iterator[Check]:
+    """Two models, graph by graph. Raises InputError where they have other graphs."""
+    from actgraph.errors import InputError
+
+    if len(left) == 1 and len(right) == 1:
+        yield compared(what, left.graph, right.graph, inputs or sample_sets(left.graph, seed), tolerance)
+        return
+    if set(left.graphs) != set(right.graphs):
+        sides = [f"a program of {', '.join(side.graphs)}" if len(side) > 1 else "one graph" for side in (left, right)]
+        raise InputError(f"{sides[0]} cannot be compared with {sides[1]}", "kv_cache{graphs=combined} makes one graph")
+    for name, graph in left.graphs.items():
+        yield compared(f"{what}: {name}", graph, right.graphs[name], inputs or sample_sets(graph, seed), tolerance)
+
+
 def check_pipeline(
-    graph: Graph,
+    program: Program,
     pipeline: Pipeline,
     corpus: str | None,
-    inputs: Sequence[dict[str, Any]],
+    inputs: Sequence[dict[str, Any]] | None,
     tolerance: float,
     *,
     seed: int = 0,
     quiet: bool = False,
 ) -> Iterator[Check]:
-    """Run ``pipeline`` pass by pass and yield what is found. Promises are checked on the last of ``inputs``."""
+    """Run ``pipeline`` pass by pass and yield what is found, for each graph where there are several.
+
+    Promises are checked on the last of ``inputs`` (default: drawn for each graph).
+    """
+    from actgraph.graph.program import Program
     from actgraph.pipeline import PassManager
 
     calibration = {"progress": not quiet}
-    manager = PassManager(
-        pipeline, corpus, verify="each", parity="each", seed=seed, calibration=calibration, inputs=inputs[-1], reproducer=False
-    )  # fmt: skip
-    flips = 0.0
+    flips = dict.fromkeys(program.graphs, 0.0)
     for index, step in enumerate(pipeline):
-        before = graph
-        graph, check, declared = _promise(manager, before, index)
-        yield check
-        if declared is not None and activation_quantizers(graph) > activation_quantizers(before):
-            flips += FLIPPED_CODES * min(declared, 1.0)
-        for what, setting, reference in (("off", step.off, before), ("oracle", step.oracle, graph)):
-            if setting and any(getattr(step, name) != value for name, value in setting.items()):
-                yield _variant(manager, index, step, what, dict(setting), before, reference, inputs, tolerance)
-    with tempfile.TemporaryDirectory(prefix="actgraph-") as folder:
-        yield from check_exports(graph, Path(folder), inputs, tolerance, flips)
+        made: dict[str, Graph | Program] = {}
+        for name, before in program.graphs.items():
+            label = f"{name}: " if len(program) > 1 else ""
+            arrays = inputs or sample_sets(before, seed)
+            manager = PassManager(
+                pipeline, corpus, verify="each", parity="each", seed=seed, calibration=calibration, inputs=arrays[-1],
+                reproducer=False,
+            )  # fmt: skip
+            made[name], check, declared = _promise(manager, before, index)
+            yield replace(check, what=f"{label}{check.what}")
+            after = made[name]
+            if isinstance(after, Program):
+                continue
+            if declared is not None and activation_quantizers(after) > activation_quantizers(before):
+                flips[name] += FLIPPED_CODES * min(declared, 1.0)
+            for what, setting, reference in (("off", step.off, before), ("oracle", step.oracle, after)):
+                if setting and any(getattr(step, key) != value for key, value in setting.items()):
+                    found = _variant(manager, index, step, what, dict(setting), before, reference, arrays, tolerance)
+                    yield replace(found, what=f"{label}{found.what}")
+        split = next((each for each in made.values() if isinstance(each, Program)), None)
+        if split is not None:  # of one graph several
+            program, flips, inputs = split, dict.fromkeys(split.graphs, max(flips.values())), None
+        else:
+            program = Program({key: each for key, each in made.items() if not isinstance(each, Program)}, program.driver)
+            program.verify()
+    for name, graph in program.graphs.items():
+        label = f"{name}: " if len(program) > 1 else ""
+        with tempfile.TemporaryDirectory(prefix="actgraph-") as folder:
+            for check in check_exports(graph, Path(folder), inputs or sample_sets(graph, seed), tolerance, flips[name]):
+                yield replace(check, what=f"{label}{check.what}")
 
 
 def activation_quantizers(graph: Graph) -> int:
@@ -155,7 +194,7 @@ def activation_quantizers(graph: Graph) -> int:
     return sum(not node.operands[0].is_parameter for node in found if node.operands[0] is not None)
 
 
-def _promise(manager: PassManager, graph: Graph, index: int) -> tuple[Graph, Check, float | None]:
+def _promise(manager: PassManager, graph: Graph, index: int) -> tuple[Graph | Program, Check, float | None]:
     """What the pass at ``index`` makes of ``graph``, whether the outputs moved by no more than it declares, and that size.
 
     The size is ``None`` where the pass knows none, or was not seen to keep it.
@@ -168,14 +207,14 @@ def _promise(manager: PassManager, graph: Graph, index: int) -> tuple[Graph, Che
     except (ParityError, UnsupportedError) as error:  # it moved too far, or the engine cannot run what it made
         unchecked = copy.copy(manager)  # go on, so that the checks behind this one are seen as well
         unchecked.parity = "none"
-        return unchecked.run(graph, start=index, stop=index + 1).graph, Check(what, False, None, str(error)), None
+        return unchecked.run(graph, start=index, stop=index + 1).rewritten, Check(what, False, None, str(error)), None
     row = result.report[0]
     what, change = f"{what} ({row.expected_change})", row.change
     if change is None or not change.compared:
         why = f"no output of before is left: {', '.join(change.missing)}" if change else result.report.parity
-        return result.graph, Check(what, False, None, why, checked=False), None
+        return result.rewritten, Check(what, False, None, why, checked=False), None
     bound = "finite (no bound is known)" if change.tolerance is None else f"declared: <= {change.tolerance:.1g}"
-    return result.graph, Check(what, True, change.relative, bound), change.tolerance
+    return result.rewritten, Check(what, True, change.relative, bound), change.tolerance
 
 
 def _variant(

@@ -116,6 +116,11 @@ class Pass(BaseModel, abc.ABC):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         """Rewrite ``graph`` in place. Raises PassError when what was asked for matches nothing."""
 
+    @property
+    def makes_program(self) -> bool:
+        """Whether ``program`` gives one, as far as the options tell."""
+        return False
+
     def program(self, graph: Graph, result: PassResult) -> Program | None:
         """The program of several graphs that ``graph``, as ``run`` left it, becomes; ``None``: it stays one graph.
 
