@@ -303,7 +303,7 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
 
     Token ids are within the vocabulary, positions count up, masks are ones; ``padding="left"`` or ``"right"`` masks about
     a third of the last row (``"both"``: of the last row on the left and of the one before on the right), with positions as
-    Hugging Face makes them. Other float inputs are standard normal. Sizes:
+    Hugging Face makes them; graphs without a mask are given none. Other float inputs are standard normal. Sizes:
     ``batch`` and ``seq`` for dimensions of these names, ``seq`` for other named ones, static ones as they are; a dimension
     that the companions' sample inputs know is taken from there when it has another name. Optional inputs are left out.
     """
@@ -319,6 +319,8 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
     sizes.update({"batch": batch, "seq": seq})
     if padding not in ("none", "left", "right", "both"):
         raise InputError(f"padding must be none, left, right or both, not {padding!r}")
+    if not any("mask" in value.name for value in graph.inputs()):
+        padding = "none"  # positions alone tell of several sequences, and not of padding
     result: dict[str, Array] = {}
     for value in graph.inputs():
         if graph.role(value.name) not in (Role.USER, Role.CONTEXT) or is_optional(graph, value):

@@ -28,6 +28,7 @@ from actgraph.passes.cache import masks, proof, ring, storage
 from actgraph.passes.cache.cut import cut
 from actgraph.passes.cache.masks import Mask
 from actgraph.passes.cache.program import split
+from actgraph.passes.cache.recurrence import unrolled_steps
 from actgraph.passes.cache.storage import Storage
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 
@@ -58,7 +59,8 @@ class KeyValueCache(Pass):
     padding; positions that the graph counts go on where the cache ends. A model that looks ahead, mixes rows of a batch, or
     mixes tokens outside its attentions is refused, and before the pass returns the new graph has reproduced the old one, token
     by token. What the graph takes as separate sequences packed into one row (positions that start anew) is one sequence with
-    the cache. Masks are proven for up to 1024 tokens (or the model's limit); longer ones are taken to go on in the same way.
+    the cache. Masks are proven for up to 1024 tokens (or the model's limit), and up to 4608 where they are made with a number
+    of that size, such as a window; longer ones are taken to go on in the same way.
     """
 
     name: ClassVar[str] = "kv_cache"
@@ -87,7 +89,8 @@ class KeyValueCache(Pass):
         attentions = decoder_attentions(graph)
         limit = context_length(graph)
         shown = proof.refuse_what_looks_ahead(graph)
-        found = masks.recognise(graph, attentions, min(limit or masks.LONGEST, masks.LONGEST))
+        longest, beyond = masks.reach(graph, attentions, limit)
+        found = masks.recognise(graph, attentions, longest)
         size = self._size(found, limit)
         before, result = graph.clone(), PassResult()
         trial = graph.clone() if self.storage != "same" else None
@@ -108,12 +111,18 @@ class KeyValueCache(Pass):
             result.details.append(row)
         result.counts["attentions cached"] = len(attentions)
         result.messages += [*shown, f"{error:.1e} relative from the graph without a cache, over chunks and single tokens"]
+        if beyond:
+            result.messages.append(f"masks are made with the number {beyond}, and were looked at for {longest} tokens only")
         if trial is not None:
             result.messages.append(f"stored in {self.storage}: {loss}")
         return result
 
+    @property
+    def makes_program(self) -> bool:
+        return self.graphs == "program"
+
     def program(self, graph: Graph, result: PassResult) -> Program | None:
-        if self.graphs == "combined":
+        if not self.makes_program:
             return None
         program, difference = split(graph, last_logits=self.last_logits, options=str(self))
         sizes = ", ".join(f"{name} of {len(member.nodes())} nodes" for name, member in program.graphs.items())
@@ -144,7 +153,10 @@ def decoder_attentions(graph: Graph) -> list[Attention]:
         )
     attentions = graph.views.attentions()
     if not attentions:
-        raise PassError(f"kv_cache: {graph.name} has no attention that could have a cache", "see `actgraph sites`")
+        steps = unrolled_steps(graph)
+        why = f"; the recurrence of a state-space model is unrolled in the graph ({steps} steps)"
+        hint = "its state is no cache of keys and values, and the graph has one length" if steps else "see `actgraph sites`"
+        raise PassError(f"kv_cache: {graph.name} has no attention that could have a cache{why if steps else ''}", hint)
     dims = token_dims(graph)
     if dims is None or not isinstance(dims[1], str):
         fixed = dims[1] if dims else "unknown"

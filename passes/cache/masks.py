@@ -88,7 +88,9 @@ def recognise(graph: Graph, attentions: list[Attention], longest: int) -> list[M
         return [_of(attention, {}) for attention in attentions]
     maker = _only(graph, list(listed))
     found: dict[Value, Mask] = {}
-    trials = [(length, padding) for length in dict.fromkeys((*LENGTHS, longest)) for padding in ("none", "left", "right")]
+    # without an attention mask nothing is padding, and positions that start anew are taken for packed sequences
+    paddings = ("none", "left", "right") if any(v.name == "attention_mask" for v in graph.inputs()) else ("none",)
+    trials = [(length, padding) for length in dict.fromkeys((*LENGTHS, longest)) for padding in paddings]
     seen = [(_inputs(maker, length, padding), length) for length, padding in trials if length <= longest]
     runner = executor_for(maker).open(maker, optimize=False)
     results = [(inputs, length, runner(inputs)) for inputs, length in seen]
