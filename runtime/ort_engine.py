@@ -87,16 +87,16 @@ class OrtRunner:
         except UnsupportedError:
             raise
         except Exception as error:  # onnxruntime raises its own classes, which derive from Exception directly
-            raise InputError(f"onnxruntime cannot run these inputs: {_first_line(error)}") from error
+            raise InputError(f"onnxruntime cannot run these inputs: {first_line(error)}") from error
         return {self._keys[name]: array for name, array in zip(self._names, results, strict=True)}
 
     def _run_values(self, feed: Mapping[str, Array]) -> list[Array]:
         """Through OrtValues, which carry the element types that numpy lacks."""
         import onnxruntime as ort
 
-        values = {name: _ort_value(array) for name, array in feed.items()}
+        values = {name: value_of(array) for name, array in feed.items()}
         results = self.session.run_with_ort_values(self._names, values)
-        return [_array(value) if isinstance(value, ort.OrtValue) else np.asarray(value) for value in results]
+        return [array_of_value(value) if isinstance(value, ort.OrtValue) else np.asarray(value) for value in results]
 
 
 def session_options() -> ort.SessionOptions:
@@ -120,7 +120,7 @@ def open_session(source: bytes | str, options: ort.SessionOptions, name: str = "
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see OrtRunner.__call__
-        raise UnsupportedError(f"onnxruntime cannot run {name}: {_first_line(error)}", _hint(str(error))) from error
+        raise UnsupportedError(f"onnxruntime cannot run {name}: {first_line(error)}", _hint(str(error))) from error
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def _model_source(graph: OnnxGraph) -> Iterator[tuple[bytes | str, dict[str, Arr
         yield str(Path(folder) / "model.onnx"), {}
 
 
-def _ort_value(array: Array) -> ort.OrtValue:
+def value_of(array: Array) -> ort.OrtValue:
     """``array`` as onnxruntime holds it: without a copy, except for 4-bit integers, which it packs two to a byte."""
     import ctypes
 
@@ -160,7 +160,7 @@ def _ort_value(array: Array) -> ort.OrtValue:
     return value
 
 
-def _array(value: ort.OrtValue) -> Array:
+def array_of_value(value: ort.OrtValue) -> Array:
     """What onnxruntime returned, as an array of its own. Raises UnsupportedError for an element type that we do not know."""
     import ctypes
 
@@ -194,7 +194,7 @@ def unpack4(data: Array, shape: tuple[int, ...], kind: DType) -> Array:
     return signed.astype(kind.numpy).reshape(shape)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0][:300] if text else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Running a decoder with its state: a ``Compiled`` graph, and the ``Session`` that owns the slots of one request.
+"""Running a decoder with its state: a ``Compiled`` model, and the ``Session`` that owns the slots of one request.
 
 A ``Compiled`` is opened once and never changes, so that several threads may use it. Everything that one request leaves behind
 (the slots, how many tokens they hold, which of these are padding) is in its ``Session``: two sessions cannot disturb each
@@ -7,7 +7,9 @@ other, and a new one starts clean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,51 +17,103 @@ from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.context import KINDS, context_length
 from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role
-from actgraph.graph.slots import Slot, initial, slots_of, with_initial_slots
+from actgraph.graph.program import Program
+from actgraph.graph.slots import Slot, slots_of, with_initial_slots
+from actgraph.runtime.state import BY_TOKEN, TOKENS, ExplicitState, State, without_slots
+from actgraph.runtime.tokens import FILLED, Tokens
 
-ENGINES = ("auto", "torch", "onnxruntime")
-_DIALECTS = {"torch": "fx", "onnxruntime": "onnx"}
+if TYPE_CHECKING:
+    from actgraph.runtime.prefix import PrefixCache
+
+#: Each engine and the dialect of the graphs that it runs.
+ENGINES = {"torch": "fx", "torch.compile": "fx", "onnxruntime": "onnx"}
+LOWERINGS = ("held", "explicit")
 #: Tokens of a prompt that are computed at once.
 CHUNK = 512
 
 
-def compile(graph: Graph, engine: str = "auto", *, chunk: int = CHUNK) -> Compiled:
-    """Make ``graph`` ready to run many times.
+def compile(
+    model: Graph | Program,
+    engine: str = "auto",
+    *,
+    chunk: int = CHUNK,
+    lowering: str = "held",
+    prefixes: PrefixCache | None = None,
+) -> Compiled:
+    """Make a graph, or a program of a prefill and a decode graph, ready to run many times.
 
-    engine: ``"torch"``, ``"onnxruntime"`` (a torch graph is exported first), or ``"auto"``: the engine of the graph's dialect.
+    engine: ``"torch"``; ``"torch.compile"``, which generates code for each kind of call when it first happens (that takes up to
+    minutes, and needs a C++ compiler on the CPU); ``"onnxruntime"`` (a torch graph is exported first); or ``"auto"``: torch for
+    a torch graph, onnxruntime for an ONNX one.
     chunk: tokens of a prompt that are computed at once; longer prompts are fed in pieces.
-    Raises UnsupportedError for an engine that cannot run the graph.
+    lowering: how sessions keep slots: ``"held"`` in buffers of the engine, written in place; ``"explicit"`` as arrays that go
+    in and come out of each call.
+    prefixes: where prompts leave their keys and values for others that begin in the same way.
+    Raises UnsupportedError for an engine that cannot run the model.
     """
-    if engine not in ENGINES:
-        raise InputError(f"there is no engine {engine!r}", f"choose {', '.join(ENGINES)}")
+    if engine not in ("auto", *ENGINES):
+        raise InputError(f"there is no engine {engine!r}", f"choose auto, {', '.join(ENGINES)}")
+    if lowering not in LOWERINGS:
+        raise InputError(f"there is no lowering {lowering!r}", f"choose {', '.join(LOWERINGS)}")
     if chunk < 1:
         raise InputError(f"chunk is {chunk}", "give at least 1")
-    wanted = _DIALECTS.get(engine, graph.dialect)
-    if wanted == "onnx" and graph.dialect == "fx":
-        from actgraph.formats.onnx_export import to_onnx
-        from actgraph.graph.fx import FxGraph
+    program = model if isinstance(model, Program) else Program.of(model)
+    dialect = next(iter(program)).dialect
+    if engine == "auto":
+        engine = "onnxruntime" if dialect == "onnx" else "torch"
+    if ENGINES[engine] != dialect:
+        if dialect == "onnx":
+            raise UnsupportedError(f"{program.name} is an ONNX graph, which torch does not run", "use engine='onnxruntime'")
+        program = program.map(_exported)
+    return Compiled(program, engine, chunk=chunk, lowering=lowering, prefixes=prefixes)
 
-        assert isinstance(graph, FxGraph)
-        graph = to_onnx(graph)
-    elif wanted != graph.dialect:
-        raise UnsupportedError(f"{graph.name} is an ONNX graph, which torch does not run", "use engine='onnxruntime'")
-    return Compiled(graph, chunk)
+
+def _exported(graph: Graph) -> Graph:
+    from actgraph.formats.onnx_export import to_onnx
+    from actgraph.graph.fx import FxGraph
+
+    assert isinstance(graph, FxGraph)
+    return to_onnx(graph)
 
 
 class Compiled:
-    """An opened graph. Make one with ``compile``; calls are thread-safe."""
+    """An opened model. Make one with ``compile``; calls are thread-safe.
 
-    def __init__(self, graph: Graph, chunk: int = CHUNK) -> None:
-        self.graph = graph.clone()
-        self.chunk = chunk
-        self.slots: tuple[Slot, ...] = tuple(slots_of(self.graph).values())
-        self.runner: Runner = executor_for(self.graph).open(self.graph)
+    graph: the graph that takes prompts (of a program, the driver's at step 0). inputs: its inputs by name. capacity: the tokens
+    that a session can hold, ``None`` where nothing limits them. key: a hash of the program with its weights and edits.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        engine: str,
+        *,
+        chunk: int = CHUNK,
+        lowering: str = "held",
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        self.program = program.clone()
+        self.engine, self.chunk, self.lowering, self.prefixes = engine, chunk, lowering, prefixes
+        driver = self.program.driver
+        self.graph = self.program.graphs[driver.graph_at(0)]
+        self.slots: tuple[Slot, ...] = tuple(self.program.slots.values())
         self.inputs = {value.name: value for value in self.graph.inputs()}
-        self.capacity = _capacity(self.graph, self.slots)
+        self.capacity = self._capacity()
+        self._lock = threading.Lock()
+        self._runners: dict[str, Runner] = {}
+        self._held: dict[str, Any] | None = None
+        self._key = ""
+        self.why_explicit = "" if lowering == "held" and self.slots else "asked for" if self.slots else "no slots"
 
     def __repr__(self) -> str:
-        kept = f", {len(self.slots)} slots" if self.slots else ""
-        return f"<Compiled {self.graph.name}{kept}>"
+        kept = f", {len(self.slots)} slots {self.lowering}" if self.slots else ""
+        return f"<Compiled {self.program.name} for {self.engine}{kept}>"
+
+    @property
+    def key(self) -> str:
+        with self._lock:
+            self._key = self._key or self.program.content_hash()
+            return self._key
 
     def session(self, batch: int = 1) -> Session:
         """A new session for ``batch`` rows, whose slots are empty."""
@@ -67,8 +121,58 @@ class Compiled:
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One call with empty slots: outputs by name, without the slots'."""
-        results = self.runner(with_initial_slots(self.graph, inputs))
-        return {name: array for name, array in results.items() if self.graph.role(name) is not Role.SLOT}
+        results = self.runner(self.program.driver.graph_at(0))(with_initial_slots(self.graph, inputs))
+        return without_slots(self.graph, results)
+
+    def runner(self, stage: str) -> Runner:
+        """A graph of the program, opened when it is first asked for."""
+        with self._lock:
+            if stage not in self._runners:
+                graph = self.program.graphs[stage]
+                self._runners[stage] = executor_for(graph).open(graph)
+            return self._runners[stage]
+
+    def state(self, batch: int) -> State:
+        """New slots for ``batch`` rows."""
+        held = self._held_graphs()
+        if held is None:
+            return ExplicitState(self.program.graphs, self.runner, self.slots, batch)
+        if self.graph.dialect == "fx":
+            from actgraph.runtime.torch_held import TorchState
+
+            return TorchState(held, self.slots, batch, self.capacity)
+        from actgraph.runtime.ort_held import OrtState
+
+        return OrtState(held, self.slots, batch, self.capacity)
+
+    def _held_graphs(self) -> dict[str, Any] | None:
+        """The graphs of the program with slots that are written in place; ``None`` where that is not asked for, or not possible.
+
+        Then ``lowering`` is explicit, and ``why_explicit`` says why.
+        """
+        with self._lock:
+            if self.lowering == "held" and self._held is None and self.slots:
+                try:
+                    self._held = self._hold()
+                except UnsupportedError as error:
+                    self.lowering, self.why_explicit = "explicit", error.message
+            return self._held
+
+    def _hold(self) -> dict[str, Any]:
+        graphs = self.program.graphs.items()
+        if self.graph.dialect == "fx":
+            from actgraph.runtime.torch_held import HeldGraph
+
+            return {name: HeldGraph(graph, compile=self.engine == "torch.compile") for name, graph in graphs}
+        from actgraph.runtime.ort_held import HeldOnnx
+
+        return {name: HeldOnnx(graph) for name, graph in graphs}
+
+    def _capacity(self) -> int | None:
+        """How many tokens a session can hold: the size of fixed slots, or what the model says of itself."""
+        limits = [limit for limit in (context_length(self.graph),) if limit is not None]
+        limits += [size for slot in self.slots if slot.update == "scatter" and isinstance(size := slot.shape[TOKENS], int)]
+        return min(limits, default=None)
 
 
 class Session:
@@ -81,110 +185,102 @@ class Session:
             raise InputError(f"{compiled.graph.name} takes no input_ids: it is no language model", "call it with its inputs")
         self.compiled = compiled
         self.batch = batch
-        self.reset()
+        self._driver = compiled.program.driver
+        self._wanted = {
+            name: {value.name: value for value in graph.inputs() if value.name in FILLED}
+            for name, graph in compiled.program.graphs.items()
+        }
+        self._state = compiled.state(batch)
+        self._tokens = Tokens(batch)
+        self._failed = False
 
     def reset(self) -> None:
         """Forget every token."""
-        self._state = {slot.input: initial(slot, self.batch) for slot in self.compiled.slots}
-        self._tokens: Array = np.zeros((self.batch, 0), np.int64)
-        self._valid: Array = np.zeros((self.batch, 0), np.int64)
-        self._prompt: Array | None = None
+        self._state.reset()
+        self._tokens = Tokens(self.batch)
+        self._failed = False
 
     @property
     def length(self) -> int:
         """Places used so far, padding included."""
-        return int(self._valid.shape[1])
+        return self._tokens.length
 
     @property
     def bytes(self) -> int:
         """Bytes of all slots now."""
-        return sum(array.nbytes for array in self._state.values())
+        return self._state.bytes
 
     def feed(self, tokens: Array, valid: Array | None = None) -> dict[str, Array]:
         """Compute new ``tokens`` [batch, n]; returns the outputs for the last chunk of them.
 
         valid: [batch, n], 0 for padding (which stands on the left of a row's first token). Tokens of the first call are the
-        prompt. Longer inputs than ``chunk`` are computed in pieces. Raises InputError when the context is full.
+        prompt. Longer inputs than ``chunk`` are computed in pieces. A program computes the prompt, and later calls of several
+        tokens, by its driver's graph of step 0, and single tokens by that of later steps. Raises InputError when the context
+        is full.
         """
+        if self._failed:
+            raise InputError("an earlier call of the session failed while it wrote its slots", "reset the session")
         tokens = np.asarray(tokens, np.int64)
-        valid = np.ones_like(tokens) if valid is None else np.asarray(valid, np.int64)
-        if tokens.ndim != 2 or len(tokens) != self.batch or tokens.shape != valid.shape or tokens.shape[1] == 0:
+        if valid is not None:
+            valid = np.asarray(valid, np.int64)
+        shape = tokens.shape
+        if len(shape) != 2 or shape[0] != self.batch or shape[1] == 0 or (valid is not None and valid.shape != shape):
+            given = f", valid {list(valid.shape)}" if valid is not None else ""
+            raise InputError(f"tokens are {list(shape)}{given}", f"both are [{self.batch}, n], n > 0")
+        capacity, count = self.compiled.capacity, shape[1]
+        if capacity is not None and self._tokens.length + count > capacity:
             raise InputError(
-                f"tokens are {list(tokens.shape)}, valid {list(valid.shape)}", f"both are [{self.batch}, n], n > 0"
-            )
-        capacity = self.compiled.capacity
-        if capacity is not None and self.length + tokens.shape[1] > capacity:
-            raise InputError(
-                f"the context is full: {self.length} of {capacity} tokens are used, and {tokens.shape[1]} are to come",
+                f"the context is full: {self._tokens.length} of {capacity} tokens are used, and {count} are to come",
                 "start a new session, or shorten the prompt",
             )
-        if self._prompt is None:
-            self._prompt = valid.sum(axis=1)
-        results: dict[str, Array] = {}
+        first = self._tokens.prompt is None
+        if first:
+            self._tokens.end_prompt(count, valid)
+        stage = self._driver.graph_at(0 if first or count > 1 else 1)
         if not self.compiled.slots:
-            return self._recompute(tokens, valid)
-        for start in range(0, tokens.shape[1], self.compiled.chunk):
-            piece = slice(start, start + self.compiled.chunk)
-            results = self._step(tokens[:, piece], valid[:, piece])
+            return self._step(stage, tokens, valid, 0)
+        chunk = self.compiled.chunk
+        if count <= chunk:
+            return self._step(stage, tokens, valid, self._tokens.length)
+        results: dict[str, Array] = {}
+        for start in range(0, count, chunk):
+            piece = slice(start, start + chunk)
+            part = None if valid is None else valid[:, piece]
+            results = self._step(stage, tokens[:, piece], part, self._tokens.length)
         return results
 
-    def _step(self, tokens: Array, valid: Array) -> dict[str, Array]:
-        done = self.length
-        whole = np.concatenate([self._valid, valid], axis=1)
-        results = self.compiled.runner({**self._fill(tokens, whole, done), **self._state})
-        self._state = {slot.input: results[slot.output] for slot in self.compiled.slots}
-        self._remember(tokens, whole)
-        return self._without_state(results)
+    def _step(self, stage: str, tokens: Array, valid: Array | None, first: int) -> dict[str, Array]:
+        """Add the tokens, and compute those from ``first`` on: the new ones, or all where there are no slots."""
+        used = self._tokens.length
+        self._tokens.add(tokens, valid)
+        try:
+            return self._state.run(stage, self._tokens.feed(first, self._wanted[stage]), used)
+        except BaseException:
+            self._tokens.length = used  # entries behind it are written anew; a ring has lost what they overwrote
+            self._failed = any(slot.update not in BY_TOKEN for slot in self.compiled.slots)
+            raise
 
-    def _recompute(self, tokens: Array, valid: Array) -> dict[str, Array]:
-        """A graph without slots sees all tokens again."""
-        every, whole = np.concatenate([self._tokens, tokens], axis=1), np.concatenate([self._valid, valid], axis=1)
-        results = self._without_state(self.compiled.runner(self._fill(every, whole, 0)))
-        self._remember(tokens, whole)
-        return results
+    def read(self, start: int, stop: int) -> dict[str, Array]:
+        """Copies of what the slots with an entry for each token hold of tokens ``start`` to ``stop``, by slot name."""
+        if not 0 <= start <= stop <= self.length:
+            raise InputError(f"the session holds {self.length} tokens, not {start} to {stop}")
+        return self._state.read(start, stop)
 
-    def _remember(self, tokens: Array, valid: Array) -> None:
-        self._tokens = np.concatenate([self._tokens, tokens], axis=1)
-        self._valid = valid
+    def load(self, contents: Mapping[str, Array], tokens: Array) -> None:
+        """Begin an empty session of one row with ``tokens`` [1, n] whose entries are known, as ``read`` gives them.
 
-    def _without_state(self, results: Mapping[str, Array]) -> dict[str, Array]:
-        return {name: array for name, array in results.items() if self.compiled.graph.role(name) is not Role.SLOT}
-
-    def _fill(self, tokens: Array, valid: Array, done: int) -> dict[str, Array]:
-        """Everything that the graph takes beside its state. ``valid`` covers all tokens, ``tokens`` those from ``done`` on."""
-        places = np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, done:]
-        prompt = self._prompt if self._prompt is not None else valid.sum(axis=1)
-        known: dict[str, Array] = {
-            "input_ids": tokens,
-            "attention_mask": valid,
-            "position_ids": places,
-            "token_type_ids": np.zeros_like(tokens),
-            "cache_position": np.asarray([done]),
-            "positions": places,
-            "valid_tokens": valid[:, done:],
-            "prompt_lengths": prompt,
-            "row_index": np.arange(self.batch),
-            "step": np.asarray([max(0, done + tokens.shape[1] - int(prompt.max()))]),
-        }
-        feed: dict[str, Array] = {}
-        for name, value in self.compiled.inputs.items():
-            if name in known and value.dtype is not None:
-                feed[name] = known[name].astype(value.dtype.numpy)
-        return feed
-
-
-def _capacity(graph: Graph, slots: Sequence[Slot]) -> int | None:
-    """How many tokens a session can hold: the size of fixed slots, or what the model says of itself."""
-    limits = [limit for limit in (context_length(graph),) if limit is not None]
-    limits += [size for slot in slots if slot.update == "scatter" and isinstance(size := slot.shape[2], int)]
-    return min(limits, default=None)
+        They are copied, and are the beginning of the prompt that is fed next. Raises InputError where they do not fit.
+        """
+        tokens = np.asarray(tokens, np.int64)
+        if self.length or self.batch != 1 or tokens.ndim != 2 or len(tokens) != 1:
+            raise InputError("entries are loaded into an empty session of one row", "use a session of batch 1, before feeding")
+        self._state.load(contents, tokens.shape[1])
+        self._tokens.add(tokens, None)
 
 
 def unknown_inputs(graph: Graph) -> Iterator[str]:
     """Inputs that a session cannot fill in."""
-    known = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position", *KINDS}
-    slots = {slot.input for slot in slots_of(graph).values()}
+    known = FILLED | set(KINDS) | {slot.input for slot in slots_of(graph).values()}
     for value in graph.inputs():
-        ours = value.name in known or value.name in slots or graph.role(value.name) is not Role.USER
-        if not ours and graph.default(value.name) is None:
+        if value.name not in known and graph.role(value.name) is Role.USER and graph.default(value.name) is None:
             yield value.name

@@ -1,0 +1,284 @@
+"""The held lowering of FX graphs: slots are tensors of the session, written in place.
+
+A graph with slots is functional: the old content goes in, the new comes out. Here its private copy is rewritten so that nothing
+is copied. A slot that grows is the front of a larger buffer: new entries are written behind the old ones, which nobody can
+notice, and what the graph reads is a view. A slot of fixed size is written in place where nothing reads the old content
+afterwards (the donation that makes it exact); where something does, its new content is an output like any other. Attentions
+over such a slot read its front alone, as far as it is written: behind it the mask hides everything.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from actgraph.errors import UnsupportedError
+from actgraph.graph.fx import FxGraph
+from actgraph.graph.fx_build import copy_graph
+from actgraph.graph.fx_types import array_of, tensor_of
+from actgraph.graph.graph import Array
+from actgraph.graph.slots import Slot, slots_of
+from actgraph.ops.registry import OpDef
+from actgraph.ops.torch_library import op_of
+from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for
+
+#: The name of the input that says how many tokens the slots hold.
+USED = "used_tokens"
+#: What an attention may read of a slot of fixed size so that its front is enough, and what counts its keys.
+_READS_FRONT = ("attention", "positions")
+
+
+class HeldGraph:
+    """One graph of a program, rewritten. Immutable, so that sessions in several threads may run it with their own tensors."""
+
+    def __init__(self, graph: FxGraph, *, compile: bool = False) -> None:
+        """compile: through ``torch.compile``; the first call of each kind (prompt, one token) then takes a while."""
+        lowering = _Lowering(graph, copy_graph(graph.graph))
+        lowering.run()
+        self.inputs = [value.name for value in graph.inputs()]
+        self.defaults = {name: tensor_of(array) for name, array in graph.defaults.items()}
+        self.outputs = lowering.outputs
+        self.slots = {slot.output: slot for slot in slots_of(graph).values()}
+        self.weights = tuple(lowering.weights)
+        module = fx.GraphModule(nn_root(graph), lowering.native)
+        self.call: Callable[..., Any] = module.forward
+        if compile:
+            self.call = torch.compile(module.forward, dynamic=True)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            found = [inputs[name] if name in inputs else self.defaults[name] for name in self.inputs]
+            results = self.call(*found, used, *self.weights)
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def nn_root(graph: FxGraph) -> torch.nn.Module:
+    """What call_module and get_attr nodes that are no weights (branches of control flow) refer to."""
+    root: torch.nn.Module = graph.root
+    return root
+
+
+class TorchState:
+    """The slots of one session as tensors. See ``State``."""
+
+    def __init__(self, graphs: Mapping[str, HeldGraph], slots: Sequence[Slot], batch: int, limit: int | None) -> None:
+        self._graphs, self._slots, self._batch, self._limit = graphs, slots, batch, limit
+        self._grows = [slot for slot in slots if slot.update == "append"]
+        self.reset()
+
+    def reset(self) -> None:
+        self._room = self._used = 0
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._own: set[int] = set()
+        for slot in self._slots:
+            self._keep(slot, tensor_of(filled(slot, self._batch)))
+
+    @property
+    def bytes(self) -> int:
+        size = 0
+        for slot in self._slots:
+            tensor = self._tensors[slot.input]
+            size += tensor.nbytes if slot.update != "append" else tensor.narrow(TOKENS, 0, self._used).nbytes
+        return size
+
+    def run(self, stage: str, inputs: Mapping[str, Array], used: int) -> dict[str, Array]:
+        held = self._graphs[stage]
+        count = inputs["input_ids"].shape[1]
+        if self._grows and used + count > self._room:
+            self._grow(used, count)
+        tensors = {name: tensor_of(array) for name, array in inputs.items()}
+        results = held({**tensors, **self._tensors}, used)
+        self._used = used + count
+        found = {}
+        for name, tensor in results.items():
+            slot = held.slots.get(name)
+            if slot is None:
+                found[name] = array_of(tensor.clone() if tensor.untyped_storage().data_ptr() in self._own else tensor)
+            else:
+                self._keep(slot, tensor)
+        return found
+
+    def _keep(self, slot: Slot, tensor: torch.Tensor) -> None:
+        self._tensors[slot.input] = tensor
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}
+
+    def _grow(self, used: int, count: int) -> None:
+        self._room = room_for(used + count, self._room, self._limit)
+        for slot in self._grows:
+            old = self._tensors[slot.input]
+            new = tensor_of(filled(slot, self._batch, self._room))
+            new.narrow(TOKENS, 0, used).copy_(old.narrow(TOKENS, 0, used))
+            self._keep(slot, new)
+
+    def read(self, start: int, stop: int) -> dict[str, Array]:
+        return {slot.name: entries(array_of(self._tensors[slot.input]), start, stop).copy() for slot in by_token(self._slots)}
+
+    def load(self, contents: Mapping[str, Array], count: int) -> None:
+        check_contents(contents, self._slots, count)
+        if self._grows:
+            self._grow(0, count)
+        for slot in by_token(self._slots):
+            self._tensors[slot.input].narrow(TOKENS, 0, count).copy_(tensor_of(contents[slot.name]))
+        self._used = count
+
+
+# --- in place -----------------------------------------------------------------------------------------------------------------
+
+
+def front(buffer: torch.Tensor, count: int) -> torch.Tensor:
+    """The entries of the first ``count`` tokens, a view."""
+    return buffer.narrow(TOKENS, 0, count)
+
+
+def append(buffer: torch.Tensor, new: torch.Tensor, used: int) -> torch.Tensor:
+    """Write ``new`` behind the first ``used`` entries; returns a view of them all."""
+    count = new.shape[TOKENS]
+    buffer.narrow(TOKENS, used, count).copy_(new)
+    return buffer.narrow(TOKENS, 0, used + count)
+
+
+def write(buffer: torch.Tensor, new: torch.Tensor, used: int, mode: str = "linear") -> torch.Tensor:
+    """``cache_write`` in place: at positions ``used`` and on, in a ring modulo its size."""
+    count, size = new.shape[TOKENS], buffer.shape[TOKENS]
+    if mode == "linear" or count == 1:
+        buffer.narrow(TOKENS, used % size if mode == "ring" else used, count).copy_(new)
+        return buffer
+    if count > size:
+        new, used = new.narrow(TOKENS, count - size, size), used + count - size
+    place = (used + torch.arange(new.shape[TOKENS], device=buffer.device)) % size
+    return buffer.index_copy_(TOKENS, place, new)
+
+
+def write_front(buffer: torch.Tensor, new: torch.Tensor, used: int) -> torch.Tensor:
+    """As ``write``; returns a view of what is written so far."""
+    count = new.shape[TOKENS]
+    buffer.narrow(TOKENS, used, count).copy_(new)
+    return buffer.narrow(TOKENS, 0, used + count)
+
+
+@dataclass
+class _Lowering:
+    """The rewriting of one graph."""
+
+    graph: FxGraph
+    native: fx.Graph
+    weights: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        self.order = {node: place for place, node in enumerate(self.native.nodes)}
+        placeholders = [node for node in self.native.nodes if node.op == "placeholder"]
+        self.by_name = dict(zip([value.name for value in self.graph.inputs()], placeholders, strict=True))
+        self._after = placeholders[-1]
+        self.used = self._placeholder(USED)
+        self.results = dict(zip(self.graph.output_names, self.native.output_node().args[0], strict=True))  # type: ignore[arg-type]
+        slots = list(slots_of(self.graph).values())
+        for slot in slots:
+            if slot.update == "append":
+                self._append(slot)
+        self._writes([slot for slot in slots if slot.update in ("scatter", "ring")])
+        self.native.output_node().args = (tuple(self.results.values()),)
+        self.outputs = list(self.results)
+        self._lift_weights()
+        for node in self.native.nodes:
+            op = op_of(node.target) if node.op == "call_function" else None
+            if op is not None:
+                node.target = _plain(op)
+        self.native.eliminate_dead_code(_keep)
+        self.native.lint()
+
+    def _placeholder(self, name: str) -> fx.Node:
+        with self.native.inserting_after(self._after):
+            self._after = self.native.placeholder(name)
+        return self._after
+
+    def _append(self, slot: Slot) -> None:
+        """``cache_append(slot, new)`` writes behind; whatever else reads the old content reads a view, which stays as it is."""
+        old, new = self.by_name[slot.input], self.results[slot.output]
+        if _op(new) != "cache_append" or new.args[0] is not old or _axis(new) != TOKENS:
+            raise UnsupportedError(f"slot {slot.name} grows by {new.name}, which is not cache_append along axis {TOKENS}")
+        others = [user for user in old.users if user is not new and user.op != "output"]
+        if others:
+            self._view(old, others)
+        with self.native.inserting_before(new):
+            written = self.native.call_function(append, (old, new.args[1], self.used))
+        new.replace_all_uses_with(written)
+        self.native.erase_node(new)
+        del self.results[slot.output]
+        self.results = {name: written if node is new else node for name, node in self.results.items()}
+
+    def _view(self, old: fx.Node, users: Sequence[fx.Node]) -> fx.Node:
+        with self.native.inserting_before(min(users, key=lambda user: self.order.get(user, 0))):
+            view = self.native.call_function(front, (old, self.used))
+        for user in users:
+            user.replace_input_with(old, view)
+        return view
+
+    def _writes(self, slots: Sequence[Slot]) -> None:
+        """Write in place what nobody reads afterwards; and read fronts, where every slot of fixed size can be read so."""
+        writes = {slot: self.results[slot.output] for slot in slots}
+        possible = {slot: node for slot, node in writes.items() if self._donates(slot, node)}
+        linear = [node for slot, node in writes.items() if slot.update == "scatter"]
+        short = all(slot in possible for slot in slots if slot.update == "scatter") and all(map(_reads_front, linear))
+        for slot, node in possible.items():
+            old, new = node.args[0], node.args[1]
+            users = [user for user in node.users if user.op != "output"]
+            with self.native.inserting_before(node if users else self.native.output_node()):  # after all readers of the old
+                if slot.update == "scatter" and short:
+                    written = self.native.call_function(write_front, (old, new, self.used))
+                else:
+                    written = self.native.call_function(write, (old, new, self.used, _mode(node)))
+            node.replace_all_uses_with(written)
+            self.native.erase_node(node)
+            del self.results[slot.output]
+            self.results = {name: written if result is node else result for name, result in self.results.items()}
+
+    def _donates(self, slot: Slot, node: fx.Node) -> bool:
+        """Whether ``node`` may write over the slot: nothing else reads the old content, or nothing reads the new."""
+        old = self.by_name[slot.input]
+        if _op(node) != "cache_write" or node.args[0] is not old or _axis(node) != TOKENS:
+            return False
+        return set(old.users) == {node} or all(user.op == "output" for user in node.users)
+
+    def _lift_weights(self) -> None:
+        """Weights are arguments of the call: reading them from modules costs more than a small op."""
+        for node in [node for node in self.native.nodes if node.op == "get_attr"]:
+            tensor = operator.attrgetter(str(node.target))(self.graph.root)
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            weight = self._placeholder(f"weight_{len(self.weights)}")
+            self.weights.append(tensor.detach())
+            node.replace_all_uses_with(weight)
+            self.native.erase_node(node)
+
+
+def _op(node: Any) -> str:
+    op = op_of(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else None
+    return op.name if op is not None else ""
+
+
+def _axis(node: fx.Node) -> int:
+    return int(node.kwargs.get("axis", TOKENS))  # type: ignore[arg-type]
+
+
+def _mode(node: fx.Node) -> str:
+    return str(node.kwargs.get("mode", "linear"))
+
+
+def _reads_front(node: fx.Node) -> bool:
+    return all(user.op == "output" or _op(user) in _READS_FRONT for user in node.users)
+
+
+def _plain(op: OpDef) -> Callable[..., Any]:
+    """The op as a function: what torch's dispatcher adds (checks of types, autograd) costs more than a small op."""
+    return op.eager or op.reference
+
+
+def _keep(node: fx.Node) -> bool:
+    """Whether a node has an effect."""
+    return node.op in ("placeholder", "output") or node.target in (append, write, write_front)
