@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from actgraph.errors import InputError, PassError, VerifyError
 from actgraph.graph.diff import Change, GraphDiff, diff
-from actgraph.graph.graph import Graph, Role, Value
+from actgraph.graph.graph import Graph, Value
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.graph.text import data_hash
 
@@ -145,7 +145,7 @@ class Program:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def verify(self) -> None:
-        """Check every graph, that slots are paired and have one type, and that shared weights agree. Raises VerifyError."""
+        """Check every graph, that equal slots are one in all of them, and that shared weights agree. Raises VerifyError."""
         for graph in self:
             graph.verify()
         problems = [*self._slot_problems(), *self._weight_problems()]
@@ -154,16 +154,9 @@ class Program:
 
     def _slot_problems(self) -> Iterator[str]:
         for name, graph in self.graphs.items():
-            outputs = {label: value for label, value in graph.outputs() if graph.role(label) is Role.SLOT}
             for slot in slots_of(graph).values():
                 if slot != self.slots[slot.name]:
                     yield f"slot {slot.name} is {slot} in {name} and {self.slots[slot.name]} elsewhere"
-                written = outputs.pop(slot.output, None)
-                if written is None:
-                    yield f"slot {slot.name} is read and not written in {name}"
-                elif slot.update != "append" and written.type != slot.type:
-                    yield f"slot {slot.name} is {slot.type} and {name} writes {written.type}"
-            yield from (f"{label} of {name} is the output of no slot" for label in outputs)
 
     def _weight_problems(self) -> Iterator[str]:
         for name, holders in self.shared().items():

@@ -8,13 +8,13 @@ keep both in one buffer and write in place (``update = scatter`` or ``ring``). S
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from actgraph.errors import InputError, VerifyError
+from actgraph.errors import ActgraphError, InputError, VerifyError
 from actgraph.graph.graph import Array, Graph, Role
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import Shape, TensorType
@@ -110,6 +110,38 @@ def with_initial_slots(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, A
 def advance(slots: Iterable[Slot], results: Mapping[str, Array]) -> dict[str, Array]:
     """The state for the next call, by input name, from the ``results`` of this one."""
     return {slot.input: results[slot.output] for slot in slots}
+
+
+def slot_problems(graph: Graph) -> Iterator[str]:
+    """What is wrong with the slots of ``graph``, one line each: every one is read and written, with types that fit."""
+    try:
+        written = {label: value for label, value in graph.outputs() if graph.role(label) is Role.SLOT}
+        slots = slots_of(graph)
+    except KeyError:
+        return  # an input or output without a role, which the verifier says itself
+    except (InputError, VerifyError, TypeError, ValueError) as error:
+        yield error.message if isinstance(error, ActgraphError) else f"its slots are recorded wrongly: {error}"
+        return
+    recorded = json.loads(graph.metadata.get(_SLOTS, "{}"))
+    yield from (f"slot {name} is declared, and no input holds it" for name in recorded if name not in slots)
+    for slot in slots.values():
+        value = written.pop(slot.output, None)
+        if value is None:
+            yield f"slot {slot.name} is read and not written: there is no output {slot.output} of that role"
+        elif value.dtype is not None and value.dtype is not slot.dtype:
+            yield f"slot {slot.name} is {slot.type} and {value.type} is written to it"
+        elif value.shape is not None and not _fits(slot, value.shape):
+            rule = "grow along one axis" if slot.update == "append" else "keep its shape"
+            yield f"slot {slot.name} is {slot.type} and {value.type} is written to it, which should {rule} ({slot.update})"
+    yield from (f"the output {label} is that of no slot" for label in written)
+
+
+def _fits(slot: Slot, written: Shape) -> bool:
+    if len(slot.shape) != len(written):
+        return False
+    changed = [(old, new) for old, new in zip(slot.shape, written, strict=True) if old != new and None not in (old, new)]
+    known = None not in slot.shape and None not in written
+    return (len(changed) == 1 or (not changed and not known)) if slot.update == "append" else not changed
 
 
 def declare_slot(graph: Graph, slot: Slot) -> None:

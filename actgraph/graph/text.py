@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from actgraph.errors import ActgraphError
 from actgraph.graph.graph import Array, Graph, Node, Role, Value
+from actgraph.graph.slots import slots_of
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN
 
@@ -60,6 +62,7 @@ def _lines(graph: Graph, name: str, *, sites: bool, provenance: bool) -> Iterato
         yield from (f"  {signature}" for signature in signatures)
         yield from (_node_line(node, None, provenance) for node in inner)
         yield "}"
+    yield from _slots(graph)
     stored = sorted((p for p in graph.parameters() if p.uses and not _is_inline(p)), key=lambda p: p.name)
     if stored:
         yield "parameters {"
@@ -72,6 +75,18 @@ def _lines(graph: Graph, name: str, *, sites: bool, provenance: bool) -> Iterato
         yield "history {"
         yield from (f"  {record.text or record.name}" for record in graph.history)
         yield "}"
+
+
+def _slots(graph: Graph) -> Iterator[str]:
+    """What types and names of inputs and outputs alone do not say about the state."""
+    if not any(graph.role(value.name) is Role.SLOT for value in graph.inputs()):
+        return
+    yield "slots {"
+    try:
+        yield from (f"  {slot}  {_reference(slot.input)} -> {slot.output}" for slot in slots_of(graph).values())
+    except ActgraphError as error:  # broken graphs are printed as well
+        yield f"  ? {error.message}"
+    yield "}"
 
 
 def _signature(graph: Graph, label: str, value: Value) -> str:

@@ -1,7 +1,7 @@
 """The verifier: every invariant of a graph, checked through the reading interface alone.
 
-Structure (SSA, topological order, no dangling users, unique names, signature), types where they can be known, operands that
-fit together, provenance, and the attributes and operands of actgraph ops. What only a dialect can see is in
+Structure (SSA, topological order, no dangling users, unique names, signature, slots paired), types where they can be known,
+operands that fit together, provenance, and the attributes and operands of actgraph ops. What only a dialect can see is in
 ``Graph.structural_problems``.
 """
 
@@ -13,6 +13,7 @@ from itertools import islice
 from actgraph.errors import ActgraphError, VerifyError
 from actgraph.graph.fitting import misfits
 from actgraph.graph.graph import Graph, Kind, Node, Value
+from actgraph.graph.slots import slot_problems
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, get_op
 
@@ -42,6 +43,7 @@ def problems(graph: Graph) -> Iterator[str]:
     yield from _order(graph)
     yield from _users(graph)
     yield from _signature(graph)
+    yield from slot_problems(graph)
     for node in graph.nodes():
         yield from _node_problems(node)
     yield from graph.structural_problems()
