@@ -146,7 +146,7 @@ class Compiled:
         return OrtState(held, self.slots, batch, self.capacity)
 
     def _held_graphs(self) -> dict[str, Any] | None:
-        """The graphs of the program with slots that are written in place; ``None`` where that is not asked for, or not possible.
+        """The graphs of the program with slots that are written in place; ``None`` where it is not asked for or not possible.
 
         Then ``lowering`` is explicit, and ``why_explicit`` says why.
         """
