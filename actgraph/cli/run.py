@@ -119,7 +119,11 @@ def with_cache(program: Program) -> Program:
     """``program`` with a growing cache in one graph, if it has no state yet. Raises PassError where it cannot have one."""
     import actgraph as ag
 
-    return program if program.slots else ag.Program.of(ag.run(program.graph, "kv_cache{graphs=combined}", parity="none").graph)
+    return (
+        program
+        if program.slots
+        else ag.Program.of(ag.run(program.graph, "kv_cache{graphs=combined}", parity="none", reproducer=False).graph)
+    )
 
 
 def save(program: Program, path: Path, *, inline: str, external_data: bool, genai: bool = False, quiet: bool = False) -> None:

@@ -1,0 +1,138 @@
+"""Programs of several graphs on the command line, and folders for onnxruntime-genai."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import actgraph as ag
+from tests import zoo
+from tests.cli.conftest import Outcome
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def program(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as prefill and decode graphs, written by ``actgraph run``."""
+    from actgraph.cli import main
+
+    folder = tmp_path_factory.mktemp("program") / "cached"
+    assert main(["run", str(model), "-p", "kv_cache{last_logits=true}", "-o", str(folder), "-q"]) == 0
+    return folder
+
+
+def test_run_writes_a_folder_that_loads(program: Path, model: Path) -> None:
+    names = {path.name for path in program.iterdir()}
+    assert {"program.json", "prefill.onnx", "decode.onnx", "tokenizer.json"} <= names
+    (weights,) = program.glob("*.data")
+    assert weights.stat().st_size < 1.1 * model.stat().st_size  # once, not twice
+    loaded = ag.load(program)
+    loaded.verify()
+    assert list(loaded.graphs) == ["prefill", "decode"]
+
+
+def test_a_file_cannot_hold_it_which_is_said_first(cli: Cli, model: Path, program: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("run", model, "-p", "kv_cache", "-o", tmp_path / "out.onnx"),
+        ("export", program, "-o", tmp_path / "out.onnx"),
+        ("run", program, "-p", "dce", "-o", tmp_path / "out.pt2"),
+    ):
+        refused = cli(*arguments)
+        assert refused.code == 2 and refused.out == "" and refused.err.count("\n") == 1
+        assert "the result is a program of several graphs" in refused.err and "kv_cache{graphs=combined}" in refused.err
+    assert not list(tmp_path.iterdir())
+    assert "the suffix says the format" in cli("run", model, "-p", "dce", "-o", tmp_path / "folder").err
+    one = cli("run", model, "-p", "kv_cache{graphs=combined}", "-o", tmp_path / "out.onnx", "-q")
+    assert one.code == 0 and (tmp_path / "out.onnx").is_file()
+
+
+def test_inspect_and_diff(cli: Cli, program: Path, model: Path) -> None:
+    shown = cli("inspect", program)
+    assert shown.code == 0
+    for line in ("driver: step 0 -> prefill; else -> decode", "# prefill", "# decode", "input: input_ids: i64[batch, 1]"):
+        assert line in shown.out.splitlines()
+    facts = cli("inspect", program, "--json").json
+    assert set(facts["graphs"]) == {"prefill", "decode"} and len(facts["slots"]) == 10
+    assert cli("inspect", program, "--text").out.startswith("program ")
+    assert cli("diff", program, program).code == 0
+    changed = cli("diff", model, program)
+    assert changed.code == 1 and "prefill" in changed.out
+
+
+def test_passes_run_on_each_graph(cli: Cli, program: Path, tmp_path: Path) -> None:
+    made = cli("run", program, "-p", "quantize{weights=int8}", "-o", tmp_path / "small", "--json", "-q")
+    assert made.code == 0 and set(made.json["reports"]) == {"prefill", "decode"}
+    (small,), (large,) = (tmp_path / "small").glob("*.data"), program.glob("*.data")
+    assert small.stat().st_size < 0.6 * large.stat().st_size
+    copied = cli("export", program, "-o", tmp_path / "copy", "-q")
+    assert copied.code == 0 and cli("diff", program, tmp_path / "copy", "-q").code == 0
+
+
+def test_verify(cli: Cli, model: Path, program: Path) -> None:
+    checked = cli("verify", model, "-p", "kv_cache, dce", "--json", "-q")
+    assert checked.code == 0
+    whats = [check["what"] for check in checked.json["checks"]]
+    assert whats[0].startswith("kv_cache: keeps its promise")
+    assert {what.partition(":")[0] for what in whats[1:]} == {"prefill", "decode"}
+    same = cli("verify", program, program, "--json")
+    assert same.code == 0 and len(same.json["checks"]) == 2
+    other = cli("verify", model, program)
+    assert other.code == 2 and "kv_cache{graphs=combined}" in other.err
+
+
+def test_generate_takes_a_folder(cli: Cli, model: Path, program: Path) -> None:
+    made, expected = (cli("generate", source, "Once upon a time", "-n", 20, "-q") for source in (program, model))
+    assert made.code == 0 and made.out == expected.out and len(made.out) > 30
+
+
+def test_verbs_for_one_graph_say_so(cli: Cli, program: Path) -> None:
+    refused = cli("sites", program)
+    assert refused.code == 2 and "is a program of 2 graphs" in refused.err and ".onnx" in refused.err
+
+
+# --- onnxruntime-genai -------------------------------------------------------------------------------------------------------
+
+
+def genai_tokens(folder: Path, prompt: list[int], length: int) -> list[int]:
+    """What onnxruntime-genai generates from ``folder``, greedy, to ``length`` tokens in all."""
+    og = pytest.importorskip("onnxruntime_genai")
+    model = og.Model(str(folder))
+    options = og.GeneratorParams(model)
+    options.set_search_options(max_length=length, do_sample=False)
+    generator = og.Generator(model, options)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+
+
+@pytest.mark.parametrize("verb", ["export", "run"])
+def test_genai_folders_give_the_same_tokens(cli: Cli, model: Path, tmp_path: Path, verb: str) -> None:
+    folder = tmp_path / "genai"
+    passes = ["-p", "sparsify{threshold=0.05}"] if verb == "run" else []
+    made = cli(verb, model, *passes, "--genai", "-o", folder, "-q")
+    assert (made.code, made.out.strip()) == (0, str(folder)), made.err
+    assert {"model.onnx", "genai_config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    expected = list(ag.generate(ag.load(folder / "model.onnx"), [1, 403, 407], 37).tokens)
+    assert len(expected) == 37 and genai_tokens(folder, [1, 403, 407], 40) == expected
+    if verb == "export":
+        assert list(ag.generate(zoo.captured("stories260k"), [1, 403, 407], 37).tokens) == expected
+
+
+def test_what_genai_cannot_take_is_one_line(cli: Cli, model: Path, program: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "no"
+    for arguments, why in (
+        (["export", model, "--genai", "-o", tmp_path / "m.onnx"], "--genai writes a folder"),
+        (["export", model, "--genai", "--inline", "all", "-o", folder], "--inline is for .onnx files"),
+        (["export", program, "--genai", "-o", folder], "--genai takes one graph"),
+        (["run", model, "-p", "kv_cache", "--genai", "-o", folder], "--genai takes one graph"),
+        (["run", model, "-p", "kv_cache{graphs=combined form=static max_length=64}", "--genai", "-o", folder], "no growing"),
+        (["export", zoo.captured("bert").save(tmp_path / "bert.onnx"), "--genai", "-o", folder], "see later ones"),
+    ):
+        refused = cli(*arguments, "-q")
+        assert refused.code == 2 and why in refused.err and refused.err.count("\n") == 1 and refused.out == ""
+    planned = cli("export", model, "--genai", "-o", folder, "--dry-run", "-q")
+    assert planned.code == 0 and "onnxruntime-genai" in planned.out and not folder.exists()
