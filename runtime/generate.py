@@ -6,7 +6,7 @@ at each step: any exported file works, at a cost that is quadratic in the length
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard, cast, overload
 
@@ -101,7 +101,7 @@ def generate(
         return run(model, [cast("Prompt", prompt)])[0]
     if not prompt:
         raise InputError("there are no prompts", "give at least one")
-    compiled = model if isinstance(model, Compiled) else compile(model)  # type: ignore[arg-type]
+    compiled = model if isinstance(model, Compiled) else compile(model)
     if any(value.name == "attention_mask" for value in _main_graph(compiled).inputs()):
         return run(compiled, list(prompt))
     return [run(compiled, [each], row)[0] for row, each in enumerate(prompt)]
@@ -250,11 +250,12 @@ class _Generator:
             raise InputError(f"generation does not know what to feed input {name!r} of {graph.name}", "it fills token inputs")
         self.ends = _end_tokens(graph) if stop_at_end else frozenset[int]()
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
-        self.compiled = model if isinstance(model, Compiled) else compile(model)  # type: ignore[arg-type]
+        self.compiled = model if isinstance(model, Compiled) else compile(model)
         self.session = self.compiled.session(len(self.rows))
 
     def __iter__(self) -> Iterator[dict[int, Step]]:
-        rows, feed, name = self.rows, self._prompt, self.logits_name
+        rows, name = self.rows, self.logits_name
+        feed: Callable[[Array, Array | None], dict[str, Array]] = self._prompt
         longest = max(len(row.prompt) for row in rows)
         ids = np.zeros((len(rows), longest), np.int64)
         valid = np.zeros_like(ids)
@@ -280,7 +281,7 @@ class _Generator:
 
     def _prompt(self, ids: Array, valid: Array | None) -> dict[str, Array]:
         """Feed the prompt, of whose beginning the keys and values may be known already."""
-        prefixes = getattr(self.compiled, "prefixes", None)
+        prefixes = self.compiled.prefixes
         if prefixes is None or len(self.rows) > 1:
             return self.session.feed(ids, valid)
         return prefixes.feed(self.session, ids)
@@ -304,9 +305,10 @@ class _Generator:
 
 
 def _main_graph(model: Graph | Program | Compiled) -> Graph:
-    """The graph that tells about the model: of a program the first, which takes the prompt."""
-    source: Graph | Program = (getattr(model, "program", None) or model.graph) if isinstance(model, Compiled) else model
-    return next(iter(source)) if isinstance(source, Program) else source
+    """The graph that tells about the model: of a program the one that takes the prompt."""
+    if isinstance(model, Compiled):
+        return model.graph
+    return model.graphs[model.driver.graph_at(0)] if isinstance(model, Program) else model
 
 
 def _encode(graph: Graph, prompt: Prompt) -> tuple[int, ...]:

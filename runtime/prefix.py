@@ -21,12 +21,10 @@ import numpy as np
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.graph import Array
+from actgraph.runtime.state import BY_TOKEN, TOKENS
 
 if TYPE_CHECKING:
     from actgraph.runtime.session import Compiled, Session
-
-#: The axis of the tokens in slots of keys and values, [batch, heads, tokens, head].
-TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -217,7 +215,7 @@ def why_not(compiled: Compiled) -> str | None:
     if not compiled.slots:
         return "it has no cache of keys and values (run the pass kv_cache)"
     for slot in compiled.slots:
-        if slot.update not in ("append", "scatter"):
+        if slot.update not in BY_TOKEN:
             return f"its slot {slot.name} ({slot.update}) does not keep one entry for each token"
     return None
 
