@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import actgraph as ag
 from actgraph.runtime.text import TextStream, continuation
 from tests import zoo
 
@@ -142,3 +143,14 @@ def test_the_work_is_linear(kind: str, what: str) -> None:
     pieces(counting, ordinary[:50], tokens)  # type: ignore[arg-type]
     assert counting.count < 150 * len(tokens)
     assert what != "text" or counting.count < 8 * len(tokens)
+
+
+def test_what_was_held_back_comes_when_the_context_is_full() -> None:
+    """Text that may be the beginning of a stop string is told at the end, whatever the end is."""
+    graph = zoo.captured("stories260k")
+    whole = ag.generate(graph, "Once upon a time", 4, stop_at_end=False)
+    places = len(whole.prompt_tokens) + 3
+    graph.companions.config = {**graph.companions.config, "max_position_embeddings": places}
+    steps = list(ag.stream(graph, "Once upon a time", 9, stop=whole.text[-2:] + "#", stop_at_end=False))
+    assert [step.token for step in steps] == [*whole.tokens, None]
+    assert "".join(step.text for step in steps) == whole.text and steps[-1].text == whole.text[-2:]
