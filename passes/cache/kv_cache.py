@@ -30,12 +30,13 @@ from actgraph.passes.cache.masks import Mask
 from actgraph.passes.cache.program import split
 from actgraph.passes.cache.recurrence import unrolled_steps
 from actgraph.passes.cache.storage import Storage
+from actgraph.passes.cast.cast import Cast
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 
 PAST = "past"
 POSITION = "cache_position"
 #: How far logits may move, relative: far more than what a sound model loses, far less than a wrong scale or axis costs.
-_SIZES = {"float16": 0.05, "int8": 0.5}
+_SIZES, _HALF_SIZE = {"float16": 0.05, "int8": 0.5}, 0.1
 
 
 class KeyValueCache(Pass):
@@ -53,7 +54,7 @@ class KeyValueCache(Pass):
 
     ``storage=float16`` and ``int8`` keep keys and values in fewer bytes; int8 has a scale per token and key head, in the slots
     ``past_key_values.{i}.key_scale`` and ``.value_scale`` [batch, key heads, tokens, 1]. The cache is first shown to be right
-    in full precision, and then the error that the storage makes is measured and reported.
+    in full precision (as is that of a graph in half precision), and then the error of the rounding is measured and reported.
 
     Masks are replaced by ``position_mask`` after their values were shown to be causal, a window or chunks, with or without
     padding; positions that the graph counts go on where the cache ends. A model that looks ahead, mixes rows of a batch, or
@@ -93,19 +94,21 @@ class KeyValueCache(Pass):
         found = masks.recognise(graph, attentions, longest)
         size = self._size(found, limit)
         before, result = graph.clone(), PassResult()
-        trial = graph.clone() if self.storage != "same" else None
+        limit = self.max_length or limit
+        kind = attentions[0].key.dtype
+        half = kind in (DType.F16, DType.BF16)
+        exact = self.storage == "same" and not half
         with context.edit(graph) as editor:
             caches = _insert(_Rewrite(graph, editor, self.form, size, self.storage), attentions, found)
             windows = [cache.ring for cache in caches if cache.ring]
-            if trial is None:
-                error = proof.reproduces(before, graph, self.max_length or limit, windows)
+            if exact:
+                error = proof.reproduces(before, graph, limit, windows)
             else:
-                with trial.edit(by=self.name) as rehearsal:
-                    _insert(_Rewrite(trial, rehearsal, self.form, size, "same"), decoder_attentions(trial), found)
-                    error = proof.reproduces(before, trial, self.max_length or limit, windows)
-                result.expected_change = f"keys and values are stored in {self.storage}"
-                result.expected_size = _SIZES[self.storage]
-                loss = proof.measure(before, graph, self.max_length or limit, windows)
+                error = self._rehearse(before, found, size, limit, windows, half)
+                loss = proof.measure(before, graph, limit, windows)
+                rounded = f"keys and values are stored in {self.storage}"
+                result.expected_change = rounded if self.storage != "same" else f"{graph.name} rounds in another order"
+                result.expected_size = max(_SIZES.get(self.storage, 0), _HALF_SIZE if half else 0)
         for index, (attention, mask, cache) in enumerate(zip(attentions, found, caches, strict=True)):
             row = {"site": f"attention {index}", "mask": str(mask), "heads": attention.kv_heads, "cache": str(cache)}
             result.details.append(row)
@@ -113,9 +116,22 @@ class KeyValueCache(Pass):
         result.messages += [*shown, f"{error:.1e} relative from the graph without a cache, over chunks and single tokens"]
         if beyond:
             result.messages.append(f"masks are made with the number {beyond}, and were looked at for {longest} tokens only")
-        if trial is not None:
-            result.messages.append(f"stored in {self.storage}: {loss}")
+        if not exact:
+            what = f"computed in {kind}" if self.storage == "same" else f"stored in {self.storage}"
+            result.messages.append(f"{what}: {loss}")
         return result
+
+    def _rehearse(
+        self, before: Graph, found: Sequence[Mask], size: int, limit: int | None, windows: Sequence[int], half: bool
+    ) -> float:
+        """The same edits on a copy that loses nothing: stored as computed, and computed in float32. Returns its error."""
+        plain = before.clone()
+        if half:
+            Cast(dtype="f32").run(plain, PassContext(name=self.name))
+        trial = plain.clone()
+        with trial.edit(by=self.name) as editor:
+            _insert(_Rewrite(trial, editor, self.form, size, "same"), decoder_attentions(trial), found)
+            return proof.reproduces(plain, trial, limit, windows)
 
     @property
     def makes_program(self) -> bool:

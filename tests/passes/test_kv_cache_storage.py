@@ -198,3 +198,22 @@ def test_after_other_passes(before: str, stories: Graph) -> None:
     valid = mask.astype(bool)
     lost = np.abs(stepwise(cached, ids, mask, (5, 1, 4, 1)) - expected)[valid].max() / np.abs(expected[valid]).max()
     assert 1e-4 < lost < 0.2
+
+
+@pytest.mark.parametrize("storage", ["same", "int8"])
+@pytest.mark.parametrize(("source", "kind"), [("fx", "f16"), ("fx", "bf16"), ("onnx", "f16")])
+def test_graphs_in_half_precision(source: str, kind: str, storage: str) -> None:
+    """The cache is shown to be right in float32, and what rounding in another order costs is told."""
+    graph = apply(as_dialect(zoo.captured("llama"), source), f"cast{{dtype={kind}}}")
+    for graphs in ("combined", "program"):
+        rows = ag.run(graph, f"kv_cache{{graphs={graphs} storage={storage}}}").report[0]
+        assert any(m.startswith(("computed in ", "stored in ")) for m in rows.messages)
+        shown = next(message for message in rows.messages if "over chunks and single tokens" in message)
+        assert float(shown.split()[0]) < 1e-5
+    cached = apply(graph, f"kv_cache{{graphs=combined storage={storage}}}")
+    stored = {"f16": DType.F16, "bf16": DType.BF16}[kind] if storage == "same" else DType.I8
+    assert {slot.dtype for slot in slots_of(cached).values() if not slot.name.endswith("_scale")} == {stored}
+    ids, mask = tokens(graph), left_padded()
+    found, expected = stepwise(cached, ids, mask, (5, 1, 4, 1)), whole(graph, ids, mask)
+    valid = mask.astype(bool)
+    assert np.abs(found - expected)[valid].max() < 0.05 * np.abs(expected[valid]).max()
