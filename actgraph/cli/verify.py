@@ -137,7 +137,7 @@ def check_programs(
 
 
 def check_pipeline(
-    program: Program,
+    source: Graph | Program,
     pipeline: Pipeline,
     corpus: str | None,
     inputs: Sequence[dict[str, Any]] | None,
@@ -153,6 +153,7 @@ def check_pipeline(
     from actgraph.graph.program import Program
     from actgraph.pipeline import PassManager
 
+    program = source if isinstance(source, Program) else Program.of(source)
     calibration = {"progress": not quiet}
     flips = dict.fromkeys(program.graphs, 0.0)
     for index, step in enumerate(pipeline):
