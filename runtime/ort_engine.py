@@ -54,8 +54,6 @@ class OrtRunner:
     """A graph in an onnxruntime session. Thread-safe, as sessions are."""
 
     def __init__(self, graph: OnnxGraph, values: Sequence[Value] = (), optimize: bool = True) -> None:
-        import onnxruntime as ort
-
         twin = graph.clone()
         keys: dict[str, str] = {name: name for name, _ in graph.outputs()}
         for value in values:
@@ -68,14 +66,7 @@ class OrtRunner:
         self._names = list(keys)
         self._keys = keys
         self._check = InputChecker(graph, graph.dim_ranges, graph.optional)
-        options = session_options()
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        with _model_source(twin) as (source, self._weights):
-            if self._weights:
-                shared = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]
-                options.add_external_initializers(list(self._weights), shared)
-            self.session = open_session(source, options, graph.name)
+        self.session, self._weights = open_graph(twin, optimize=optimize)
         declared = {item.type for item in (*self.session.get_inputs(), *self.session.get_outputs())}
         self._binary = any(kind.startswith("tensor(") and kind not in _IN_NUMPY for kind in declared)
 
@@ -97,6 +88,20 @@ class OrtRunner:
         values = {name: value_of(array) for name, array in feed.items()}
         results = self.session.run_with_ort_values(self._names, values)
         return [array_of_value(value) if isinstance(value, ort.OrtValue) else np.asarray(value) for value in results]
+
+
+def open_graph(graph: OnnxGraph, *, optimize: bool = True) -> tuple[ort.InferenceSession, dict[str, Array]]:
+    """A session on a copy of ``graph``, and the weights that it reads where they are: keep them as long as the session."""
+    import onnxruntime as ort
+
+    options = session_options()
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with _model_source(graph.clone()) as (source, weights):
+        if weights:
+            shared = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), shared)
+        return open_session(source, options, graph.name), weights
 
 
 def session_options() -> ort.SessionOptions:

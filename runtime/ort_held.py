@@ -1,90 +1,186 @@
-"""The held lowering of ONNX graphs: slots are values of onnxruntime, bound to its inputs and outputs once.
+"""The held lowering of ONNX graphs: slots are values of onnxruntime, bound to its inputs and outputs.
 
-A slot of fixed size that nothing but its write reads is bound as input and output to one buffer: onnxruntime's ScatterElements
-then writes in place. Slots that grow stay onnxruntime's own values: what came out of one call goes into the next, uncopied.
+Growing caches are fused with their attentions where that is possible (see ``ort_fused``) and nothing is padding: then each is a
+buffer with room for more tokens, bound as past and present at once. Else they stay onnxruntime's own values: what came out of
+one call goes into the next, uncopied. A slot of fixed size that nothing but its write reads is one buffer, bound as input and
+output: onnxruntime's ScatterElements then writes in place.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnxruntime as ort
 
-from actgraph.errors import InputError
+from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.graph import Array, Graph
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.slots import Slot, initial, slots_of
-from actgraph.runtime.ort_engine import OrtRunner, array_of_value, first_line, value_of
-from actgraph.runtime.state import by_token, check_contents, entries
+from actgraph.runtime.ort_engine import array_of_value, first_line, open_graph, value_of
+from actgraph.runtime.ort_fused import feeds, fuse
+from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for
 
 
 class HeldOnnx:
-    """One graph of a program, opened. Immutable, so that sessions in several threads may run it with their own values."""
+    """One graph of a program. Immutable, so that sessions in several threads may run it with their own values.
 
-    def __init__(self, graph: Graph) -> None:
+    fused: the graph with fused attentions, for calls without padding; ``None`` where ``why_plain`` has a reason.
+    """
+
+    def __init__(self, graph: Graph, limit: int | None) -> None:
         assert isinstance(graph, OnnxGraph)
         self.graph = graph
-        self.runner = OrtRunner(graph)
-        slots = list(slots_of(graph).values())
-        self.donated = [slot for slot in slots if _donates(graph, slot)]
+        self.fused: Opened | None = None
+        self.why_plain = ""
+        self._plain: Opened | None = None
+        self._lock = threading.Lock()
+        try:
+            self.fused = Opened(fuse(graph, limit), graph)
+        except UnsupportedError as error:
+            self.why_plain = error.message
+
+    @property
+    def plain(self) -> Opened:
+        """The graph as it is, opened when it is first asked for."""
+        with self._lock:
+            if self._plain is None:
+                self._plain = Opened(self.graph, self.graph)
+            return self._plain
+
+
+class Opened:
+    """A session of onnxruntime on ``graph``, whose slots are those of ``source``."""
+
+    def __init__(self, graph: OnnxGraph, source: OnnxGraph) -> None:
+        self.session, self._weights = open_graph(graph)
+        slots = list(slots_of(source).values())
+        self.donated = [slot for slot in slots if _donates(source, slot)]
         self.moving = [slot for slot in slots if slot not in self.donated]
-        ours = {slot.output for slot in self.donated}
-        self.optional = frozenset(graph.optional)
-        #: Outputs that onnxruntime allocates, in the order in which they are bound.
-        self.allocated = [name for name, _ in graph.outputs() if name not in ours]
+        self.slots = slots
+        self.optional = frozenset(source.optional)
+        self.inputs = {item.name for item in self.session.get_inputs()} | self.optional
+        written = {slot.output for slot in slots}
+        self.outputs = [name for name, _ in source.outputs() if name not in written]
 
     def run(self, binding: ort.IOBinding) -> None:
         """Raises InputError with onnxruntime's reason."""
         try:
-            self.runner.session.run_with_iobinding(binding)
+            self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises its own classes, which derive from Exception directly
             raise InputError(f"onnxruntime cannot run these inputs: {first_line(error)}") from error
 
+    def bind(self, binding: ort.IOBinding, inputs: Mapping[str, Array]) -> None:
+        for name, array in inputs.items():
+            if name in self.optional:  # onnxruntime finds these by value only
+                binding.bind_ortvalue_input(name, value_of(array))
+            elif name in self.inputs:
+                binding.bind_cpu_input(name, array)
+
 
 class OrtState:
-    """The slots of one session as values of onnxruntime. See ``State``."""
+    """The slots of one session as values of onnxruntime. See ``State``.
+
+    It begins with fused graphs where there are some, and goes on with plain ones from the first padding on.
+    """
 
     def __init__(self, graphs: Mapping[str, HeldOnnx], slots: Sequence[Slot], batch: int, limit: int | None) -> None:
-        self._graphs, self._slots, self._batch = graphs, slots, batch
+        self._graphs, self._slots, self._batch, self._limit = graphs, slots, batch, limit
         self.reset()
 
     def reset(self) -> None:
+        self._fused = all(held.fused is not None for held in self._graphs.values())
+        self._used = self._room = 0
         self._values = {slot.input: value_of(initial(slot, self._batch)) for slot in self._slots}
         self._bindings: dict[str, ort.IOBinding] = {}
 
     @property
     def bytes(self) -> int:
-        return sum(value.tensor_size_in_bytes() for value in self._values.values())
+        size = sum(int(value.tensor_size_in_bytes()) for value in self._values.values())
+        return size * self._used // self._room if self._fused and self._room else size
 
     def run(self, stage: str, inputs: Mapping[str, Array], used: int) -> dict[str, Array]:
-        held = self._graphs[stage]
-        if stage not in self._bindings:
-            self._bindings[stage] = self._bind(held)
-        binding = self._bindings[stage]
-        for name, array in inputs.items():
-            if name in held.optional:  # onnxruntime finds these by value only
-                binding.bind_ortvalue_input(name, value_of(array))
-            else:
-                binding.bind_cpu_input(name, array)
-        for slot in held.moving:
+        count = inputs["input_ids"].shape[1]
+        mask = inputs.get("attention_mask")
+        if self._fused and mask is not None and not mask.all():
+            self._unfuse()
+        run = self._run_fused if self._fused else self._run_plain
+        results = run(stage, inputs, used, count)
+        self._used = used + count
+        return results
+
+    # --- fused ------------------------------------------------------------------------------------------------------------
+
+    def _run_fused(self, stage: str, inputs: Mapping[str, Array], used: int, count: int) -> dict[str, Array]:
+        opened = self._graphs[stage].fused
+        assert opened is not None
+        if used + count > self._room:
+            self._grow(room_for(used + count, self._room, self._limit))
+        binding = self._bindings.get(stage)
+        if binding is None:
+            binding = self._bindings[stage] = opened.session.io_binding()
+            for name in opened.outputs:
+                binding.bind_output(name)
+            for slot in self._slots:
+                binding.bind_ortvalue_input(slot.input, self._values[slot.input])
+                binding.bind_ortvalue_output(slot.output, self._values[slot.input])
+        else:
+            for name in opened.outputs:  # anew: what a call returned is the caller's
+                binding.bind_output(name)
+        opened.bind(binding, inputs)
+        opened.bind(binding, feeds(used, count, self._batch))
+        opened.run(binding)
+        return {
+            name: array_of_value(value)
+            for name, value in zip(opened.outputs, binding.get_outputs()[: len(opened.outputs)], strict=True)
+        }
+
+    def _grow(self, room: int) -> None:
+        for slot in self._slots:
+            buffer = filled(slot, self._batch, room)
+            if self._used:
+                entries(buffer, 0, self._used)[...] = entries(array_of_value(self._values[slot.input]), 0, self._used)
+            self._values[slot.input] = value_of(buffer)
+        self._room = room
+        self._bindings.clear()
+
+    def _unfuse(self) -> None:
+        """Go on with the entries alone."""
+        for slot in self._slots:
+            array = entries(array_of_value(self._values[slot.input]), 0, self._used)
+            self._values[slot.input] = value_of(np.ascontiguousarray(array))
+        self._fused, self._room = False, 0
+        self._bindings.clear()
+
+    # --- plain ------------------------------------------------------------------------------------------------------------
+
+    def _run_plain(self, stage: str, inputs: Mapping[str, Array], used: int, count: int) -> dict[str, Array]:
+        opened = self._graphs[stage].plain
+        names = [*opened.outputs, *(slot.output for slot in opened.moving)]
+        binding = self._bindings.get(stage)
+        if binding is None:
+            binding = self._bindings[stage] = opened.session.io_binding()
+            for name in names:
+                binding.bind_output(name)
+            for slot in opened.donated:
+                binding.bind_ortvalue_input(slot.input, self._values[slot.input])
+                binding.bind_ortvalue_output(slot.output, self._values[slot.input])
+        else:
+            for name in names:
+                binding.bind_output(name)
+        for slot in opened.moving:
             binding.bind_ortvalue_input(slot.input, self._values[slot.input])
-        for name in held.allocated:  # anew: what a call returned is the caller's
-            binding.bind_output(name)
-        held.run(binding)
-        results = dict(zip(held.allocated, binding.get_outputs()[: len(held.allocated)], strict=True))
-        for slot in held.moving:
+        opened.bind(binding, inputs)
+        opened.run(binding)
+        results = dict(zip(names, binding.get_outputs()[: len(names)], strict=True))
+        for slot in opened.moving:
             self._values[slot.input] = results.pop(slot.output)
+        if opened.moving and len(self._bindings) > 1:  # another graph may write in place what has moved
+            self._bindings = {stage: binding}
         return {name: array_of_value(value) for name, value in results.items()}
 
-    def _bind(self, held: HeldOnnx) -> ort.IOBinding:
-        """What stays bound from call to call: the buffers that are written in place."""
-        binding = held.runner.session.io_binding()
-        for name in held.allocated:
-            binding.bind_output(name)
-        for slot in held.donated:
-            binding.bind_ortvalue_input(slot.input, self._values[slot.input])
-            binding.bind_ortvalue_output(slot.output, self._values[slot.input])
-        return binding
+    # --- entries ----------------------------------------------------------------------------------------------------------
 
     def read(self, start: int, stop: int) -> dict[str, Array]:
         held = {slot.name: array_of_value(self._values[slot.input]) for slot in by_token(self._slots)}
@@ -98,6 +194,7 @@ class OrtState:
                 array = initial(slot, self._batch)
                 entries(array, 0, count)[...] = contents[slot.name]
             self._values[slot.input] = value_of(array.copy())
+        self._used = self._room = count
         self._bindings.clear()
 
 

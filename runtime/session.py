@@ -19,7 +19,7 @@ from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role
 from actgraph.graph.program import Program
 from actgraph.graph.slots import Slot, slots_of, with_initial_slots
-from actgraph.runtime.state import BY_TOKEN, TOKENS, ExplicitState, State, without_slots
+from actgraph.runtime.state import TOKENS, ExplicitState, State, without_slots
 from actgraph.runtime.tokens import FILLED, Tokens
 
 if TYPE_CHECKING:
@@ -161,12 +161,14 @@ class Compiled:
     def _hold(self) -> dict[str, Any]:
         graphs = self.program.graphs.items()
         if self.graph.dialect == "fx":
+            from actgraph.graph.fx import FxGraph
             from actgraph.runtime.torch_held import HeldGraph
 
-            return {name: HeldGraph(graph, compile=self.engine == "torch.compile") for name, graph in graphs}
+            compiled = self.engine == "torch.compile"
+            return {name: HeldGraph(graph, compile=compiled) for name, graph in graphs if isinstance(graph, FxGraph)}
         from actgraph.runtime.ort_held import HeldOnnx
 
-        return {name: HeldOnnx(graph) for name, graph in graphs}
+        return {name: HeldOnnx(graph, self.capacity) for name, graph in graphs}
 
     def _capacity(self) -> int | None:
         """How many tokens a session can hold: the size of fixed slots, or what the model says of itself."""
@@ -187,7 +189,9 @@ class Session:
         self.batch = batch
         self._driver = compiled.program.driver
         self._wanted = {
-            name: {value.name: value for value in graph.inputs() if value.name in FILLED}
+            name: {
+                value.name: value.dtype.numpy for value in graph.inputs() if value.name in FILLED and value.dtype is not None
+            }
             for name, graph in compiled.program.graphs.items()
         }
         self._state = compiled.state(batch)
@@ -256,8 +260,8 @@ class Session:
         try:
             return self._state.run(stage, self._tokens.feed(first, self._wanted[stage]), used)
         except BaseException:
-            self._tokens.length = used  # entries behind it are written anew; a ring has lost what they overwrote
-            self._failed = any(slot.update not in BY_TOKEN for slot in self.compiled.slots)
+            self._tokens.length = used
+            self._failed = bool(self.compiled.slots)  # which of them the call has written is not known
             raise
 
     def read(self, start: int, stop: int) -> dict[str, Array]:

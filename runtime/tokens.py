@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from actgraph.graph.graph import Array, Value
+from actgraph.graph.graph import Array
 
 
 class Tokens:
@@ -38,15 +39,10 @@ class Tokens:
         self.prompt = self._valid[:, : self.length].sum(axis=1) + new
         self.prompt_places = self.length + more
 
-    def feed(self, first: int, wanted: Mapping[str, Value]) -> dict[str, Array]:
-        """The inputs among ``wanted`` that are known, for a call that computes the tokens from ``first`` on."""
+    def feed(self, first: int, wanted: Mapping[str, np.dtype[Any]]) -> dict[str, Array]:
+        """The inputs ``wanted`` (of ``FILLED``) in these types, for a call that computes the tokens from ``first`` on."""
         view = _View(self, first)
-        found: dict[str, Array] = {}
-        for name, value in wanted.items():
-            maker = _MAKERS.get(name)
-            if maker is not None and value.dtype is not None:
-                found[name] = maker(view).astype(value.dtype.numpy, copy=False)
-        return found
+        return {name: _MAKERS[name](view).astype(dtype, copy=False) for name, dtype in wanted.items()}
 
 
 class _View:

@@ -194,8 +194,9 @@ class _Lowering:
 
     def _placeholder(self, name: str) -> fx.Node:
         with self.native.inserting_after(self._after):
-            self._after = self.native.placeholder(name)
-        return self._after
+            made: fx.Node = self.native.placeholder(name)
+        self._after = made
+        return made
 
     def _append(self, slot: Slot) -> None:
         """``cache_append(slot, new)`` writes behind; whatever else reads the old content reads a view, which stays as it is."""
@@ -221,7 +222,7 @@ class _Lowering:
 
     def _writes(self, slots: Sequence[Slot]) -> None:
         """Write in place what nobody reads afterwards; and read fronts, where every slot of fixed size can be read so."""
-        writes = {slot: self.results[slot.output] for slot in slots}
+        writes: dict[Slot, fx.Node] = {slot: self.results[slot.output] for slot in slots}
         possible = {slot: node for slot, node in writes.items() if self._donates(slot, node)}
         linear = [node for slot, node in writes.items() if slot.update == "scatter"]
         short = all(slot in possible for slot in slots if slot.update == "scatter") and all(map(_reads_front, linear))
@@ -240,7 +241,7 @@ class _Lowering:
 
     def _donates(self, slot: Slot, node: fx.Node) -> bool:
         """Whether ``node`` may write over the slot: nothing else reads the old content, or nothing reads the new."""
-        old = self.by_name[slot.input]
+        old: fx.Node = self.by_name[slot.input]
         if _op(node) != "cache_write" or node.args[0] is not old or _axis(node) != TOKENS:
             return False
         return set(old.users) == {node} or all(user.op == "output" for user in node.users)
