@@ -41,8 +41,7 @@ class Table:
 
 def rotary_of(value: Value) -> Rotary | None:
     """How ``value`` was turned; ``None`` where it was not, or in another form."""
-    terms = _operands(value, "add")
-    for plain, turned in (terms, terms[::-1]):
+    for plain, turned in _pairs(_operands(value, "add")):
         for x, cos in _pairs(_operands(plain, "mul")):
             for rotated, sin in _pairs(_operands(turned, "mul")):
                 if x.shape is not None and _is_rotation(rotated, x) and cos.shape is not None and sin.shape == cos.shape:
