@@ -139,13 +139,14 @@ def _attentions(graph: OnnxGraph) -> list[_Attention]:
     for name in slots:
         if name not in fused:
             raise UnsupportedError(f"slot {slots[name].name} is read by no attention that can be fused")
-        others = [use.node for use in graph.value(name).uses if use.node is not None and use.node.op not in _MEASURES]
+        others = [use.node for use in graph.value(name).uses if use.node is None or use.node.op not in _MEASURES]
         if len(others) != 1:
             raise UnsupportedError(f"slot {slots[name].name} is read by more than its attention")
     for attention in found:
         for append in (attention.key, attention.value):
             readers = [use.node for use in append.output.uses if use.node is not None and use.node.op != "actgraph.positions"]
-            if readers != [attention.node]:
+            shown = [name for name, value in graph.outputs() if value == append.output]
+            if readers != [attention.node] or len(shown) != 1:
                 raise UnsupportedError(f"{append.name} is read by more than its attention")
     return found
 
@@ -156,19 +157,20 @@ _MEASURES = ("actgraph.length", "actgraph.positions")
 
 def _window(graph: OnnxGraph, node: Node, mask: Value | None) -> int:
     """The sliding window of a mask that is causal when nothing is padding, 0 for none. Raises UnsupportedError for others."""
+    tokens = graph.value("input_ids").shape
+    single = tokens is not None and tokens[1] == 1  # sees every key, as causal attention lets it
     if mask is None:
-        tokens = graph.value("input_ids").shape
-        if tokens is None or tokens[1] != 1:
+        if not single:
             raise UnsupportedError(f"{node.name} has no mask")
         return 0
     maker = mask.producer
     if maker is not None and maker.op == "actgraph.position_mask":
         if maker.attributes.get("chunk"):
             raise UnsupportedError(f"the mask of {node.name} has chunks")
-        queries, keys = maker.operands[:2]
-        if _starts_at(queries) and _counts_keys(keys):
+        queries, keys, valid = (*maker.operands, None)[:3]
+        if _starts_at(queries) and _counts_keys(keys) and (valid is None or _is_padding(valid)):
             return int(maker.attributes.get("window", 0))
-    elif _is_padding(graph, mask):
+    elif single and _is_padding(mask):
         return 0
     raise UnsupportedError(f"the mask of {node.name} was not made by kv_cache")
 
@@ -185,17 +187,17 @@ def _counts_keys(value: Value | None) -> bool:
     return node is not None and node.op == "actgraph.positions" and (len(node.operands) < 2 or node.operands[1] is None)
 
 
-def _is_padding(graph: OnnxGraph, value: Value) -> bool:
+def _is_padding(value: Value) -> bool:
     """Whether a mask is the attention mask in another shape: true everywhere when nothing is padding."""
-    node = value.producer
-    while node is not None and node.prim is not None and node.prim.op in ("cast", "reshape", "identity"):
-        source = node.operands[0]
+    while value.name != "attention_mask":
+        prim = value.producer.prim if value.producer is not None else None
+        if value.producer is None or prim is None or prim.op not in ("cast", "reshape", "identity"):
+            return False
+        source = value.producer.operands[0]
         if source is None:
             return False
-        if source.name == "attention_mask":
-            return True
-        node = source.producer
-    return False
+        value = source
+    return True
 
 
 def feeds(used: int, count: int, batch: int) -> Mapping[str, np.ndarray[Any, Any]]:

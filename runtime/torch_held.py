@@ -94,14 +94,13 @@ class TorchState:
         tensors = {name: tensor_of(array) for name, array in inputs.items()}
         results = held({**tensors, **self._tensors}, used)
         self._used = used + count
-        found = {}
-        for name, tensor in results.items():
-            slot = held.slots.get(name)
-            if slot is None:
-                found[name] = array_of(tensor.clone() if tensor.untyped_storage().data_ptr() in self._own else tensor)
-            else:
-                self._keep(slot, tensor)
-        return found
+        for name, slot in held.slots.items():
+            if name in results:
+                self._keep(slot, results.pop(name))
+        return {
+            name: array_of(tensor.clone() if tensor.untyped_storage().data_ptr() in self._own else tensor)
+            for name, tensor in results.items()
+        }
 
     def _keep(self, slot: Slot, tensor: torch.Tensor) -> None:
         self._tensors[slot.input] = tensor
@@ -204,7 +203,7 @@ class _Lowering:
         if _op(new) != "cache_append" or new.args[0] is not old or _axis(new) != TOKENS:
             raise UnsupportedError(f"slot {slot.name} grows by {new.name}, which is not cache_append along axis {TOKENS}")
         others = [user for user in old.users if user is not new and user.op != "output"]
-        if others:
+        if others or any(node is old for node in self.results.values()):
             self._view(old, others)
         with self.native.inserting_before(new):
             written = self.native.call_function(append, (old, new.args[1], self.used))
@@ -214,10 +213,12 @@ class _Lowering:
         self.results = {name: written if node is new else node for name, node in self.results.items()}
 
     def _view(self, old: fx.Node, users: Sequence[fx.Node]) -> fx.Node:
-        with self.native.inserting_before(min(users, key=lambda user: self.order.get(user, 0))):
+        before = min(users, key=lambda user: self.order.get(user, 0), default=self.native.output_node())
+        with self.native.inserting_before(before):
             view = self.native.call_function(front, (old, self.used))
         for user in users:
             user.replace_input_with(old, view)
+        self.results = {name: view if node is old else node for name, node in self.results.items()}
         return view
 
     def _writes(self, slots: Sequence[Slot]) -> None:
@@ -225,7 +226,7 @@ class _Lowering:
         writes: dict[Slot, fx.Node] = {slot: self.results[slot.output] for slot in slots}
         possible = {slot: node for slot, node in writes.items() if self._donates(slot, node)}
         linear = [node for slot, node in writes.items() if slot.update == "scatter"]
-        short = all(slot in possible for slot in slots if slot.update == "scatter") and all(map(_reads_front, linear))
+        short = all(slot in possible for slot in slots if slot.update == "scatter") and all(map(self._reads_front, linear))
         for slot, node in possible.items():
             old, new = node.args[0], node.args[1]
             users = [user for user in node.users if user.op != "output"]
@@ -244,7 +245,14 @@ class _Lowering:
         old: fx.Node = self.by_name[slot.input]
         if _op(node) != "cache_write" or node.args[0] is not old or _axis(node) != TOKENS:
             return False
-        return set(old.users) == {node} or all(user.op == "output" for user in node.users)
+        if sum(self.results[slot.output] is node for slot in slots_of(self.graph).values() if slot.output in self.results) > 1:
+            return False  # two slots would be one buffer
+        return set(old.users) == {node} or (all(user.op == "output" for user in node.users) and not _is_shown(old))
+
+    def _reads_front(self, node: fx.Node) -> bool:
+        """Whether the front of what ``node`` writes is enough: attentions alone read it, and no output but the slot's is it."""
+        shown = sum(result is node for result in self.results.values())
+        return shown == 1 and all(user.op == "output" or _op(user) in _READS_FRONT for user in node.users)
 
     def _lift_weights(self) -> None:
         """Weights are arguments of the call: reading them from modules costs more than a small op."""
@@ -271,8 +279,15 @@ def _mode(node: fx.Node) -> str:
     return str(node.kwargs.get("mode", "linear"))
 
 
-def _reads_front(node: fx.Node) -> bool:
-    return all(user.op == "output" or _op(user) in _READS_FRONT for user in node.users)
+def _is_shown(node: fx.Node) -> bool:
+    """Whether ``node`` or a view of it is an output."""
+    return any(user.op == "output" or (_may_view(user) and _is_shown(user)) for user in node.users)
+
+
+def _may_view(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return "view" in node.target.name() or any(value.alias_info is not None for value in node.target._schema.returns)
 
 
 def _plain(op: OpDef) -> Callable[..., Any]:
