@@ -18,6 +18,8 @@ from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.graph import Array, Graph
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.slots import Slot, initial, slots_of
+from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
+from actgraph.ops.shapes import TensorType
 from actgraph.runtime.ort_engine import array_of_value, first_line, open_graph, value_of
 from actgraph.runtime.ort_fused import feeds, fuse
 from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for
@@ -34,6 +36,14 @@ class HeldOnnx:
         self.graph = graph
         self.fused: Opened | None = None
         self.why_plain = ""
+        slots = {slot.input for slot in slots_of(graph).values()}
+        self._dims = {
+            size: (value.name, axis)
+            for value in graph.inputs()
+            if value.name not in slots
+            for axis, size in enumerate(value.shape or ())
+            if isinstance(size, str) and size.isidentifier()
+        }
         self._plain: Opened | None = None
         self._lock = threading.Lock()
         try:
@@ -49,6 +59,10 @@ class HeldOnnx:
                 self._plain = Opened(self.graph, self.graph)
             return self._plain
 
+    def sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
+        """The sizes of the named dimensions in ``inputs``."""
+        return {size: inputs[name].shape[axis] for size, (name, axis) in self._dims.items() if name in inputs}
+
 
 class Opened:
     """A session of onnxruntime on ``graph``, whose slots are those of ``source``."""
@@ -58,25 +72,84 @@ class Opened:
         slots = list(slots_of(source).values())
         self.donated = [slot for slot in slots if _donates(source, slot)]
         self.moving = [slot for slot in slots if slot not in self.donated]
-        self.slots = slots
         self.optional = frozenset(source.optional)
         self.inputs = {item.name for item in self.session.get_inputs()} | self.optional
         written = {slot.output for slot in slots}
-        self.outputs = [name for name, _ in source.outputs() if name not in written]
+        self.outputs = {name: value.type for name, value in source.outputs() if name not in written}
 
-    def run(self, binding: ort.IOBinding) -> None:
-        """Raises InputError with onnxruntime's reason."""
+
+class Binding:
+    """What a session has bound to the inputs and outputs of one ``Opened``.
+
+    Binding costs as much as a small operator, so inputs stay bound to arrays of the binding's own while their shapes stay.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self._native: ort.IOBinding = opened.session.io_binding()
+        self._arrays: dict[str, Array] = {}
+        self._order: dict[str, None] = {}  # of the outputs, as they were first bound
+
+    def hold(self, slot: Slot, value: ort.OrtValue) -> None:
+        """One buffer for the old and the new content."""
+        self._native.bind_ortvalue_input(slot.input, value)
+        self._native.bind_ortvalue_output(slot.output, value)
+        self._order[slot.output] = None
+
+    def read(self, name: str, value: ort.OrtValue) -> None:
+        self._native.bind_ortvalue_input(name, value)
+
+    def run(
+        self, inputs: Mapping[str, Array], dims: Mapping[str, int], moving: Sequence[str] = ()
+    ) -> tuple[dict[str, Array], dict[str, ort.OrtValue]]:
+        """The outputs, in memory of their own, and those called ``moving`` as values of onnxruntime.
+
+        dims: sizes of named dimensions, for outputs that can be allocated before the call. Raises InputError.
+        """
+        for name, array in inputs.items():
+            if name in self.opened.inputs:
+                self._input(name, array)
+        results: dict[str, Array] = {}
+        unknown = list(moving)
+        for name, kind in self.opened.outputs.items():
+            array = _allocated(kind, dims)
+            if array is None:
+                unknown.append(name)
+            else:
+                results[name] = array
+                self._native.bind_ortvalue_output(name, value_of(array))
+                self._order[name] = None
+        for name in unknown:
+            self._native.bind_output(name)
+            self._order[name] = None
         try:
-            self.session.run_with_iobinding(binding)
+            self.opened.session.run_with_iobinding(self._native)
         except Exception as error:  # onnxruntime raises its own classes, which derive from Exception directly
             raise InputError(f"onnxruntime cannot run these inputs: {first_line(error)}") from error
+        if not unknown:
+            return results, {}
+        bound = dict(zip(self._order, self._native.get_outputs(), strict=True))
+        results |= {name: array_of_value(bound[name]) for name in unknown if name not in moving}
+        return {name: results[name] for name in self.opened.outputs}, {name: bound[name] for name in moving}
 
-    def bind(self, binding: ort.IOBinding, inputs: Mapping[str, Array]) -> None:
-        for name, array in inputs.items():
-            if name in self.optional:  # onnxruntime finds these by value only
-                binding.bind_ortvalue_input(name, value_of(array))
-            elif name in self.inputs:
-                binding.bind_cpu_input(name, array)
+    def _input(self, name: str, array: Array) -> None:
+        own = self._arrays.get(name)
+        if own is not None and own.shape == array.shape:
+            np.copyto(own, array)
+            return
+        own = self._arrays[name] = array.copy()
+        if name in self.opened.optional:  # onnxruntime finds these by value only
+            self._native.bind_ortvalue_input(name, value_of(own))
+        else:
+            self._native.bind_cpu_input(name, own)
+
+
+def _allocated(kind: TensorType, dims: Mapping[str, int]) -> Array | None:
+    """Memory for an output, where all its sizes are known."""
+    if kind.shape is None or kind.dtype is None or kind.dtype not in COMPUTE_FLOATS or kind.dtype is DType.BF16:
+        return None
+    sizes = [dims.get(size) if isinstance(size, str) else size for size in kind.shape]
+    return None if None in sizes else np.empty(sizes, kind.dtype.numpy)  # type: ignore[arg-type]
 
 
 class OrtState:
@@ -93,7 +166,7 @@ class OrtState:
         self._fused = all(held.fused is not None for held in self._graphs.values())
         self._used = self._room = 0
         self._values = {slot.input: value_of(initial(slot, self._batch)) for slot in self._slots}
-        self._bindings: dict[str, ort.IOBinding] = {}
+        self._bindings: dict[str, Binding] = {}
 
     @property
     def bytes(self) -> int:
@@ -105,36 +178,26 @@ class OrtState:
         mask = inputs.get("attention_mask")
         if self._fused and mask is not None and not mask.all():
             self._unfuse()
-        run = self._run_fused if self._fused else self._run_plain
-        results = run(stage, inputs, used, count)
+        dims = self._graphs[stage].sizes(inputs)
+        results = self._run_fused(stage, inputs, dims, used, count) if self._fused else self._run_plain(stage, inputs, dims)
         self._used = used + count
         return results
 
     # --- fused ------------------------------------------------------------------------------------------------------------
 
-    def _run_fused(self, stage: str, inputs: Mapping[str, Array], used: int, count: int) -> dict[str, Array]:
-        opened = self._graphs[stage].fused
-        assert opened is not None
+    def _run_fused(
+        self, stage: str, inputs: Mapping[str, Array], dims: Mapping[str, int], used: int, count: int
+    ) -> dict[str, Array]:
         if used + count > self._room:
             self._grow(room_for(used + count, self._room, self._limit))
         binding = self._bindings.get(stage)
         if binding is None:
-            binding = self._bindings[stage] = opened.session.io_binding()
-            for name in opened.outputs:
-                binding.bind_output(name)
+            opened = self._graphs[stage].fused
+            assert opened is not None
+            binding = self._bindings[stage] = Binding(opened)
             for slot in self._slots:
-                binding.bind_ortvalue_input(slot.input, self._values[slot.input])
-                binding.bind_ortvalue_output(slot.output, self._values[slot.input])
-        else:
-            for name in opened.outputs:  # anew: what a call returned is the caller's
-                binding.bind_output(name)
-        opened.bind(binding, inputs)
-        opened.bind(binding, feeds(used, count, self._batch))
-        opened.run(binding)
-        return {
-            name: array_of_value(value)
-            for name, value in zip(opened.outputs, binding.get_outputs()[: len(opened.outputs)], strict=True)
-        }
+                binding.hold(slot, self._values[slot.input])
+        return binding.run({**inputs, **feeds(used, count, self._batch)}, dims)[0]
 
     def _grow(self, room: int) -> None:
         for slot in self._slots:
@@ -155,30 +218,21 @@ class OrtState:
 
     # --- plain ------------------------------------------------------------------------------------------------------------
 
-    def _run_plain(self, stage: str, inputs: Mapping[str, Array], used: int, count: int) -> dict[str, Array]:
-        opened = self._graphs[stage].plain
-        names = [*opened.outputs, *(slot.output for slot in opened.moving)]
+    def _run_plain(self, stage: str, inputs: Mapping[str, Array], dims: Mapping[str, int]) -> dict[str, Array]:
         binding = self._bindings.get(stage)
         if binding is None:
-            binding = self._bindings[stage] = opened.session.io_binding()
-            for name in names:
-                binding.bind_output(name)
-            for slot in opened.donated:
-                binding.bind_ortvalue_input(slot.input, self._values[slot.input])
-                binding.bind_ortvalue_output(slot.output, self._values[slot.input])
-        else:
-            for name in names:
-                binding.bind_output(name)
-        for slot in opened.moving:
-            binding.bind_ortvalue_input(slot.input, self._values[slot.input])
-        opened.bind(binding, inputs)
-        opened.run(binding)
-        results = dict(zip(names, binding.get_outputs()[: len(names)], strict=True))
-        for slot in opened.moving:
-            self._values[slot.input] = results.pop(slot.output)
-        if opened.moving and len(self._bindings) > 1:  # another graph may write in place what has moved
+            binding = self._bindings[stage] = Binding(self._graphs[stage].plain)
+            for slot in binding.opened.donated:
+                binding.hold(slot, self._values[slot.input])
+        moving = binding.opened.moving
+        for slot in moving:
+            binding.read(slot.input, self._values[slot.input])
+        results, values = binding.run(inputs, dims, [slot.output for slot in moving])
+        for slot in moving:
+            self._values[slot.input] = values[slot.output]
+        if moving and len(self._bindings) > 1:  # another graph may write in place what has moved
             self._bindings = {stage: binding}
-        return {name: array_of_value(value) for name, value in results.items()}
+        return results
 
     # --- entries ----------------------------------------------------------------------------------------------------------
 

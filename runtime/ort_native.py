@@ -77,6 +77,8 @@ class Writer:
         for node in reversed(list(self.graph)):
             if not any(value.uses() or value in outputs for value in node.outputs):
                 self.graph.remove(node, safe=True)
+        for value in [value for value in self.graph.inputs if not value.uses() and value not in outputs]:
+            self.graph.inputs.remove(value)
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and value not in outputs and value not in self.graph.inputs:
                 del self.graph.initializers[name]
@@ -84,7 +86,7 @@ class Writer:
     # --- heads ------------------------------------------------------------------------------------------------------------
 
     def by_head(self, flat: ir.Value, heads: int, head: int, old: ir.Value, before: ir.Node) -> ir.Value:
-        """``flat`` [batch, seq, heads * head] as [batch, heads, seq, head], like ``old``; what makes ``old`` flat is left out."""
+        """``flat`` [batch, seq, heads * head] as [batch, heads, seq, head], like ``old``; nothing makes that flat again."""
         for user, _ in list(old.uses()):
             if _permutes(user):
                 for reader, index in list(user.outputs[0].uses()):
