@@ -261,6 +261,8 @@ class Session:
             return self._state.run(stage, self._tokens.feed(first, self._wanted[stage]), used)
         except BaseException:
             self._tokens.length = used
+            if not used:
+                self._tokens.prompt = None
             self._failed = bool(self.compiled.slots)  # which of them the call has written is not known
             raise
 
