@@ -23,7 +23,7 @@ from actgraph.graph.fx_build import copy_graph
 from actgraph.graph.fx_types import array_of, tensor_of
 from actgraph.graph.graph import Array
 from actgraph.graph.slots import Slot, slots_of
-from actgraph.ops.registry import OpDef
+from actgraph.ops.registry import OpDef, single
 from actgraph.ops.torch_library import op_of
 from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for
 
@@ -47,8 +47,12 @@ class HeldGraph:
         self.weights = tuple(lowering.weights)
         module = fx.GraphModule(nn_root(graph), lowering.native)
         self.call: Callable[..., Any] = module.forward
+        self.compiled = compile
         if compile:
-            self.call = torch.compile(module.forward, dynamic=True)
+            torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
+            for weight in self.weights:
+                torch._dynamo.mark_static(weight)  # type: ignore[no-untyped-call]
+            self.call = torch.compile(module.forward, dynamic=True, fullgraph=True)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -68,6 +72,7 @@ class TorchState:
 
     def __init__(self, graphs: Mapping[str, HeldGraph], slots: Sequence[Slot], batch: int, limit: int | None) -> None:
         self._graphs, self._slots, self._batch, self._limit = graphs, slots, batch, limit
+        self._compiled = any(held.compiled for held in graphs.values())
         self._grows = [slot for slot in slots if slot.update == "append"]
         self.reset()
 
@@ -103,6 +108,8 @@ class TorchState:
         }
 
     def _keep(self, slot: Slot, tensor: torch.Tensor) -> None:
+        if self._compiled:
+            torch._dynamo.mark_static(tensor, [axis for axis in range(tensor.dim()) if axis not in (0, TOKENS)])  # type: ignore[no-untyped-call]
         self._tensors[slot.input] = tensor
         self._own = {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}
 

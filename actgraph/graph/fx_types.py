@@ -159,6 +159,8 @@ def tensor_of(array: Array) -> torch.Tensor:
     if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
         array = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("="))
     dtype = DType.of(array.dtype)
+    if array.flags.writeable and dtype not in (DType.BF16, DType.F8E4M3, DType.F8E5M2):
+        return torch.from_numpy(array)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         if dtype in (DType.BF16, DType.F8E4M3, DType.F8E5M2):
