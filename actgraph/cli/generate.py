@@ -13,6 +13,7 @@ from actgraph.cli.options import example
 
 if TYPE_CHECKING:
     from actgraph.graph.program import Program
+    from actgraph.runtime.session import Compiled
 
 EXAMPLE = example(
     "actgraph generate stories260k --prompt 'Once upon a time' -n 40",
@@ -34,25 +35,36 @@ def generate(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Compute each token once, with a cache inserted where MODEL has none.")
     ] = True,
+    engine: Annotated[
+        str, typer.Option(help="auto (by the kind of MODEL), torch, torch.compile, or onnxruntime (exports a torch graph).")
+    ] = "auto",
     seed: options.Seed = 0,
     tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Tell how long opening takes, and the kind of cache.")
+    ] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Continue a text, in torch or in onnxruntime by the kind of MODEL.
+    """Continue a text, in torch or in onnxruntime.
 
-    A model without a cache is given one first (the pass kv_cache). Where that cannot be, a note says why, and the whole
-    sequence is computed again at each step. At the end the speed is told on standard error.
+    A model without a cache is given one first (the pass kv_cache, which makes a program of a graph for the prompt and one for
+    single tokens). Where that cannot be, a note says why, and the whole sequence is computed again at each step. At the end
+    the speed is told on standard error; --json tells the seconds from the prompt to the last token, and tokens over these.
     """
     import actgraph as ag
     from actgraph.cli.models import open_any
     from actgraph.cli.output import dump_json
     from actgraph.errors import InputError
+    from actgraph.runtime.session import ENGINES
 
     if prompt is not None and text is not None:
         raise typer.BadParameter("give the prompt once")
+    engines = ("auto", *ENGINES)
+    if engine not in engines:
+        raise InputError(f"there is no engine {engine!r}", f"choose {', '.join(engines)}")
     given = prompt if prompt is not None else text or ""
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop or ()}
     program = open_any(model, tokenizer, dtype=dtype, quiet=quiet)
@@ -63,8 +75,14 @@ def generate(
     if cache:
         program = _with_cache(program, quiet)
     begun = time.perf_counter()
+    compiled = _opened(program, engine)
+    if verbose and not quiet:
+        kept = f"{len(compiled.slots)} slots" if compiled.slots else "no cache"
+        print(f"opened for {compiled.engine} in {time.perf_counter() - begun:.2f} s, {kept}", file=sys.stderr)
+    begun = time.perf_counter()
     if json:
-        result = ag.generate(program, given, max_new_tokens, **sampling)
+        result = ag.generate(compiled, given, max_new_tokens, **sampling)
+        seconds = time.perf_counter() - begun
         dump_json(
             {
                 "prompt": given,
@@ -72,10 +90,13 @@ def generate(
                 "prompt_tokens": result.prompt_tokens,
                 "tokens": result.tokens,
                 "stopped_by": result.reason,
+                "engine": compiled.engine,
+                "seconds": seconds,
+                "tokens_per_second": len(result.tokens) / max(seconds, 1e-9),
             }
         )
         return
-    steps = ag.stream(program, given, max_new_tokens, **sampling)
+    steps = ag.stream(compiled, given, max_new_tokens, **sampling)
     print(given, end="", flush=True)
     count, first = 0, begun
     for step in steps:
@@ -88,6 +109,18 @@ def generate(
         print(f"{count} tokens, {rate:.0f} tokens/s after the first ({first - begun:.2f} s)", file=sys.stderr)
 
 
+def _opened(program: Program, engine: str) -> Compiled:
+    """``program`` compiled, with its graphs opened, so that the first token does not wait for that."""
+    import actgraph as ag
+
+    compiled = ag.compile(program, engine)
+    compiled.session()
+    if compiled.lowering == "explicit" or not compiled.slots:
+        for stage in compiled.program.graphs:
+            compiled.runner(stage)
+    return compiled
+
+
 def _with_cache(program: Program, quiet: bool) -> Program:
     """``program`` with a cache; as it is where it has state already or cannot have a cache, which a note says."""
     import actgraph as ag
@@ -95,7 +128,7 @@ def _with_cache(program: Program, quiet: bool) -> Program:
     if program.slots or len(program) > 1:
         return program
     try:
-        return ag.run(program, "kv_cache{graphs=combined}", parity="none", reproducer=False).program
+        return ag.run(program, "kv_cache", parity="none", reproducer=False).program
     except ag.ActgraphError as error:
         if not quiet:
             print(f"note: without a cache: {error.message}", file=sys.stderr)

@@ -10,6 +10,7 @@ the declared shape), so whoever computes with a context value must let it broadc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from actgraph.errors import InputError
 from actgraph.graph.graph import Array, Graph, Node, Role, Value
+from actgraph.graph.slots import slots_of
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import Dim, Shape, TensorType
 
@@ -56,8 +58,9 @@ def graph_context(graph: Graph, editor: Editor, name: str) -> Value:
     """The context value called ``name``, broadcastable to its axes of the tokens (see ``KINDS``).
 
     The graph's own input or computed value is used where there is one (``valid_tokens`` of a number mask is its cast to
-    bool); otherwise an optional input with role CONTEXT is added, once. Raises InputError for an unknown name or a graph
-    without token dimensions.
+    bool); otherwise an optional input with role CONTEXT is added, once. ``positions`` count real tokens: where there are no
+    position ids they are counted from the mask, and only without one they are what the graph counts. With a cache both are
+    about the new tokens, though the mask covers all. Raises InputError for an unknown name or a graph without token dimensions.
     """
     if name not in KINDS:
         raise InputError(f"there is no context value {name!r}", f"they are {', '.join(KINDS)}")
@@ -65,6 +68,11 @@ def graph_context(graph: Graph, editor: Editor, name: str) -> Value:
     own = _own_input(graph, kind)
     if own is not None:
         return _as_dtype(editor, own, kind.dtype, name)
+    mask = _mask(graph)
+    if mask is not None and name == "valid_tokens":
+        return _as_dtype(editor, _derived(editor, "actgraph.recent", mask, {"axis": 1}), kind.dtype, name)
+    if mask is not None and name == "positions":
+        return _derived(editor, "actgraph.valid_positions", mask, {})
     if name == "positions":
         counted = counted_positions(graph)
         if counted is not None:
@@ -76,7 +84,9 @@ def graph_context(graph: Graph, editor: Editor, name: str) -> Value:
 
 def has_context(graph: Graph, name: str) -> bool:
     """Whether ``graph`` has the context value itself, so that ``graph_context`` adds no input."""
-    return _own_input(graph, KINDS[name]) is not None or (name == "positions" and counted_positions(graph) is not None)
+    if _own_input(graph, KINDS[name]) is not None or (name == "positions" and counted_positions(graph) is not None):
+        return True
+    return name in ("positions", "valid_tokens") and _mask(graph) is not None
 
 
 def input_default(graph: Graph, name: str) -> Array | None:
@@ -86,12 +96,15 @@ def input_default(graph: Graph, name: str) -> Array | None:
 
 def token_dims(graph: Graph) -> tuple[Dim, ...] | None:
     """The batch and sequence dimensions: the first two axes of the token ids, else of the first input that has two."""
+    tokens = _tokens(graph)
+    return tokens.shape[:2] if tokens is not None and tokens.shape is not None else None
+
+
+def _tokens(graph: Graph) -> Value | None:
+    """The input whose first two axes are those of the tokens."""
     inputs = [value for value in graph.inputs() if graph.role(value.name) is Role.USER and value.shape is not None]
     ids = [v for v in inputs if v.name in ("input_ids", "decoder_input_ids", "inputs_embeds", "tokens")]
-    for value in (*ids, *inputs):
-        if value.shape is not None and len(value.shape) >= 2:
-            return value.shape[:2]
-    return None
+    return next((value for value in (*ids, *inputs) if value.shape is not None and len(value.shape) >= 2), None)
 
 
 #: How configurations spell the number of tokens that a model was made for.
@@ -137,6 +150,25 @@ def _own_input(graph: Graph, kind: ContextKind) -> Value | None:
             if graph.role(spelling) is Role.CONTEXT or (dims is not None and value.shape == dims[: len(kind.axes)]):
                 return value
     return None
+
+
+def _mask(graph: Graph) -> Value | None:
+    """The attention mask ``[batch, tokens]``, which covers past tokens, too, where the graph has a cache."""
+    dims = token_dims(graph)
+    for value in graph.inputs():
+        if value.name == "attention_mask" and value.dtype is not None and value.shape is not None and dims is not None:
+            covers = len(value.shape) == 2 and (value.shape[1] == dims[1] or bool(slots_of(graph)))
+            return value if covers and value.shape[0] == dims[0] else None
+    return None
+
+
+def _derived(editor: Editor, op: str, mask: Value, attributes: Mapping[str, int]) -> Value:
+    """What ``op`` makes of the mask and the new tokens, made once."""
+    tokens = _tokens(editor.graph)
+    for use in mask.uses:
+        if use.node is not None and use.node.op == op and use.node.operands[1] == tokens:
+            return use.node.output
+    return editor.insert(op, [mask, tokens], attributes).output
 
 
 def _as_dtype(editor: Editor, value: Value, dtype: DType, name: str) -> Value:

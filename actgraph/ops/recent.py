@@ -1,4 +1,4 @@
-"""The new tokens' part of what covers all tokens."""
+"""The new tokens' part of what covers all tokens: entries, and how many real tokens stand before each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def _infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[T
 
 
 def _reference(x: torch.Tensor, like: torch.Tensor, *, axis: int) -> torch.Tensor:
-    return x.narrow(axis, x.shape[axis] - like.shape[axis], like.shape[axis]).clone()
+    import torch
+
+    new = x.narrow(axis, x.shape[axis] - like.shape[axis], like.shape[axis])
+    return new.clone(memory_format=torch.contiguous_format)
 
 
 def _body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
@@ -80,6 +83,67 @@ register(
             Sample(((2, 3), (1, 3)), {"axis": -1}, dtypes=(DType.BOOL,), draw=draws(boolean, normal), note="all"),
             Sample(((2, 5, 4), (2, 0, 1)), {"axis": 1}, dtypes=(DType.F32,), draw=draws(normal, normal), note="none"),
             Sample(((6,), (4,)), {"axis": 0}, dtypes=(DType.F16,), draw=draws(normal, normal)),
+        ),
+    )
+)
+
+# --- valid_positions --------------------------------------------------------------------------------------------------------
+
+_POSITIONS_DOC = """
+Positions of the newest tokens among the real ones of their row: [batch, tokens] of int64, for a ``valid`` mask [batch, past +
+tokens] that is 0 for padding. A real token has the number of real ones before it; padding on the left has 0.
+
+``like`` gives only the number of the new tokens, along axis 1. Where nothing is padding these are ``past, past + 1 ...``.
+
+Source: standard practice (position ids of left-padded batches).
+"""
+
+
+def _positions_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    valid, like = types
+    assert valid is not None and like is not None
+    if valid.shape is not None and len(valid.shape) != 2:
+        raise VerifyError(f"actgraph.valid_positions: valid {valid} must be [batch, tokens]")
+    return [TensorType(DType.I64, _infer(types, {"axis": 1})[0].shape)]
+
+
+def _positions(valid: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    counted = (valid != 0).to(torch.int64).cumsum(1) - 1
+    return _reference(counted.clamp_min(0), like, axis=1)
+
+
+def _positions_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    valid, like = operands
+    assert valid is not None and like is not None
+    real = b.cast(b.cast(valid, DType.BOOL), DType.I64)
+    counted = b.op("CumSum", real, b.const(1, DType.I64)) - 1
+    whole = b.size(valid, 1)
+    return [b.slice(b.where(counted < 0, 0, counted), whole - b.size(like, 1), whole, 1)]
+
+
+register(
+    OpDef(
+        name="valid_positions",
+        doc=_POSITIONS_DOC,
+        inputs=(
+            Operand("valid", "which tokens are real, [batch, past + tokens]", dtypes=_ANY),
+            Operand("like", "any tensor: its size along axis 1 is used", dtypes=_ANY),
+        ),
+        outputs=("positions",),
+        infer=_positions_infer,
+        reference=_positions,
+        body=_positions_body,
+        traits=frozenset({Trait.POSITION_AWARE}),
+        min_opset=13,
+        exact="bits",
+        differentiable=False,
+        samples=(
+            Sample(((3, 7), (3, 7)), dtypes=(DType.I64,), draw=draws(integers(0, 2, DType.I64), normal)),
+            Sample(((2, 9), (2, 1)), dtypes=(DType.BOOL,), draw=draws(boolean, normal), note="one new token"),
+            Sample(((2, 5), (2, 2, 4)), dtypes=(DType.F32,), draw=draws(integers(0, 2, DType.I64), normal)),
+            Sample(((1, 3), (1, 0)), dtypes=(DType.I32,), draw=draws(integers(0, 2, DType.I32), normal), note="no tokens"),
         ),
     )
 )

@@ -35,6 +35,8 @@ from actgraph.pipeline.base import Pass, PassContext, PassResult
 
 PAST = "past"
 POSITION = "cache_position"
+#: What takes the attention mask of old and new tokens as it is.
+_COVER_ALL = ("actgraph.position_mask", "actgraph.valid_positions", "actgraph.recent")
 #: How far logits may move, relative: far more than what a sound model loses, far less than a wrong scale or axis costs.
 _SIZES, _HALF_SIZE = {"float16": 0.05, "int8": 0.5}, 0.1
 
@@ -343,7 +345,7 @@ class _Rewrite:
         if mask is None:
             return
         for use in mask.uses:
-            if use.node is None or use.node.op == "actgraph.position_mask":
+            if use.node is None or use.node.op in _COVER_ALL:
                 continue
             prim = use.node.prim
             if prim is not None and prim.op == "cast":  # which tokens are real: each reader's own, the new ones

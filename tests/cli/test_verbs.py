@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import actgraph as ag
+from tests import zoo
 from tests.cli.conftest import Outcome
 
 Cli = Callable[..., Outcome]
@@ -177,8 +178,26 @@ def test_generate(cli: Cli, model: Path, tmp_path: Path) -> None:
     shown = cli("generate", model, "Once upon a time", "-n", 12)
     assert shown.code == 0 and shown.out == "Once upon a time, there was a little girl named Lily. She\n"
     drawn = [cli("generate", model, "-n", 20, "--temperature", 1.0, "--seed", seed, "--json").json for seed in (1, 1, 2)]
+    for each in drawn:
+        assert each.pop("tokens_per_second") == pytest.approx(20 / each.pop("seconds")) and each["engine"] == "onnxruntime"
     assert drawn[0] == drawn[1] and drawn[0]["tokens"] != drawn[2]["tokens"]
     assert len(drawn[0]["tokens"]) == 20 and drawn[0]["stopped_by"] == "length"
+
+
+def test_generate_in_an_engine(cli: Cli, model: Path, tmp_path: Path) -> None:
+    """A torch graph runs in both; the graphs of the program that it becomes are opened before the clock starts."""
+    torch_graph, told = zoo.captured("stories260k").save(tmp_path / "stories.pt2"), {}
+    for engine in ("torch", "onnxruntime"):
+        shown = cli("generate", torch_graph, "Once upon a time", "-n", 8, "--engine", engine, "-v")
+        assert shown.code == 0 and f"opened for {engine} in " in shown.err and "tokens/s" in shown.err
+        assert "10 slots" in shown.err
+        told[engine] = shown.out
+    assert told["torch"] == told["onnxruntime"] == "Once upon a time, there was a little girl\n"
+    assert "no cache" in cli("generate", model, "Once", "-n", 2, "--no-cache", "-v").err
+    refused = cli("generate", model, "Once", "--engine", "tensorrt")
+    assert refused.code == 2 and "torch.compile, onnxruntime" in refused.err
+    refused = cli("generate", model, "Once", "--engine", "torch")
+    assert refused.code == 2 and "ONNX graph" in refused.err
 
 
 def test_tokenizer_option(cli: Cli, model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ GPT-2 learns its positions, so that a wrong one moves every logit; Llama rotates
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Editor, Graph, Value
 from actgraph.graph.context import graph_context
 from actgraph.graph.graph import Array
+from actgraph.graph.program import Program
 from actgraph.ops.dtypes import DType
+from actgraph.passes.cache.kv_cache import KeyValueCache
+from actgraph.passes.steer.steer import Steer
 from tests import zoo
 
 PROMPTS = [[5, 17, 3, 80, 41, 9], [22, 7, 64], [33]]
@@ -32,30 +36,11 @@ def _told(graph: Graph, editor: Editor, name: str) -> Value:
     return editor.insert("reshape", [graph_context(graph, editor, name)], {"shape": (-1, 1)}).output
 
 
-def _positive(editor: Editor, number: Value) -> Value:
-    """1 where an integer is above 0, else 0."""
-    return editor.insert("clip", [editor.insert("cast", [number], {"to": DType.F32}).output, 0.0, 1.0]).output
-
-
 def _zero(editor: Editor, number: Value) -> Value:
     """1 where an integer is 0, else 0."""
-    other = _positive(editor, editor.insert("mul", [number, number]).output)
+    square = editor.insert("cast", [editor.insert("mul", [number, number]).output], {"to": DType.F32}).output
+    other = editor.insert("clip", [square, 0.0, 1.0]).output
     return editor.insert("add", [editor.insert("mul", [other, np.float32(-1)]).output, np.float32(1)]).output
-
-
-def after(graph: Graph, editor: Editor) -> Value:
-    """Tokens from position 4 on."""
-    return _positive(editor, editor.insert("sub", [graph_context(graph, editor, "positions"), np.asarray(3)]).output)
-
-
-def prompt_only(graph: Graph, editor: Editor) -> Value:
-    operands = [_told(graph, editor, "prompt_lengths"), graph_context(graph, editor, "positions")]
-    return _positive(editor, editor.insert("sub", operands).output)
-
-
-def generated_only(graph: Graph, editor: Editor) -> Value:
-    following = editor.insert("add", [graph_context(graph, editor, "positions"), np.asarray(1)]).output
-    return _positive(editor, editor.insert("sub", [following, _told(graph, editor, "prompt_lengths")]).output)
 
 
 def last_of_the_prompt(graph: Graph, editor: Editor) -> Value:
@@ -72,22 +57,31 @@ def tokens_only(graph: Graph, editor: Editor) -> Value:
 
 
 Clause = Callable[[Graph, Editor], Value]
-CLAUSES: dict[str, Clause] = {
-    f.__name__: f for f in (after, prompt_only, generated_only, last_of_the_prompt, one_row, tokens_only)
-}
+#: What the option ``where`` of steer does not say (yet), built by hand.
+BY_HAND: dict[str, Clause] = {f.__name__: f for f in (last_of_the_prompt, one_row, tokens_only)}
+WHERE = ("prompt", "generated", "4:", ":4", "2:8", "generated & 5:9")
+CLAUSES = (*WHERE, *BY_HAND)
 
 
 def applies(clause: str, positions: Array, prompt: int, row: int) -> Array:
     """Which tokens of a row the clause is about, said once more in numpy."""
-    return {
-        "after": positions >= 4,
-        "prompt_only": positions < prompt,
-        "generated_only": positions >= prompt,
+    found: dict[str, Array] = {
+        "prompt": positions < prompt,
+        "generated": positions >= prompt,
+        "4:": positions >= 4,
+        ":4": positions < 4,
+        "2:8": (positions >= 2) & (positions < 8),
+        "generated & 5:9": (positions >= prompt) & (positions >= 5) & (positions < 9),
         "last_of_the_prompt": positions == prompt - 1,
         "one_row": np.full(len(positions), row == 1),
         "tokens_only": np.full(len(positions), True),
         "": np.full(len(positions), False),
-    }[clause]
+    }
+    return found[clause]
+
+
+def steer(clause: str) -> Steer:
+    return Steer(site="blocks.0.resid_post", vector=tuple(VECTOR.tolist()), where=clause)
 
 
 @functools.cache
@@ -99,8 +93,10 @@ def _captured(name: str, dialect: str) -> Graph:
 @functools.cache
 def _steered(name: str, dialect: str, clause: str) -> Graph:
     graph = _captured(name, dialect).clone()
+    if clause not in BY_HAND:
+        return ag.run(graph, steer(clause)).graph
     with graph.edit("test") as editor:
-        strength = CLAUSES[clause](graph, editor)
+        strength = BY_HAND[clause](graph, editor)
         editor.insert_at(graph.site("blocks.0.resid_post"), "actgraph.shift", [VECTOR, None, strength])
     graph.verify()
     return graph
@@ -108,7 +104,7 @@ def _steered(name: str, dialect: str, clause: str) -> Graph:
 
 @functools.cache
 def cached(name: str, dialect: str, clause: str, form: str) -> ag.Compiled:
-    return ag.compile(ag.run(_steered(name, dialect, clause), f"kv_cache{{form={form} graphs=combined}}").graph)
+    return ag.compile(ag.run(_steered(name, dialect, clause), KeyValueCache(form=form, graphs="combined")).graph)
 
 
 @functools.cache
@@ -167,7 +163,7 @@ def test_logits_at_every_place(name: str, dialect: str, clause: str) -> None:
 
 def test_a_prompt_in_chunks_is_one_prompt() -> None:
     """The length of the prompt is that of all its chunks, and a chunk goes on where the last one ended."""
-    for clause in ("prompt_only", "generated_only", "last_of_the_prompt", "after", "tokens_only"):
+    for clause in ("prompt", "generated", "last_of_the_prompt", "4:", "tokens_only"):
         whole = cached("gpt2", "fx", clause, "growing")
         pieces = ag.compile(whole.graph, chunk=2)
         assert ag.generate(pieces, PROMPTS, NEW, stop_at_end=False) == ag.generate(whole, PROMPTS, NEW, stop_at_end=False)
@@ -201,3 +197,82 @@ def test_generation(name: str, dialect: str, clause: str) -> None:
         assert alone == uncached
     plain = ag.generate(_captured(name, dialect), PROMPTS, NEW, stop_at_end=False)
     assert plain != uncached, "the clause applies to something"
+
+
+# --- programs, either order, rings, masks without position ids --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clause", ["prompt", "generated", "2:8"])
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_programs_and_a_cache_that_was_there_before(name: str, dialect: str, clause: str) -> None:
+    """Steering, then the cache; or the cache, then steering each graph of the program, or the combined one."""
+    expected = ag.generate(_steered(name, dialect, clause), PROMPTS, NEW, stop_at_end=False)
+    made = {
+        "program": ag.run(_steered(name, dialect, clause), KeyValueCache()).program,
+        "program, then steer": ag.run(_plain_cache(name, dialect, "program"), steer(clause)).program,
+        "combined, then steer": ag.run(_plain_cache(name, dialect, "combined"), steer(clause)).program,
+    }
+    assert len(made["program, then steer"]) == 2
+    for what, program in made.items():
+        for chunk in (512, 2):
+            found = ag.generate(ag.compile(program, chunk=chunk), PROMPTS, NEW, stop_at_end=False)
+            assert found == expected, (what, chunk)
+    assert expected != ag.generate(_captured(name, dialect), PROMPTS, NEW, stop_at_end=False), "the clause applies"
+
+
+@functools.cache
+def _plain_cache(name: str, dialect: str, graphs: Literal["program", "combined"]) -> Program:
+    return ag.run(_captured(name, dialect), KeyValueCache(graphs=graphs)).program
+
+
+@pytest.mark.parametrize("clause", ["prompt", "generated", "5:12"])
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_a_ring_gives_what_a_whole_cache_does(dialect: str, clause: str) -> None:
+    """Gemma 3 with windows of 4: positions go on where rings go around, as a program and as one graph, in either order."""
+    plain = _captured("gemma3", dialect)
+    graph, ring = ag.run(plain, steer(clause)).graph, KeyValueCache(form="ring", max_length=24)
+    following = np.random.default_rng(5).integers(1, zoo.VOCAB, (len(PROMPTS), 12))
+    valid = np.concatenate([batch(PROMPTS)[1], np.ones_like(following)], axis=1).astype(bool)
+    whole = fed(ag.compile(graph), PROMPTS, following)
+    expected, size = whole[valid], np.abs(whole[valid]).max()
+    assert np.abs(expected - fed(ag.compile(plain), PROMPTS, following)[valid]).max() > 0.01 * size, "the clause applies"
+    programs = (ag.run(graph, ring).program, ag.run(ag.run(plain, ring).program, steer(clause)).program)
+    for program in programs:
+        np.testing.assert_allclose(fed(ag.compile(program), PROMPTS, following)[valid], expected, atol=2e-5 * size)
+        last = fed(ag.compile(program, chunk=4), PROMPTS, following)[:, -12:]
+        np.testing.assert_allclose(last, whole[:, -12:], atol=2e-5 * size)
+
+
+@functools.cache
+def _without_position_ids(dialect: str) -> Graph:
+    """Llama as it is when nobody gives positions: it counts places, padding included (rotary does not mind)."""
+    given = {
+        "input_ids": torch.arange(3, 12).reshape(1, -1).expand(2, -1),
+        "attention_mask": torch.ones(2, 9, dtype=torch.long),
+    }
+    dims: dict[str, Sequence[str | None]] = dict.fromkeys(given, ("batch", "seq"))
+    graph = ag.trace(zoo.model("llama"), (), {**given, "use_cache": False}, dynamic=dims, name="llama")
+    assert {value.name for value in graph.inputs()} == set(given)
+    graph.companions = zoo.captured("llama").companions
+    return graph if dialect == "fx" else to_onnx(graph)
+
+
+@pytest.mark.parametrize("clause", ["generated", ":4"])
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_a_mask_without_position_ids_counts_real_tokens(dialect: str, clause: str) -> None:
+    plain = _without_position_ids(dialect)
+    graph = ag.run(plain, steer(clause)).graph
+    following = np.random.default_rng(5).integers(1, zoo.VOCAB, (len(PROMPTS), 5))
+    programs = {
+        "uncached": graph,
+        "growing": ag.run(graph, KeyValueCache()).program,
+        "static": ag.run(graph, KeyValueCache(form="static", graphs="combined")).program,
+        "kv_cache first": ag.run(ag.run(plain, KeyValueCache()).program, steer(clause)).program,
+    }
+    for what, model in programs.items():
+        found = fed(ag.compile(model, chunk=4), PROMPTS, following)
+        for row, prompt in enumerate(PROMPTS):
+            expected = reference("llama", clause, row, tuple(prompt), tuple(following[row].tolist()))
+            last = found[row, -5:]
+            np.testing.assert_allclose(last, expected[-5:], atol=2e-5 * np.abs(expected).max(), err_msg=f"{what}, row {row}")
