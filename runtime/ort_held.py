@@ -155,7 +155,8 @@ def _allocated(kind: TensorType, dims: Mapping[str, int]) -> Array | None:
 class OrtState:
     """The slots of one session as values of onnxruntime. See ``State``.
 
-    It begins with fused graphs where there are some, and goes on with plain ones from the first padding on.
+    It begins with fused graphs where there are some, and goes on with plain ones from the first padding on. Several tokens
+    of several rows behind others are for plain graphs as well.
     """
 
     def __init__(self, graphs: Mapping[str, HeldOnnx], slots: Sequence[Slot], batch: int, limit: int | None) -> None:
@@ -163,7 +164,7 @@ class OrtState:
         self.reset()
 
     def reset(self) -> None:
-        self._fused = all(held.fused is not None for held in self._graphs.values())
+        self._fused = self._may_fuse = all(held.fused is not None for held in self._graphs.values())
         self._used = self._room = 0
         self._values = {slot.input: value_of(initial(slot, self._batch)) for slot in self._slots}
         self._bindings: dict[str, Binding] = {}
@@ -176,8 +177,11 @@ class OrtState:
     def run(self, stage: str, inputs: Mapping[str, Array], used: int) -> dict[str, Array]:
         count = inputs["input_ids"].shape[1]
         mask = inputs.get("attention_mask")
-        if self._fused and mask is not None and not mask.all():
-            self._unfuse()
+        if mask is not None and not mask.all():
+            self._may_fuse = False
+        fused = self._may_fuse and (self._batch == 1 or count == 1 or not used)  # onnxruntime's limit
+        if fused != self._fused:
+            self._exchange(fused)
         dims = self._graphs[stage].sizes(inputs)
         results = self._run_fused(stage, inputs, dims, used, count) if self._fused else self._run_plain(stage, inputs, dims)
         self._used = used + count
@@ -208,12 +212,13 @@ class OrtState:
         self._room = room
         self._bindings.clear()
 
-    def _unfuse(self) -> None:
-        """Go on with the entries alone."""
-        for slot in self._slots:
-            array = entries(array_of_value(self._values[slot.input]), 0, self._used)
-            self._values[slot.input] = value_of(np.ascontiguousarray(array))
-        self._fused, self._room = False, 0
+    def _exchange(self, fused: bool) -> None:
+        """Go on with the other graphs, from the entries alone."""
+        if self._fused:
+            for slot in self._slots:
+                array = entries(array_of_value(self._values[slot.input]), 0, self._used)
+                self._values[slot.input] = value_of(np.ascontiguousarray(array))
+        self._fused, self._room = fused, self._used if fused else 0
         self._bindings.clear()
 
     # --- plain ------------------------------------------------------------------------------------------------------------
