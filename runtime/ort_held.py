@@ -25,6 +25,10 @@ from actgraph.runtime.ort_fused import feeds, fuse
 from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for
 
 
+#: Bytes of weights below which one token is computed sooner by one thread than several threads have found each other.
+_ALONE = 8 << 20
+
+
 class HeldOnnx:
     """One graph of a program. Immutable, so that sessions in several threads may run it with their own values.
 
@@ -68,7 +72,10 @@ class Opened:
     """A session of onnxruntime on ``graph``, whose slots are those of ``source``."""
 
     def __init__(self, graph: OnnxGraph, source: OnnxGraph) -> None:
-        self.session, self._weights = open_graph(graph)
+        size = sum(
+            value.const_value.nbytes for value in graph.model.graph.initializers.values() if value.const_value is not None
+        )
+        self.session, self._weights = open_graph(graph, threads=1 if size < _ALONE else 0)
         slots = list(slots_of(source).values())
         self.donated = [slot for slot in slots if _donates(source, slot)]
         self.moving = [slot for slot in slots if slot not in self.donated]

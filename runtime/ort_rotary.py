@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actgraph.errors import ActgraphError
+from actgraph.errors import ActgraphError, UnsupportedError
 from actgraph.graph.graph import Array, Value
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.slots import slots_of
@@ -97,10 +97,12 @@ def tables_of(graph: OnnxGraph, rotaries: list[Rotary], limit: int | None) -> di
     if not pairs or limit is None or limit > _LONGEST:
         return {}
     found = {}
+    shape = graph.value("input_ids").shape
+    single = shape is not None and shape[1] == 1
     for number, names in enumerate(pairs):
         try:
-            whole = _evaluate(graph, names, 0, limit)
-            part = _evaluate(graph, names, 3, min(5, limit - 3))
+            whole = _evaluate(graph, names, 0, 1, rows=limit) if single else _evaluate(graph, names, 0, limit)
+            part = _evaluate(graph, names, 3, 1 if single else min(5, limit - 3))
         except ActgraphError:
             continue
         fits = all(_same(each, full) for each, full in zip(part, whole, strict=True))
@@ -117,8 +119,11 @@ def _same(part: Array, whole: Array) -> bool:
     return bool(np.array_equal(part, whole[3 : 3 + len(part)]))
 
 
-def _evaluate(graph: OnnxGraph, names: tuple[str, str], used: int, count: int) -> list[Array]:
-    """Values [batch, seq, head] for ``count`` tokens after ``used``, as [count, head]. Raises an ActgraphError."""
+def _evaluate(graph: OnnxGraph, names: tuple[str, str], used: int, count: int, rows: int = 1) -> list[Array]:
+    """Values [rows, count, head] for ``count`` tokens after ``used``, as [rows * count, head]. Raises an ActgraphError.
+
+    rows: each is one position further than the one before, for graphs that take one token of each row.
+    """
     maker = graph.clone()
     with maker.edit(by="rotary") as editor:
         for name, _ in maker.outputs():
@@ -126,15 +131,20 @@ def _evaluate(graph: OnnxGraph, names: tuple[str, str], used: int, count: int) -
         for number, name in enumerate(names):
             editor.add_output(maker.value(name), f"table.{number}")
         editor.erase_dead()
-    tokens = Tokens(1)
-    zeros = np.zeros((1, used + count), np.int64)
+    tokens = Tokens(rows)
+    zeros = np.zeros((rows, used + count), np.int64)
     tokens.end_prompt(used + count, None)
     tokens.add(zeros, None)
     wanted = {value.name: value.dtype.numpy for value in maker.inputs() if value.dtype is not None}
     feed = tokens.feed(used, {name: dtype for name, dtype in wanted.items() if name in FILLED})
+    if rows > 1:
+        if "position_ids" not in feed:
+            raise UnsupportedError("positions are counted for all rows at once")
+        feed["position_ids"] = feed["position_ids"] + np.arange(rows)[:, None]
     for slot in slots_of(graph).values():
         if slot.input in wanted:
-            sizes = [size if isinstance(size, int) else 1 if axis == 0 else used for axis, size in enumerate(slot.shape)]
+            sizes = [size if isinstance(size, int) else rows if axis == 0 else used for axis, size in enumerate(slot.shape)]
             feed[slot.input] = np.zeros(sizes, slot.dtype.numpy)
     results = OrtExecutor().open(maker, optimize=False)(feed)
-    return [np.asarray(results[f"table.{number}"]).reshape(count, -1) for number in range(2)]
+    tables = [np.asarray(results[f"table.{number}"]) for number in range(2)]
+    return [table.reshape(-1, table.shape[-1]) for table in tables]

@@ -42,9 +42,9 @@ def compile(
 ) -> Compiled:
     """Make a graph, or a program of a prefill and a decode graph, ready to run many times.
 
-    engine: ``"torch"``; ``"torch.compile"``, which generates code for each kind of call when it first happens (that takes up to
-    minutes, and needs a C++ compiler on the CPU); ``"onnxruntime"`` (a torch graph is exported first); or ``"auto"``: torch for
-    a torch graph, onnxruntime for an ONNX one.
+    engine: ``"torch"``; ``"torch.compile"``, which generates code for the graph of single tokens (of a model that is one graph,
+    for that) when it is first called: that takes up to minutes, and needs a C++ compiler on the CPU; ``"onnxruntime"`` (a torch
+    graph is exported first); or ``"auto"``: torch for a torch graph, onnxruntime for an ONNX one.
     chunk: tokens of a prompt that are computed at once; longer prompts are fed in pieces.
     lowering: how sessions keep slots: ``"held"`` in buffers of the engine, written in place; ``"explicit"`` as arrays that go
     in and come out of each call.
@@ -164,8 +164,13 @@ class Compiled:
             from actgraph.graph.fx import FxGraph
             from actgraph.runtime.torch_held import HeldGraph
 
-            compiled = self.engine == "torch.compile"
-            return {name: HeldGraph(graph, compile=compiled) for name, graph in graphs if isinstance(graph, FxGraph)}
+            held = {}
+            for name, graph in graphs:
+                assert isinstance(graph, FxGraph)
+                # prompts have every length, and are long enough for the overhead of eager calls not to count
+                fixed = len(graphs) == 1 or isinstance(graph.value("input_ids").shape[1], int)  # type: ignore[index]
+                held[name] = HeldGraph(graph, compile=self.engine == "torch.compile" and fixed)
+            return held
         from actgraph.runtime.ort_held import HeldOnnx
 
         return {name: HeldOnnx(graph, self.capacity) for name, graph in graphs}

@@ -69,8 +69,9 @@ class _View:
         return np.maximum(np.cumsum(tokens._valid[:, : self.last], axis=1) - 1, 0)[:, self.first :]
 
     def prompt_lengths(self) -> Array:
-        assert self.tokens.prompt is not None
-        return self.tokens.prompt
+        lengths: Array | None = self.tokens.prompt
+        assert lengths is not None
+        return lengths
 
     def step(self) -> Array:
         """How many tokens have been generated when the call is made."""

@@ -52,7 +52,7 @@ class HeldGraph:
             torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
             for weight in self.weights:
                 torch._dynamo.mark_static(weight)  # type: ignore[no-untyped-call]
-            self.call = torch.compile(module.forward, dynamic=True, fullgraph=True)
+            self.call = torch.compile(module.forward, dynamic=True, fullgraph=True, options={"cpp_wrapper": True})
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
         with torch.no_grad():
