@@ -7,7 +7,7 @@ from those before it; perplexity is ``exp`` of the mean negative log-likelihood 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from actgraph.calibrate.engine import _bar, limited
 from actgraph.errors import InputError
 from actgraph.graph.context import logits_output
 from actgraph.graph.executor import executor_for
+from actgraph.graph.program import Program
+from actgraph.graph.slots import places, slots_of, with_initial_slots
 
 if TYPE_CHECKING:
     from actgraph.graph import Graph
@@ -54,7 +56,7 @@ class Likelihoods:
 
 
 def log_likelihoods(
-    graph: Graph,
+    model: Graph | Program,
     corpus: Any = None,
     *,
     batch_size: int = 8,
@@ -65,26 +67,30 @@ def log_likelihoods(
     """The log-likelihood of each document of ``corpus``, in its order.
 
     Logits are turned into log-probabilities in float64. A graph of fixed length gets documents padded on the right, which a
-    causal model does not see. Raises InputError when the graph is no causal language model.
+    causal model does not see. A cache starts empty for each document, and of a program the graph that takes prompts is asked.
+    Raises InputError when the graph is no causal language model, or gives the logits of the last token only.
     """
+    graph = model.graphs[model.driver.graph_at(0)] if isinstance(model, Program) else model
     opened = Corpus.of(corpus)
-    signature = Signature.of(graph).causal()
+    signature = _signature(graph)
     if "input_ids" not in signature.by_name() or any(name.endswith("decoder_input_ids") for name in signature.by_name()):
         names = ", ".join(signature.by_name())
         raise InputError(f"{graph.name} is no causal language model: it takes {names}", "log-likelihoods are defined for those")
     output = logits_output(graph)
     length = signature.fixed_length()
     axis = (signature.by_name()["input_ids"].shape or (None,))[-1]
-    source = samples(graph, opened, limit=max_length if length is None else min(length, max_length or length), pack=False)
+    limit = min((n for n in (length, max_length, places(graph)) if n is not None), default=None)
+    source = samples(graph, opened, limit=limit, pack=False)
     runner = executor_for(graph).open(graph)
     totals: dict[int, float] = {}
     counts: dict[int, int] = {}
     with _bar("perplexity", len(opened), progress) as advance:
         for batch in batches(signature, limited(source, max_tokens, 0, None), batch_size=batch_size):
-            logits = runner(batch.inputs)[output]
+            logits = runner(with_initial_slots(graph, batch.inputs))[output]
             ids = batch.inputs["input_ids"]
             if logits.ndim != 3 or logits.shape[:2] != ids.shape:
-                raise InputError(f"{output} is {list(logits.shape)} for input_ids {list(ids.shape)}: no logits per token")
+                given = f"{output} is {list(logits.shape)} for input_ids {list(ids.shape)}: no logits per token"
+                raise InputError(given, "leave last_logits of kv_cache out" if slots_of(graph) else "")
             mask = batch.masks[axis]
             for row, index in enumerate(batch.indices):
                 valid = int(mask[row].sum())
@@ -95,9 +101,16 @@ def log_likelihoods(
     return Likelihoods(np.asarray([totals[i] for i in order]), np.asarray([counts[i] for i in order], np.int64))
 
 
-def perplexity(graph: Graph, corpus: Any = None, **options: Any) -> float:
+def perplexity(model: Graph | Program, corpus: Any = None, **options: Any) -> float:
     """The perplexity of ``corpus`` (default: the packaged sample text); options as in ``log_likelihoods``."""
-    return log_likelihoods(graph, corpus, **options).perplexity
+    return log_likelihoods(model, corpus, **options).perplexity
+
+
+def _signature(graph: Graph) -> Signature:
+    """What one forward of whole documents takes: nothing sees padding on the right, also where the mask covers a cache."""
+    signature = Signature.of(graph).causal()
+    shape = signature.by_name()["input_ids"].shape if slots_of(graph) and "input_ids" in signature.by_name() else None
+    return signature if not shape else replace(signature, padded=signature.padded | {shape[-1]})
 
 
 def _total(logits: Array, labels: Array) -> float:

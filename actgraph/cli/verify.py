@@ -109,31 +109,55 @@ def verify(
         raise typer.Exit(1)
 
 
-def sample_sets(graph: Graph, seed: int = 0) -> list[dict[str, Any]]:
-    """Inputs of several sizes, with padding on either side (where the graph has a mask)."""
+def sample_sets(graph: Graph, seed: int = 0, longest: int | None = None) -> list[dict[str, Any]]:
+    """Inputs of several sizes up to ``longest`` tokens, with padding on either side (where the graph has a mask)."""
     import actgraph as ag
 
+    middle, long = (min(length, longest or length) for length in (7, 16))
     return [
         ag.sample_inputs(graph, batch=1, seq=1, seed=seed),
-        ag.sample_inputs(graph, batch=2, seq=7, seed=seed + 1, padding="right"),
-        ag.sample_inputs(graph, batch=3, seq=16, seed=seed + 2, padding="left"),
+        ag.sample_inputs(graph, batch=2, seq=middle, seed=seed + 1, padding="right"),
+        ag.sample_inputs(graph, batch=3, seq=long, seed=seed + 2, padding="left"),
     ]
 
 
 def check_programs(
     what: str, left: Program, right: Program, inputs: Sequence[dict[str, Any]] | None, tolerance: float, seed: int = 0
 ) -> Iterator[Check]:
-    """Two models, graph by graph. Raises InputError where they have other graphs."""
-    from actgraph.errors import InputError
+    """Two models, graph by graph. Of a program and one graph, the graph for prompts is compared, with empty slots.
 
-    if len(left) == 1 and len(right) == 1:
-        yield compared(what, left.graph, right.graph, inputs or sample_sets(left.graph, seed), tolerance)
+    Raises InputError where they have other graphs.
+    """
+    from actgraph.errors import InputError
+    from actgraph.graph.slots import places
+
+    if 1 in (len(left), len(right)):
+        one, other = (side.graphs[side.driver.graph_at(0)] for side in (left, right))
+        program = max(left, right, key=len)
+        if len(program) > 1:
+            what = f"{what}: {program.driver.graph_at(0)}, with empty slots"
+            _refuse_last_logits(one, other)
+        plain = one if len(left) == 1 else other
+        longest = min((size for size in (places(one), places(other)) if size is not None), default=None)
+        yield compared(what, one, other, inputs or sample_sets(plain, seed, longest), tolerance)
         return
     if set(left.graphs) != set(right.graphs):
-        sides = [f"a program of {', '.join(side.graphs)}" if len(side) > 1 else "one graph" for side in (left, right)]
+        sides = [f"a program of {', '.join(side.graphs)}" for side in (left, right)]
         raise InputError(f"{sides[0]} cannot be compared with {sides[1]}", "kv_cache{graphs=combined} makes one graph")
     for name, graph in left.graphs.items():
         yield compared(f"{what}: {name}", graph, right.graphs[name], inputs or sample_sets(graph, seed), tolerance)
+
+
+def _refuse_last_logits(left: Graph, right: Graph) -> None:
+    """Raises InputError where one graph gives an output of all tokens and the other of the last one only."""
+    from actgraph.errors import InputError
+
+    others = dict(right.outputs())
+    for name, value in left.outputs():
+        both = (value.shape, others[name].shape if name in others else None)
+        sizes = {shape[1] for shape in both if shape is not None and len(shape) == 3}
+        if len(sizes) > 1 and 1 in sizes:
+            raise InputError(f"{name} is of all tokens in one model and of the last one in the other", "leave last_logits out")
 
 
 def check_pipeline(
@@ -160,7 +184,7 @@ def check_pipeline(
         made: dict[str, Graph | Program] = {}
         for name, before in program.graphs.items():
             label = f"{name}: " if len(program) > 1 else ""
-            arrays = inputs or sample_sets(before, seed)
+            arrays = inputs or sample_sets(before, seed, step.token_limit)
             manager = PassManager(
                 pipeline, corpus, verify="each", parity="each", seed=seed, calibration=calibration, inputs=arrays[-1],
                 reproducer=False,

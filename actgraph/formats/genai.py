@@ -13,7 +13,7 @@ from actgraph.errors import InputError, UnsupportedError
 from actgraph.formats.atomic import atomic_file
 from actgraph.graph.context import context_length, logits_output
 from actgraph.graph.graph import Graph
-from actgraph.graph.slots import slots_of
+from actgraph.graph.slots import Slot, slots_of
 
 #: Architectures of decoders whose inputs onnxruntime-genai fills in as the plain ones that a cached graph has.
 _TYPE = "llama"
@@ -22,10 +22,18 @@ _TYPE = "llama"
 def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
     """The content of ``genai_config.json`` for ``graph`` saved as ``filename``.
 
-    Raises UnsupportedError for a graph without a growing cache, or one with inputs that onnxruntime-genai cannot fill.
+    Raises UnsupportedError for a graph without a growing cache, with one that is stored in fewer bits, or with inputs that
+    onnxruntime-genai cannot fill.
     """
     slots = list(slots_of(graph).values())
     layers = sorted({int(slot.name.split(".")[1]) for slot in slots if slot.name.startswith("past_key_values.")})
+    odd = next((slot for slot in slots if slot.update == "append" and _is_narrow(graph, slot)), None)
+    if odd is not None:
+        raise UnsupportedError(
+            f"the cache of {graph.name} is stored in {odd.dtype.value} ({odd.name}), and onnxruntime-genai keeps keys and "
+            "values in the type that the model computes in",
+            "use kv_cache{storage=same}",
+        )
     if not slots or len(slots) != 2 * len(layers) or any(slot.update != "append" for slot in slots):
         raise UnsupportedError(f"{graph.name} has no growing key-value cache", "run the pass kv_cache on it first")
     names = {value.name for value in graph.inputs() if graph.default(value.name) is None}
@@ -77,6 +85,12 @@ def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
             "past_present_share_buffer": False, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
         },
     }  # fmt: skip
+
+
+def _is_narrow(graph: Graph, slot: Slot) -> bool:
+    """Whether a slot is stored in another type than its attention computes in."""
+    computed = {attention.key.dtype for attention in graph.views.attentions()}
+    return slot.name.endswith("_scale") or (bool(computed) and slot.dtype not in computed)
 
 
 def save_genai(graph: Graph, folder: str | Path, filename: str = "model.onnx") -> Path:

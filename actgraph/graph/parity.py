@@ -18,7 +18,7 @@ import numpy as np
 from actgraph.errors import InputError, ParityError
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Array, Graph, Role, Value
-from actgraph.graph.slots import slots_of, with_initial_slots
+from actgraph.graph.slots import places, slots_of, with_initial_slots
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import Dim
 
@@ -305,8 +305,10 @@ def sample_inputs(graph: Graph, batch: int = 2, seq: int = 7, seed: int = 0, *, 
     a third of the last row (``"both"``: of the last row on the left and of the one before on the right), with positions as
     Hugging Face makes them; graphs without a mask are given none. Other float inputs are standard normal. Sizes:
     ``batch`` and ``seq`` for dimensions of these names, ``seq`` for other named ones, static ones as they are; a dimension
-    that the companions' sample inputs know is taken from there when it has another name. Optional inputs are left out.
+    that the companions' sample inputs know is taken from there when it has another name. Optional inputs are left out. A
+    cache of fixed size is given no more tokens than it holds.
     """
+    seq = min(seq, places(graph) or seq)
     rng = np.random.Generator(np.random.PCG64([seed, batch, seq]))
     sizes: dict[str, int] = {}
     for name, sample in graph.companions.sample_inputs.items():

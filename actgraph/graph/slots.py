@@ -107,6 +107,12 @@ def with_initial_slots(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, A
     return {**inputs, **{slot.input: initial(slot, batch) for slot in slots}}
 
 
+def places(graph: Graph) -> int | None:
+    """How many tokens the slots of ``graph`` hold in all; ``None`` where none is of fixed size (a ring is never full)."""
+    fixed = [slot.shape[2] for slot in slots_of(graph).values() if slot.update == "scatter" and len(slot.shape) > 2]
+    return min((size for size in fixed if isinstance(size, int)), default=None)
+
+
 def advance(slots: Iterable[Slot], results: Mapping[str, Array]) -> dict[str, Array]:
     """The state for the next call, by input name, from the ``results`` of this one."""
     return {slot.input: results[slot.output] for slot in slots}

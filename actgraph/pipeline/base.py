@@ -121,6 +121,11 @@ class Pass(BaseModel, abc.ABC):
         """Whether ``program`` gives one, as far as the options tell."""
         return False
 
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens that the graph takes behind the pass, as far as the options tell; ``None``: as many as before."""
+        return None
+
     def program(self, graph: Graph, result: PassResult) -> Program | None:
         """The program of several graphs that ``graph``, as ``run`` left it, becomes; ``None``: it stays one graph.
 

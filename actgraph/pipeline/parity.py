@@ -30,6 +30,8 @@ MODES = ("auto", "each", "boundary", "none")
 LARGE = 512 * 10**6
 #: Above this number of nodes ``auto`` compares the input with the result only: opening a graph to run it once takes seconds.
 MANY = 10_000
+#: Tokens of the sample inputs, or fewer where a pass makes a graph that takes no more.
+_TOKENS = 7
 #: Rounding in the outputs' own precision: sums in another order move them by a few units in the last place.
 _ULPS = 8
 
@@ -73,7 +75,8 @@ class Parity(Instrument):
         self._boundary = self.mode == "boundary" or (self.mode == "auto" and len(run.source.nodes()) > MANY)
         given = bool(self.inputs)
         try:
-            inputs = self.inputs or sample_inputs(run.source, padding="both", seed=run.seed)
+            limits = (limit for step in run.pipeline if (limit := step.token_limit) is not None)
+            inputs = self.inputs or sample_inputs(run.source, seq=min([_TOKENS, *limits]), padding="both", seed=run.seed)
             self._first = self._last = _outputs(run.source, inputs)
         except Exception as error:
             if self.mode != "auto":

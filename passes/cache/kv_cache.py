@@ -139,6 +139,10 @@ class KeyValueCache(Pass):
     def makes_program(self) -> bool:
         return self.graphs == "program"
 
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_length if self.form != "growing" else None
+
     def program(self, graph: Graph, result: PassResult) -> Program | None:
         if not self.makes_program:
             return None

@@ -110,6 +110,9 @@ class Quantize(Pass):
             is_table = weight in tables and axis == 0
             packed = pack(editor, weight, axis, readers, as_stored=is_table)
             result.counts["weights packed"] += 1
+            channels = weight.shape[axis] if weight.shape is not None else None
+            row = {"site": weight.name, "type": str(weight.type), "packed": f"i8, {channels} scales", "read by": len(readers)}
+            result.details.append(row)
             if is_table:
                 codes[weight] = packed
         for weight in dict.fromkeys(weight for weight, _ in shared if weight not in tables):

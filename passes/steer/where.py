@@ -105,4 +105,4 @@ def _positive(editor: Editor, number: Value, than: int) -> Value:
 
 def _inverse(editor: Editor, factor: Value) -> Value:
     """1 - factor."""
-    return editor.insert("add", [editor.insert("mul", [factor, np.float32(-1)]).output, np.float32(1)]).output
+    return editor.insert("sub", [np.asarray(1, np.float32), factor]).output

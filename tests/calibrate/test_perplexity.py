@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import actgraph as ag
 from actgraph.calibrate.corpora import Corpus
 from actgraph.calibrate.encode import token_ids
 from actgraph.calibrate.perplexity import log_likelihoods, perplexity
@@ -47,6 +48,26 @@ def test_batching_does_not_matter_and_nonsense_is_less_likely() -> None:
     one, many = (log_likelihoods(graph, None, max_length=64, batch_size=size) for size in (1, 7))
     np.testing.assert_allclose(one.totals, many.totals, rtol=1e-5)
     assert perplexity(graph, ["xq zv jj kk ww qqq"]) > 10 * perplexity(graph, ["Once upon a time there was a little girl."])
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_a_cache_starts_empty_for_each_document(dialect: str) -> None:
+    """Documents of several lengths, padded on the right: with a cache of any kind, in one graph or a program."""
+    graph = models.stories(dialect)
+    texts = ["Once upon a time there was a cat.", "Tom", "The dog saw a big red ball in the park and ran to it."]
+    expected = log_likelihoods(graph, texts)
+    for options in ("", "{graphs=combined}", "{form=static max_length=64}"):
+        found = log_likelihoods(ag.run(graph, f"kv_cache{options}", parity="none").program, texts)
+        np.testing.assert_allclose(found.totals, expected.totals, rtol=1e-5)
+        assert np.array_equal(found.counts, expected.counts)
+    short = ag.run(graph, "kv_cache{form=static max_length=6}", parity="none").program
+    np.testing.assert_allclose(
+        log_likelihoods(short, texts).totals, log_likelihoods(graph, texts, max_length=6).totals, rtol=1e-5
+    )
+    last = ag.run(graph, "kv_cache{last_logits=true}", parity="none").program
+    with pytest.raises(InputError, match="no logits per token") as caught:
+        perplexity(last, texts)
+    assert "last_logits" in caught.value.hint
 
 
 def test_what_is_no_language_model_is_an_error() -> None:

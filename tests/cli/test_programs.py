@@ -80,7 +80,25 @@ def test_verify(cli: Cli, model: Path, program: Path) -> None:
     same = cli("verify", program, program, "--json")
     assert same.code == 0 and len(same.json["checks"]) == 2
     other = cli("verify", model, program)
-    assert other.code == 2 and "kv_cache{graphs=combined}" in other.err
+    assert other.code == 2 and "leave last_logits out" in other.err
+
+
+def test_verify_one_graph_against_a_program(cli: Cli, model: Path, tmp_path: Path) -> None:
+    """By what the program's graph for prompts gives with empty slots, which a steered one does not."""
+    for options in ("", "{form=static max_length=5}"):
+        folder = tmp_path / f"cached{len(options)}"
+        assert cli("run", model, "-p", f"kv_cache{options}", "-o", folder, "-q").code == 0
+        for pair in ((model, folder), (folder, model)):
+            (check,) = (found := cli("verify", *pair, "--json").json)["checks"]
+            assert found["ok"] and check["change"] < 1e-4 and check["what"].endswith("prefill, with empty slots")
+    steer = f"steer{{site=blocks.2.resid_post vector={[1, -1] * 32} where=3:}}"
+    assert cli("run", model, "-p", f"{steer}, kv_cache", "-o", tmp_path / "steered", "-q").code == 0
+    assert cli("verify", model, tmp_path / "steered").code == 1
+
+
+def test_a_short_cache_is_checked_on_short_inputs(cli: Cli, model: Path, tmp_path: Path) -> None:
+    checked = cli("verify", model, "-p", "kv_cache{form=static max_length=4 graphs=combined}, dce", "--json")
+    assert checked.code == 0 and len(checked.json["checks"]) > 2
 
 
 def test_generate_takes_a_folder(cli: Cli, model: Path, program: Path) -> None:
@@ -88,8 +106,16 @@ def test_generate_takes_a_folder(cli: Cli, model: Path, program: Path) -> None:
     assert made.code == 0 and made.out == expected.out and len(made.out) > 30
 
 
-def test_verbs_for_one_graph_say_so(cli: Cli, program: Path) -> None:
-    refused = cli("sites", program)
+def test_sites_of_each_graph(cli: Cli, program: Path) -> None:
+    shown = cli("sites", program, "blocks.*.resid_post")
+    assert shown.code == 0 and [line for line in shown.out.splitlines() if line.startswith("#")] == ["# prefill", "# decode"]
+    assert "f32[batch, seq, 64]" in shown.out and "f32[batch, 1, 64]" in shown.out
+    facts = cli("sites", program, "--json").json
+    assert set(facts) == {"prefill", "decode"} and {"name", "kind", "role"} <= set(facts["decode"][0])
+
+
+def test_verbs_for_one_graph_say_so(cli: Cli, program: Path, tmp_path: Path) -> None:
+    refused = cli("bisect", program, "-p", "dce", "-o", tmp_path / "found")
     assert refused.code == 2 and "is a program of 2 graphs" in refused.err and ".onnx" in refused.err
 
 

@@ -50,3 +50,11 @@ def test_what_genai_cannot_run_is_refused_before_anything_is_written(tmp_path: P
         with pytest.raises(UnsupportedError, match="no growing key-value cache"):
             save_genai(graph, tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16"])
+def test_a_cache_in_fewer_bits_is_refused_by_name(tmp_path: Path, storage: str) -> None:
+    graph = ag.run(zoo.captured("llama"), f"kv_cache{{graphs=combined storage={storage}}}").graph
+    with pytest.raises(UnsupportedError, match=r"is stored in (i8|f16) \(past_key_values.0.key\)") as caught:
+        save_genai(graph, tmp_path / "no")
+    assert "storage=same" in caught.value.hint and not (tmp_path / "no").exists()

@@ -1,4 +1,4 @@
-"""Loading and saving .onnx: round trips, external data, atomic writes, bad files."""
+"""Loading and saving .onnx: round trips, external data, atomic writes, places that cannot be written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from onnx import numpy_helper
 
 import actgraph  # noqa: F401  # installs the engines
-from actgraph.errors import ActgraphError, InputError, UnsupportedError
+from actgraph.errors import InputError, UnsupportedError
 from actgraph.formats import load, onnx_stream, save
 from actgraph.formats.onnx_file import load_onnx, save_onnx, serialize
 from actgraph.graph.graph import Companions, Role
@@ -445,61 +445,6 @@ def test_external_data_outside_of_the_folder_is_refused(tmp_path, location):
 
 
 # --- bad files and bad places -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256)) * 4])
-def test_files_that_are_no_models(tmp_path, content):
-    path = tmp_path / "m.onnx"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        load(path)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_truncated_files(tmp_path):
-    whole = MNIST.read_bytes()
-    for length in (10, 500, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "m.onnx").write_bytes(whole[:length])
-        with pytest.raises(InputError):
-            load(tmp_path / "m.onnx")
-
-
-def test_damaged_files_are_refused_in_one_line_or_loaded(tmp_path):
-    """Bytes changed, lost or added anywhere: an error of ours, never another one, and most damage is noticed."""
-    import random
-
-    rng, refused, path = random.Random(0), 0, tmp_path / "damaged.onnx"
-    sources = [save(edited(make), tmp_path / "m.onnx").read_bytes() for make in (models.mlp, models.branches)]
-    for number in range(240):
-        data = bytearray(sources[number % 2])
-        for _ in range(rng.randint(1, 5)):
-            place = rng.randrange(len(data))
-            match rng.randrange(3):
-                case 0:
-                    data[place] = rng.randrange(256)
-                case 1:
-                    del data[place : place + rng.randint(1, 20)]
-                case _:
-                    data[place:place] = rng.randbytes(rng.randint(1, 9))
-        path.write_bytes(data)
-        try:
-            graph = load_onnx(path)
-            graph.text(sites=False)
-            list(graph.structural_problems())
-            graph.clone().text(sites=False)
-        except ActgraphError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 120
-
-
-def test_corrupt_weights(tmp_path):
-    proto = onnx.load(MNIST)
-    proto.graph.initializer[0].ClearField("float_data")
-    proto.graph.initializer[0].raw_data = bytes(12)
-    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(InputError, match="does not fit its shape"):
-        load(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("opset", [1, 6, 99])

@@ -272,3 +272,12 @@ def test_files_keep_their_state(form: str, tmp_path: Path) -> None:
 def test_a_model_without_input_ids_is_no_decoder() -> None:
     with pytest.raises(ag.ActgraphError, match="no language model"):
         ag.run(onnx_models.mlp(), "kv_cache{graphs=combined}")
+
+
+@pytest.mark.parametrize("places", [2, 4])
+def test_a_cache_of_few_places_is_compared_on_as_many_tokens(places: int) -> None:
+    """What watches passes runs the graph before and after on one set of inputs, which must fit the cache."""
+    graph = zoo.captured("llama")
+    result = ag.run(graph, f"kv_cache{{form=static max_length={places} graphs=combined}}, dce", parity="each", reproducer=False)
+    assert f"input_ids [2, {places}]" in result.report.parity and result.report[0].change is not None
+    assert ag.sample_inputs(result.graph)["input_ids"].shape == (2, places)

@@ -262,3 +262,13 @@ def test_golden(tiny: Graph, dialect: str, options: str, golden) -> None:  # typ
 def test_dialects_agree(both_stories: dict[str, Graph]) -> None:
     fx, onnx = (run(apply(graph, "quantize{weights=int8 embeddings=true}")) for graph in both_stories.values())
     assert relative(fx, onnx) < 1e-5
+
+
+def test_each_packed_weight_is_listed(tiny: Graph) -> None:
+    """Once for a weight, with its type before and how many scales it has; the bytes of all come last."""
+    result = ag.run(tiny, "quantize{weights=int8}")
+    *packed, whole = result.report[0].details
+    assert len(packed) == result.report[0].counts["weights packed"] == 4
+    assert {row["packed"] for row in packed} == {"i8, 12 scales", "i8, 8 scales", "i8, 16 scales"}
+    assert all(row["type"].startswith("f32[") and row["read by"] == 1 for row in packed)
+    assert whole["bytes after"] < whole["bytes before"] and packed[0]["site"] in result.report.details("quantize")
