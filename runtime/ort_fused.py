@@ -20,13 +20,12 @@ from actgraph.graph.graph import Node, Value
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.ops.dtypes import DType
-from actgraph.runtime.ort_native import Writer, flat_heads
+from actgraph.runtime.ort_native import CONTRIB, Writer, flat_heads
 from actgraph.runtime.ort_norms import fuse_norms
 from actgraph.runtime.ort_rotary import Rotary, Table, rotary_of, tables_of
 
 #: Inputs of the fused graph beside its own: the number of tokens before this call [1], all tokens less one [batch], all [].
 USED, LAST, TOTAL = "used_tokens", "seqlens_k", "total_sequence_length"
-_CONTRIB = "com.microsoft"
 
 
 def fuse(graph: OnnxGraph, limit: int | None) -> OnnxGraph:
@@ -93,7 +92,7 @@ class _Attention:
         )
         past = [append.operands[0].key for append in (self.key, self.value) if append.operands[0] is not None]
         inputs = [q, k, flat_heads(write, new_value, at), *past, last, total, *caches]
-        out, *present = write.node("GroupQueryAttention", inputs, at, outputs=3, domain=_CONTRIB, **options)
+        out, *present = write.node("GroupQueryAttention", inputs, at, outputs=3, domain=CONTRIB, **options)
         for append, fused in zip((self.key, self.value), present, strict=True):
             write.replace(append.output.key, fused)
         old = at.outputs[0]
@@ -108,7 +107,7 @@ def _turned(write: Writer, value: Value, rotary: Rotary | None, table: Table | N
     if not apply:
         return flat
     caches = [write.table(f"{table.name}.cos", table.cos), write.table(f"{table.name}.sin", table.sin)]
-    return write.node("RotaryEmbedding", [flat, write.existing(USED), *caches], at, domain=_CONTRIB)[0]
+    return write.node("RotaryEmbedding", [flat, write.existing(USED), *caches], at, domain=CONTRIB)[0]
 
 
 def _attentions(graph: OnnxGraph) -> list[_Attention]:

@@ -24,7 +24,6 @@ from actgraph.runtime.ort_engine import array_of_value, first_line, open_graph, 
 from actgraph.runtime.ort_fused import feeds, fuse
 from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for
 
-
 #: Bytes of weights below which one token is computed sooner by one thread than several threads have found each other.
 _ALONE = 8 << 20
 
@@ -119,12 +118,12 @@ class Binding:
         results: dict[str, Array] = {}
         unknown = list(moving)
         for name, kind in self.opened.outputs.items():
-            array = _allocated(kind, dims)
-            if array is None:
+            memory = _allocated(kind, dims)
+            if memory is None:
                 unknown.append(name)
             else:
-                results[name] = array
-                self._native.bind_ortvalue_output(name, value_of(array))
+                results[name] = memory
+                self._native.bind_ortvalue_output(name, value_of(memory))
                 self._order[name] = None
         for name in unknown:
             self._native.bind_output(name)
@@ -156,7 +155,7 @@ def _allocated(kind: TensorType, dims: Mapping[str, int]) -> Array | None:
     if kind.shape is None or kind.dtype is None or kind.dtype not in COMPUTE_FLOATS or kind.dtype is DType.BF16:
         return None
     sizes = [dims.get(size) if isinstance(size, str) else size for size in kind.shape]
-    return None if None in sizes else np.empty(sizes, kind.dtype.numpy)  # type: ignore[arg-type]
+    return None if None in sizes else np.empty([size for size in sizes if size is not None], kind.dtype.numpy)
 
 
 class OrtState:

@@ -12,6 +12,8 @@ from actgraph.graph.graph import Array, Value
 from actgraph.graph.onnx_native import as_attribute
 from actgraph.ops.dtypes import DType
 
+#: The domain of onnxruntime's own operators.
+CONTRIB = "com.microsoft"
 _BY_HEAD = (0, 2, 1, 3)
 
 
@@ -22,6 +24,7 @@ class Writer:
         self.graph = graph
         self._count = 0
         self._tables: dict[str, ir.Value] = {}
+        self._now: dict[ir.Value, ir.Value] = {}
 
     def input(self, name: str, dtype: DType, shape: Sequence[int | None]) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(ir.DataType(dtype.onnx)), shape=ir.Shape(list(shape)))
@@ -63,6 +66,7 @@ class Writer:
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every reader of ``old`` read ``new``, outputs of the graph included."""
+        self._now[old] = new
         new.type, new.shape = new.type or old.type, new.shape or old.shape
         for user, index in list(old.uses()):
             user.replace_input_with(index, new)
@@ -70,9 +74,15 @@ class Writer:
             if output is old:
                 self.graph.outputs[index] = new
 
+    def now(self, value: ir.Value) -> ir.Value:
+        """What stands for ``value`` after the replacements so far."""
+        while value in self._now:
+            value = self._now[value]
+        return value
+
     def finish(self, model: ir.Model) -> None:
         """Remove what nothing reads any more, and declare the operator sets."""
-        model.opset_imports.setdefault("com.microsoft", 1)
+        model.opset_imports.setdefault(CONTRIB, 1)
         outputs = set(self.graph.outputs)
         for node in reversed(list(self.graph)):
             if not any(value.uses() or value in outputs for value in node.outputs):

@@ -66,7 +66,8 @@ class _View:
         if not tokens.padded:
             counted = np.arange(self.first, self.last, dtype=np.int64)[None]
             return counted if tokens.batch == 1 else np.repeat(counted, tokens.batch, axis=0)
-        return np.maximum(np.cumsum(tokens._valid[:, : self.last], axis=1) - 1, 0)[:, self.first :]
+        counted = np.maximum(np.cumsum(tokens._valid[:, : self.last], axis=1) - 1, 0)
+        return counted[:, self.first :]
 
     def prompt_lengths(self) -> Array:
         lengths: Array | None = self.tokens.prompt

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional
 
 from actgraph.errors import UnsupportedError
 from actgraph.graph.fx import FxGraph
@@ -27,6 +28,7 @@ from actgraph.ops.registry import OpDef, single
 from actgraph.ops.torch_library import op_of
 from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for
 
+aten = torch.ops.aten
 #: The name of the input that says how many tokens the slots hold.
 USED = "used_tokens"
 #: What an attention may read of a slot of fixed size so that its front is enough, and what counts its keys.
@@ -51,7 +53,7 @@ class HeldGraph:
         if compile:
             torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
             for weight in self.weights:
-                torch._dynamo.mark_static(weight)  # type: ignore[no-untyped-call]
+                torch._dynamo.mark_static(weight)
             self.call = torch.compile(module.forward, dynamic=True, fullgraph=True, options={"cpp_wrapper": True})
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
@@ -109,7 +111,7 @@ class TorchState:
 
     def _keep(self, slot: Slot, tensor: torch.Tensor) -> None:
         if self._compiled:
-            torch._dynamo.mark_static(tensor, [axis for axis in range(tensor.dim()) if axis not in (0, TOKENS)])  # type: ignore[no-untyped-call]
+            torch._dynamo.mark_static(tensor, [axis for axis in range(tensor.dim()) if axis not in (0, TOKENS)])
         self._tensors[slot.input] = tensor
         self._own = {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}
 
@@ -192,9 +194,10 @@ class _Lowering:
         self.outputs = list(self.results)
         self._lift_weights()
         for node in self.native.nodes:
-            op = op_of(node.target) if node.op == "call_function" else None
-            if op is not None:
-                node.target = _plain(op)
+            if node.op != "call_function":
+                continue
+            op = op_of(node.target)
+            node.target = _plain(op) if op is not None else _QUICK.get(node.target, node.target)
         self.native.eliminate_dead_code(_keep)
         self.native.lint()
 
@@ -294,12 +297,25 @@ def _is_shown(node: fx.Node) -> bool:
 def _may_view(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
-    return "view" in node.target.name() or any(value.alias_info is not None for value in node.target._schema.returns)
+    name = str(node.target)
+    return "view" in name or any(value.alias_info is not None for value in node.target._schema.returns)
 
 
 def _plain(op: OpDef) -> Callable[..., Any]:
     """The op as a function: what torch's dispatcher adds (checks of types, autograd) costs more than a small op."""
     return op.eager or op.reference
+
+
+#: ATen calls as the functions of torch's Python API: the same kernels, of which the call costs half as much.
+_QUICK: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
+    aten.neg.default: torch.neg, aten.rsqrt.default: torch.rsqrt, aten.pow.Tensor_Scalar: torch.pow,
+    aten.cos.default: torch.cos, aten.sin.default: torch.sin, aten.tanh.default: torch.tanh, aten.mean.dim: torch.mean,
+    aten.silu.default: functional.silu, aten.cat.default: torch.cat, aten.reshape.default: torch.reshape,
+    aten.transpose.int: torch.transpose, aten.permute.default: torch.permute, aten.unsqueeze.default: torch.unsqueeze,
+    aten.linear.default: functional.linear, aten.matmul.default: torch.matmul, aten.embedding.default: torch.embedding,
+    aten.layer_norm.default: torch.layer_norm,
+}  # fmt: skip
 
 
 def _keep(node: fx.Node) -> bool:
