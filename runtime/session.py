@@ -162,14 +162,14 @@ class Compiled:
         graphs = self.program.graphs.items()
         if self.graph.dialect == "fx":
             from actgraph.graph.fx import FxGraph
-            from actgraph.runtime.torch_held import HeldGraph
+            from actgraph.runtime.torch_held import HeldGraph, Packed
 
-            held = {}
+            held, packed = {}, Packed()
             for name, graph in graphs:
                 assert isinstance(graph, FxGraph)
                 # prompts have every length, and are long enough for the overhead of eager calls not to count
                 fixed = len(graphs) == 1 or isinstance(graph.value("input_ids").shape[1], int)  # type: ignore[index]
-                held[name] = HeldGraph(graph, compile=self.engine == "torch.compile" and fixed)
+                held[name] = HeldGraph(graph, packed, compile=self.engine == "torch.compile" and fixed)
             return held
         from actgraph.runtime.ort_held import HeldOnnx
 

@@ -35,12 +35,38 @@ USED = "used_tokens"
 _READS_FRONT = ("attention", "positions")
 
 
+class Packed:
+    """Weights as [in, out], each made once for all graphs of a program."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        key = (weight.data_ptr(), weight.shape, weight.stride())
+        if key not in self._made:
+            self._made[key] = weight.detach().t().contiguous()
+        return self._made[key]
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    """Whether a linear of few tokens reads ``weight`` faster as [in, out]: on the CPU, where it has no fewer rows than columns.
+
+    Measured with MKL: a vector times [768, 2048] goes at 1.5 times the rate of [2048, 768] transposed.
+    """
+    rows, columns = weight.shape if weight.dim() == 2 else (0, 1)
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and rows >= columns and weight.numel() >= _LARGE
+
+
+#: Elements from which on it matters how a weight is stored.
+_LARGE = 1 << 16
+
+
 class HeldGraph:
     """One graph of a program, rewritten. Immutable, so that sessions in several threads may run it with their own tensors."""
 
-    def __init__(self, graph: FxGraph, *, compile: bool = False) -> None:
-        """compile: through ``torch.compile``; the first call of each kind (prompt, one token) then takes a while."""
-        lowering = _Lowering(graph, copy_graph(graph.graph))
+    def __init__(self, graph: FxGraph, packed: Packed | None = None, *, compile: bool = False) -> None:
+        """packed: of the program. compile: through ``torch.compile``; the first calls then take a while."""
+        lowering = _Lowering(graph, copy_graph(graph.graph), packed or Packed())
         lowering.run()
         self.inputs = [value.name for value in graph.inputs()]
         self.defaults = {name: tensor_of(array) for name, array in graph.defaults.items()}
@@ -162,6 +188,12 @@ def write(buffer: torch.Tensor, new: torch.Tensor, used: int, mode: str = "linea
     return buffer.index_copy_(TOKENS, place, new)
 
 
+def linear_packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``linear`` with the weight as [in, out]."""
+    product = torch.matmul(x, weight)
+    return product if bias is None else product + bias
+
+
 def write_front(buffer: torch.Tensor, new: torch.Tensor, used: int) -> torch.Tensor:
     """As ``write``; returns a view of what is written so far."""
     count = new.shape[TOKENS]
@@ -175,6 +207,7 @@ class _Lowering:
 
     graph: FxGraph
     native: fx.Graph
+    packed: Packed
     weights: list[torch.Tensor] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
 
@@ -270,10 +303,19 @@ class _Lowering:
             tensor = operator.attrgetter(str(node.target))(self.graph.root)
             if not isinstance(tensor, torch.Tensor):
                 continue
-            weight = self._placeholder(f"weight_{len(self.weights)}")
-            self.weights.append(tensor.detach())
-            node.replace_all_uses_with(weight)
+            linears = [user for user in node.users if user.target is aten.linear.default and user.args[0] is not node]
+            if linears and _packs(tensor):
+                packed = self._weight(self.packed(tensor))
+                for linear in linears:
+                    linear.target = linear_packed
+                    linear.replace_input_with(node, packed)
+            if node.users:
+                node.replace_all_uses_with(self._weight(tensor.detach()))
             self.native.erase_node(node)
+
+    def _weight(self, tensor: torch.Tensor) -> fx.Node:
+        self.weights.append(tensor)
+        return self._placeholder(f"weight_{len(self.weights) - 1}")
 
 
 def _op(node: Any) -> str:
