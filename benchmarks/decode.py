@@ -100,7 +100,7 @@ def read_bandwidth(threads: int) -> float:
 def open_actgraph(folder: Path, engine: str) -> Run:
     import actgraph as ag
 
-    compiled = ag.compile(ag.run(ag.load(str(folder)), "kv_cache").program, engine)
+    compiled = ag.compile(ag.run(ag.load(str(folder)), "kv_cache{last_logits=true}").program, engine)
     if "stories" not in str(folder):
         for graph in compiled.program:
             graph.companions.tokenizer = None

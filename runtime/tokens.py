@@ -66,8 +66,8 @@ class _View:
         if not tokens.padded:
             counted = np.arange(self.first, self.last, dtype=np.int64)[None]
             return counted if tokens.batch == 1 else np.repeat(counted, tokens.batch, axis=0)
-        counts: Array = np.cumsum(tokens._valid[:, : self.last], axis=1)
-        return np.maximum(counts[:, self.first :] - 1, 0)
+        places: Array = np.maximum(np.cumsum(tokens._valid[:, : self.last], axis=1) - 1, 0)[:, self.first :]
+        return places
 
     def prompt_lengths(self) -> Array:
         lengths: Array | None = self.tokens.prompt

@@ -128,7 +128,12 @@ def _with_cache(program: Program, quiet: bool) -> Program:
     if program.slots or len(program) > 1:
         return program
     try:
-        return ag.run(program, "kv_cache", parity="none", reproducer=False).program
+        try:
+            return ag.run(program, "kv_cache{last_logits=true}", parity="none", reproducer=False).program
+        except ag.ActgraphError as error:
+            if not error.message.startswith("last_logits"):
+                raise
+            return ag.run(program, "kv_cache", parity="none", reproducer=False).program
     except ag.ActgraphError as error:
         if not quiet:
             print(f"note: without a cache: {error.message}", file=sys.stderr)

@@ -48,7 +48,9 @@ KINDS: dict[str, ContextKind] = {
     "valid_tokens": ContextKind(
         "true for tokens, false for padding", DType.BOOL, ("batch", "seq"), 1, ("attention_mask", "valid_tokens")
     ),
-    "prompt_lengths": ContextKind("number of prompt tokens of each row; 0: all tokens are generated", DType.I64, ("batch",), 0),
+    "prompt_lengths": ContextKind(
+        "number of prompt tokens of each row; where nobody tells it, all tokens are prompt", DType.I64, ("batch",), 2**31 - 1
+    ),
     "row_index": ContextKind("index of each row among the requests of a batch", DType.I64, ("batch",), 0),
     "step": ContextKind("number of the step of an iterated model, from 0", DType.I64, (), 0),
 }  # fmt: skip

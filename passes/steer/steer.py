@@ -32,7 +32,7 @@ class Steer(SitePass):
     ``where`` is ``all``, ``prompt``, ``generated``, or a window of positions: ``3:`` (from position 3 on), ``:4`` (the first
     four), ``2:5`` (2, 3 and 4); ``prompt & 2:`` are the tokens that meet both. Positions count the real tokens of each row
     from 0, and never padding. A token is generated when as many tokens as the prompt has stand before it; sessions tell the
-    lengths of prompts, and where nobody does (the input ``prompt_lengths`` is optional) there is no prompt. A clause means
+    lengths of prompts, and where nobody does (the input ``prompt_lengths`` is optional) all tokens are prompt. A clause means
     the same with and without a cache, which may be inserted before or after. It needs sites of [batch, seq, channels].
 
     Vectors at one site, value or edge, merge into one. Where the site's value is a linear's output, directly or through
@@ -89,6 +89,9 @@ class Steer(SitePass):
                     )
         if not where.everywhere and self.fold and result.counts["inserted"]:
             result.messages.append(f"not folded: a bias is added to every token, and the shift is where={self.where}")
+        if where.part and result.counts["inserted"]:
+            told = "where nobody gives it, all tokens are prompt"
+            result.messages.append(f"where={self.where} reads the input prompt_lengths: {told}")
         if is_of_another_model(vector.model, graph):
             result.messages.append(
                 f"{self.vector} was extracted from another model than {graph.name}, or before its embeddings were changed"

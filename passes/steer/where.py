@@ -76,7 +76,7 @@ def where_mask(editor: Editor, graph: Graph, clause: str | Where) -> Value | Non
     """1 for the tokens that ``clause`` names and 0 for others, float32, to be broadcast to [batch, seq]; ``None``: all tokens.
 
     Positions count the real tokens of each row from 0, padding excluded (a token of padding has position 0 or none that
-    matters). Token p of a row is generated iff ``p >= prompt_lengths[row]``; whoever does not tell the lengths has no prompt.
+    matters). Token p of a row is generated iff ``p >= prompt_lengths[row]``; where nobody tells them, all are prompt.
     Raises OptionError for a clause that cannot be read, and InputError for a graph without token dimensions.
     """
     where = Where.parse(clause) if isinstance(clause, str) else clause

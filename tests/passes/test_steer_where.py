@@ -83,13 +83,15 @@ def test_exactly_the_named_tokens_move(dialect: str, clause: str) -> None:
         np.testing.assert_allclose(after[row, real][named], before[row, real][named] + VECTOR, atol=1e-5)
 
 
-def test_without_lengths_there_is_no_prompt() -> None:
+def test_without_lengths_all_tokens_are_prompt() -> None:
     graph = zoo.captured("llama")
     inputs = padded()[0]
     plain = graph.run(inputs)["logits"]
-    assert np.array_equal(steered(graph, "prompt").graph.run(inputs)["logits"], plain)
+    made = steered(graph, "generated")
+    assert np.array_equal(made.graph.run(inputs)["logits"], plain)
+    assert any("where nobody gives it, all tokens are prompt" in message for message in made.report[0].messages)
     everywhere = steered(graph, "all", fold="false").graph.run(inputs)["logits"]
-    assert np.array_equal(steered(graph, "generated").graph.run(inputs)["logits"], everywhere)
+    assert np.array_equal(steered(graph, "prompt").graph.run(inputs)["logits"], everywhere)
 
 
 def test_a_clause_is_never_folded_or_merged() -> None:
