@@ -61,8 +61,13 @@ def _take_writes(native: fx.Graph) -> list[tuple[str, fx.Node]]:
 
 
 def _add_slot(graph: FxGraph, buffer: str, written: fx.Node) -> None:
-    """A buffer that the model writes becomes a slot: read from an input, written to an output."""
-    parameter = graph.value(buffer)
+    """A buffer that the model writes becomes a slot: read from an input, written to an output.
+
+    One that no call reads before it is written (a scratch place, such as rotary frequencies chosen anew by each call) is none.
+    """
+    parameter = next((value for value in graph.parameters() if value.name == buffer), None)
+    if parameter is None:
+        return
     name = f"state_in.{buffer}"
     value = graph._add_input(name, parameter.type, Role.SLOT, array_of(graph.tensor(parameter)).copy())
     graph._redirect(parameter, value, parameter.uses)

@@ -110,13 +110,22 @@ def _tokens(graph: Graph) -> Value | None:
 
 
 #: How configurations spell the number of tokens that a model was made for.
+_SHORT = "original_max_position_embeddings"
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
 def context_length(graph: Graph) -> int | None:
-    """The number of tokens that the model was made for (the smallest its configuration names); ``None`` where it names none."""
-    configs = [graph.companions.config, graph.companions.config.get("text_config") or {}]
-    return min((config[key] for config in configs for key in _LENGTHS if isinstance(config.get(key), int)), default=None)
+    """The number of tokens that the model was made for (the smallest its configuration names); ``None`` where it names none.
+
+    A model whose rotary angles change beyond a length (longrope) is captured with those of short inputs, up to that length.
+    """
+    limits = []
+    for config in (graph.companions.config, graph.companions.config.get("text_config") or {}):
+        limits += [config[key] for key in _LENGTHS if isinstance(config.get(key), int)]
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if "longrope" in (rope.get("rope_type"), rope.get("type")):
+            limits += [each[_SHORT] for each in (config, rope) if isinstance(each.get(_SHORT), int)]
+    return min(limits, default=None)
 
 
 def logits_output(graph: Graph) -> str:
