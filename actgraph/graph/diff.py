@@ -104,9 +104,10 @@ def plural(noun: str, count: int = 2) -> str:
 
 
 def _counted(item: tuple[str, int]) -> str:
-    """``("node added", 3)`` -> ``3 nodes added``."""
-    kind, action = item[0].split(" ")
-    return f"{item[1]} {plural(kind, item[1])} {action}"
+    """``("node added", 3)`` -> ``3 nodes added``; of a graph of a program: ``prefill: 3 nodes added``."""
+    of, _, counted = item[0].rpartition(": ")
+    kind, action = counted.split(" ")
+    return f"{of}: {item[1]} {plural(kind, item[1])} {action}" if of else f"{item[1]} {plural(kind, item[1])} {action}"
 
 
 def diff(left: Graph | Program, right: Graph | Program) -> GraphDiff:

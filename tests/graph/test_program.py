@@ -52,6 +52,19 @@ def test_a_program_of_one_behaves_like_its_graph(tmp_path: Path) -> None:
     assert not diff_programs(program, program.clone()) and diff_programs(Program.of(zoo.captured("llama")), program)
 
 
+def test_a_diff_of_programs_counts_by_graph() -> None:
+    """The kinds of changes inside a graph begin with its name, in the lines and in the summary."""
+    left, right = two(), two()
+    graph = right.graphs["short"]
+    with graph.edit("test") as editor:
+        editor.insert_at(graph.site("blocks.0.resid_post"), "mul", [np.float32(2)])
+    found = diff_programs(left, right)
+    assert "short: node added" in found.counts() and not any(kind.startswith("full: ") for kind in found.counts())
+    summary = found.text().splitlines()[-1]
+    assert summary.startswith("summary: ") and "short: 1 node added" in summary
+    assert "@@ short: nodes" in found.text()
+
+
 def test_driver_is_data() -> None:
     driver = Driver.prefill_then_decode()
     assert [driver.graph_at(step) for step in range(3)] == ["prefill", "decode", "decode"]
