@@ -185,7 +185,9 @@ def open_genai(folder: Path) -> tuple[Run, str]:
     try:
         build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(own)]
         build += ["-p", "fp32", "-e", "cpu", "-c", str(folder / "cache")]
-        subprocess.run(build, check=True, capture_output=True)
+        built = subprocess.run(build, capture_output=True, text=True)
+        if built.returncode:
+            raise RuntimeError(f"the model builder failed: {built.stderr.strip().splitlines()[-1]}")
         run = opened(own)
         run([3, 4, 5], 2)
         return run, "the file of its model builder"

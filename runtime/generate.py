@@ -13,7 +13,7 @@ from typing import TypeGuard, cast, overload
 import numpy as np
 
 from actgraph.errors import InputError
-from actgraph.graph.context import context_length, logits_output
+from actgraph.graph.context import context_length, logits_output, token_dims
 from actgraph.graph.graph import Array, Graph
 from actgraph.graph.program import Program
 from actgraph.runtime.sampling import Sampling
@@ -241,17 +241,32 @@ class _Generator:
         if follow or stops:
             for each in self.rows:
                 each.follow()
+        dims = token_dims(graph)
+        if dims is not None and isinstance(dims[1], int):
+            raise InputError(
+                f"{graph.name} takes {dims[1]} token{'s' if dims[1] > 1 else ''} at a time, and not a text",
+                "a decode graph runs as part of its program: give its folder"
+                if dims[1] == 1
+                else "capture it with a dynamic length",
+            )
         self.limit = context_length(graph)
-        longest = max(len(r.prompt) for r in self.rows)
-        if self.limit is not None and longest > self.limit:
-            raise InputError(f"the prompt has {longest} tokens and the model's context holds {self.limit}", "shorten it")
+        self._refuse_longer(self.limit)
         self.logits_name = logits_output(graph)
-        for name in unknown_inputs(graph):
-            raise InputError(f"generation does not know what to feed input {name!r} of {graph.name}", "it fills token inputs")
+        for member in model.program if isinstance(model, Compiled) else model if isinstance(model, Program) else (graph,):
+            for name in unknown_inputs(member):
+                raise InputError(
+                    f"generation does not know what to feed input {name!r} of {member.name}", "it fills token inputs"
+                )
         self.ends = _end_tokens(graph) if stop_at_end else frozenset[int]()
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.compiled = model if isinstance(model, Compiled) else compile(model)
+        self._refuse_longer(self.compiled.capacity)
         self.session = self.compiled.session(len(self.rows))
+
+    def _refuse_longer(self, limit: int | None) -> None:
+        longest = max(len(row.prompt) for row in self.rows)
+        if limit is not None and longest > limit:
+            raise InputError(f"the prompt has {longest} tokens and the model's context holds {limit}", "shorten it")
 
     def __iter__(self) -> Iterator[dict[int, Step]]:
         rows, name = self.rows, self.logits_name
@@ -306,6 +321,8 @@ class _Generator:
 
 def _main_graph(model: Graph | Program | Compiled) -> Graph:
     """The graph that tells about the model: of a program the one that takes the prompt."""
+    if not isinstance(model, (Graph, Program, Compiled)):
+        raise InputError(f"generation takes a graph, not {type(model).__name__}", "ag.load opens a model by its name")
     if isinstance(model, Compiled):
         return model.graph
     return model.graphs[model.driver.graph_at(0)] if isinstance(model, Program) else model

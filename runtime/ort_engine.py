@@ -171,6 +171,12 @@ def value_of(array: Array) -> ort.OrtValue:
 
 def array_of_value(value: ort.OrtValue) -> Array:
     """What onnxruntime returned, as an array of its own. Raises UnsupportedError for an element type that we do not know."""
+    array = view_of_value(value)
+    return array if array.flags.owndata else array.copy()
+
+
+def view_of_value(value: ort.OrtValue) -> Array:
+    """The content of ``value``, shared where numpy has its type: good as long as ``value`` is kept. Raises UnsupportedError."""
     import ctypes
 
     import onnx_ir as ir

@@ -20,9 +20,9 @@ from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.slots import Slot, initial, slots_of
 from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.shapes import TensorType
-from actgraph.runtime.ort_engine import array_of_value, first_line, open_graph, value_of
+from actgraph.runtime.ort_engine import array_of_value, first_line, open_graph, value_of, view_of_value
 from actgraph.runtime.ort_fused import feeds, fuse
-from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for
+from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for, to_reset
 
 #: Bytes of weights below which one token is computed sooner by one thread than several threads have found each other.
 _ALONE = 8 << 20
@@ -167,12 +167,13 @@ class OrtState:
 
     def __init__(self, graphs: Mapping[str, HeldOnnx], slots: Sequence[Slot], batch: int, limit: int | None) -> None:
         self._graphs, self._slots, self._batch, self._limit = graphs, slots, batch, limit
+        self._values: dict[str, ort.OrtValue] = {}
         self.reset()
 
     def reset(self) -> None:
         self._fused = self._may_fuse = all(held.fused is not None for held in self._graphs.values())
         self._used = self._room = 0
-        self._values = {slot.input: value_of(initial(slot, self._batch)) for slot in self._slots}
+        self._values |= {slot.input: value_of(initial(slot, self._batch)) for slot in to_reset(self._slots, self._values)}
         self._bindings: dict[str, Binding] = {}
 
     @property
@@ -213,7 +214,7 @@ class OrtState:
         for slot in self._slots:
             buffer = filled(slot, self._batch, room)
             if self._used:
-                entries(buffer, 0, self._used)[...] = entries(array_of_value(self._values[slot.input]), 0, self._used)
+                entries(buffer, 0, self._used)[...] = entries(view_of_value(self._values[slot.input]), 0, self._used)
             self._values[slot.input] = value_of(buffer)
         self._room = room
         self._bindings.clear()
@@ -222,8 +223,8 @@ class OrtState:
         """Go on with the other graphs, from the entries alone."""
         if self._fused:
             for slot in self._slots:
-                array = entries(array_of_value(self._values[slot.input]), 0, self._used)
-                self._values[slot.input] = value_of(np.ascontiguousarray(array))
+                array = entries(view_of_value(self._values[slot.input]), 0, self._used)
+                self._values[slot.input] = value_of(array.copy())  # the old value and its memory go
         self._fused, self._room = fused, self._used if fused else 0
         self._bindings.clear()
 
@@ -248,7 +249,7 @@ class OrtState:
     # --- entries ----------------------------------------------------------------------------------------------------------
 
     def read(self, start: int, stop: int) -> dict[str, Array]:
-        held = {slot.name: array_of_value(self._values[slot.input]) for slot in by_token(self._slots)}
+        held = {slot.name: view_of_value(self._values[slot.input]) for slot in by_token(self._slots)}
         return {name: entries(array, start, stop).copy() for name, array in held.items()}
 
     def load(self, contents: Mapping[str, Array], count: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.context import KINDS, context_length
 from actgraph.graph.executor import Runner, executor_for
-from actgraph.graph.graph import Array, Graph, Role
+from actgraph.graph.graph import Array, Graph, Role, Value
 from actgraph.graph.program import Program
 from actgraph.graph.slots import Slot, slots_of, with_initial_slots
 from actgraph.runtime.state import TOKENS, ExplicitState, State, without_slots
@@ -49,8 +49,11 @@ def compile(
     lowering: how sessions keep slots: ``"held"`` in buffers of the engine, written in place; ``"explicit"`` as arrays that go
     in and come out of each call.
     prefixes: where prompts leave their keys and values for others that begin in the same way.
-    Raises UnsupportedError for an engine that cannot run the model.
+    Raises UnsupportedError for an engine that cannot run the model, for slots that outlive sessions, and for prefixes of a
+    model whose state does not have one entry for each token.
     """
+    if not isinstance(model, (Graph, Program)):
+        raise InputError(f"compile takes a graph or a program, not {type(model).__name__}", "ag.load opens a model by its name")
     if engine not in ("auto", *ENGINES):
         raise InputError(f"there is no engine {engine!r}", f"choose auto, {', '.join(ENGINES)}")
     if lowering not in LOWERINGS:
@@ -65,7 +68,18 @@ def compile(
         if dialect == "onnx":
             raise UnsupportedError(f"{program.name} is an ONNX graph, which torch does not run", "use engine='onnxruntime'")
         program = program.map(_exported)
-    return Compiled(program, engine, chunk=chunk, lowering=lowering, prefixes=prefixes)
+    lasting = next((slot for slot in program.slots.values() if slot.reset == "never"), None)
+    if lasting is not None:
+        raise UnsupportedError(f"slot {lasting.name} outlives sessions (reset = never)", "feed it yourself: call the graph")
+    compiled = Compiled(program, engine, chunk=chunk, lowering=lowering, prefixes=prefixes)
+    if prefixes is not None:
+        from actgraph.runtime.prefix import why_not
+
+        reason = why_not(compiled)
+        if reason:
+            raise UnsupportedError(f"{program.name} cannot reuse prefixes: {reason}", "compile it without prefixes")
+    compiled.open()
+    return compiled
 
 
 def _exported(graph: Graph) -> Graph:
@@ -131,6 +145,12 @@ class Compiled:
                 graph = self.program.graphs[stage]
                 self._runners[stage] = executor_for(graph).open(graph)
             return self._runners[stage]
+
+    def open(self) -> None:
+        """Open what sessions run; ``compile`` has done that. Afterwards ``lowering`` and ``why_explicit`` are final."""
+        if self._held_graphs() is None:
+            for stage in self.program.graphs:
+                self.runner(stage)
 
     def state(self, batch: int) -> State:
         """New slots for ``batch`` rows."""
@@ -199,6 +219,9 @@ class Session:
             }
             for name, graph in compiled.program.graphs.items()
         }
+        self._masked = all("attention_mask" in wanted for wanted in self._wanted.values())
+        self._vocabulary = _vocabulary(compiled.graph)
+        self._cached = any(slot.update != "replace" for slot in compiled.slots)
         self._state = compiled.state(batch)
         self._tokens = Tokens(batch)
         self._failed = False
@@ -229,7 +252,10 @@ class Session:
         """
         if self._failed:
             raise InputError("an earlier call of the session failed while it wrote its slots", "reset the session")
-        tokens = np.asarray(tokens, np.int64)
+        tokens = np.asarray(tokens)
+        if tokens.dtype.kind not in "iu":
+            raise InputError(f"tokens are of type {tokens.dtype}", "give integers")
+        tokens = tokens.astype(np.int64, copy=False)
         if valid is not None:
             valid = np.asarray(valid, np.int64)
         shape = tokens.shape
@@ -242,11 +268,20 @@ class Session:
                 f"the context is full: {self._tokens.length} of {capacity} tokens are used, and {count} are to come",
                 "start a new session, or shorten the prompt",
             )
+        if valid is not None and not valid.all() and not self._masked:
+            raise InputError(
+                f"{self.compiled.program.name} takes no attention_mask, so that padding cannot be told from tokens",
+                "feed each row in a session of its own",
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or (self._vocabulary is not None and high >= self._vocabulary):
+            odd = low if low < 0 else high
+            raise InputError(f"there is no token {odd}", f"tokens are 0 to {(self._vocabulary or 0) - 1}")
         first = self._tokens.prompt is None
         if first:
             self._tokens.end_prompt(count, valid)
         stage = self._driver.graph_at(0 if first or count > 1 else 1)
-        if not self.compiled.slots:
+        if not self._cached:
             return self._step(stage, tokens, valid, 0)
         chunk = self.compiled.chunk
         if count <= chunk:
@@ -287,6 +322,16 @@ class Session:
             raise InputError("entries are loaded into an empty session of one row", "use a session of batch 1, before feeding")
         self._state.load(contents, tokens.shape[1])
         self._tokens.add(tokens, None)
+
+
+def _vocabulary(graph: Graph) -> int | None:
+    """How many tokens there are: the rows of the table that token ids are looked up in."""
+    for use in graph.value("input_ids").uses:
+        prim = use.node.prim if use.node is not None else None
+        table = prim.operands[0] if prim is not None and prim.op == "gather" else None
+        if isinstance(table, Value) and table.shape is not None and isinstance(table.shape[0], int):
+            return table.shape[0]
+    return None
 
 
 def unknown_inputs(graph: Graph) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 Explicit: a slot is an array that is fed as an input and taken from an output. Any graph of any engine can run so; it is what
 others' runtimes do with the file, and what the held form is tested against. Held: a slot is a buffer of the engine that the
-graph writes in place (see ``torch_state`` and ``ort_state``).
+graph writes in place (see ``torch_held`` and ``ort_held``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from actgraph.errors import InputError
 from actgraph.graph.executor import Runner
 from actgraph.graph.graph import Array, Graph, Role
-from actgraph.graph.slots import Slot, advance, initial
+from actgraph.graph.slots import Slot, advance, initial, slots_of
 
 #: The axis of the tokens in slots of keys and values, [batch, heads, tokens, head].
 TOKENS = 2
@@ -28,7 +28,7 @@ class State(Protocol):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all entries that are held, without room that is kept for more."""
+        """Bytes of all slots: of those that grow the entries, without room that is kept for more."""
         ...
 
     def reset(self) -> None:
@@ -53,6 +53,8 @@ class ExplicitState:
 
     def __init__(self, graphs: Mapping[str, Graph], runner: Callable[[str], Runner], slots: Sequence[Slot], batch: int) -> None:
         self._graphs, self._runner, self._slots, self._batch = graphs, runner, slots, batch
+        self._of = {name: list(slots_of(graph).values()) for name, graph in graphs.items()}
+        self._arrays: dict[str, Array] = {}
         self.reset()
 
     @property
@@ -60,11 +62,12 @@ class ExplicitState:
         return sum(array.nbytes for array in self._arrays.values())
 
     def reset(self) -> None:
-        self._arrays = {slot.input: initial(slot, self._batch) for slot in self._slots}
+        self._arrays |= {slot.input: initial(slot, self._batch) for slot in to_reset(self._slots, self._arrays)}
 
     def run(self, stage: str, inputs: Mapping[str, Array], used: int) -> dict[str, Array]:
-        results = self._runner(stage)({**inputs, **self._arrays})
-        self._arrays = advance(self._slots, results)
+        own = self._of[stage]
+        results = self._runner(stage)({**inputs, **{slot.input: self._arrays[slot.input] for slot in own}})
+        self._arrays |= advance(own, results)
         return without_slots(self._graphs[stage], results)
 
     def read(self, start: int, stop: int) -> dict[str, Array]:
@@ -84,6 +87,11 @@ class ExplicitState:
 def without_slots(graph: Graph, results: Mapping[str, Array]) -> dict[str, Array]:
     """The results of a run that are not the content of slots."""
     return {name: array for name, array in results.items() if graph.role(name) is not Role.SLOT}
+
+
+def to_reset(slots: Sequence[Slot], known: Container[str]) -> list[Slot]:
+    """The slots that a reset fills anew, by the scope that they declare; those that are not ``known`` yet begin."""
+    return [slot for slot in slots if slot.reset == "request" or slot.input not in known]
 
 
 def by_token(slots: Sequence[Slot]) -> list[Slot]:

@@ -26,7 +26,7 @@ from actgraph.graph.graph import Array
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.ops.registry import OpDef, single
 from actgraph.ops.torch_library import op_of
-from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for
+from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for, to_reset
 
 aten = torch.ops.aten
 #: The name of the input that says how many tokens the slots hold.
@@ -100,15 +100,15 @@ class TorchState:
 
     def __init__(self, graphs: Mapping[str, HeldGraph], slots: Sequence[Slot], batch: int, limit: int | None) -> None:
         self._graphs, self._slots, self._batch, self._limit = graphs, slots, batch, limit
+        self._tensors: dict[str, torch.Tensor] = {}
         self._compiled = any(held.compiled for held in graphs.values())
         self._grows = [slot for slot in slots if slot.update == "append"]
         self.reset()
 
     def reset(self) -> None:
         self._room = self._used = 0
-        self._tensors: dict[str, torch.Tensor] = {}
         self._own: set[int] = set()
-        for slot in self._slots:
+        for slot in to_reset(self._slots, self._tensors):
             self._keep(slot, tensor_of(filled(slot, self._batch)))
 
     @property

@@ -11,8 +11,8 @@ from typing import Any
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.formats.atomic import atomic_file
-from actgraph.graph.context import context_length, logits_output
-from actgraph.graph.graph import Graph
+from actgraph.graph.context import KINDS, context_length, logits_output
+from actgraph.graph.graph import Graph, Role
 from actgraph.graph.slots import Slot, slots_of
 
 #: Architectures of decoders whose inputs onnxruntime-genai fills in as the plain ones that a cached graph has.
@@ -36,6 +36,11 @@ def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
         )
     if not slots or len(slots) != 2 * len(layers) or any(slot.update != "append" for slot in slots):
         raise UnsupportedError(f"{graph.name} has no growing key-value cache", "run the pass kv_cache on it first")
+    told = [value.name for value in graph.inputs() if graph.role(value.name) is Role.CONTEXT and value.name in KINDS]
+    if told:
+        raise UnsupportedError(
+            f"onnxruntime-genai cannot tell the graph its {told[0]}, which an edit reads", "leave that edit (a where=...) out"
+        )
     names = {value.name for value in graph.inputs() if graph.default(value.name) is None}
     known = {"input_ids", "attention_mask", "position_ids", *(slot.input for slot in slots)}
     if names - known:
@@ -54,7 +59,7 @@ def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
     return {
         "model": {
-            "bos_token_id": generation.get("bos_token_id", config.get("bos_token_id", first_end)),
+            "bos_token_id": _first_known(generation.get("bos_token_id"), config.get("bos_token_id"), first_end),
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -76,7 +81,7 @@ def genai_config(graph: Graph, filename: str) -> dict[str, Any]:
                 "num_key_value_heads": shape[1],
             },
             "eos_token_id": end,
-            "pad_token_id": generation.get("pad_token_id", config.get("pad_token_id")) or first_end,
+            "pad_token_id": _first_known(generation.get("pad_token_id"), config.get("pad_token_id"), first_end),
             "type": _TYPE,
             "vocab_size": vocabulary,
         },
@@ -91,6 +96,11 @@ def _is_narrow(graph: Graph, slot: Slot) -> bool:
     """Whether a slot is stored in another type than its attention computes in."""
     computed = {attention.key.dtype for attention in graph.views.attentions()}
     return slot.name.endswith("_scale") or (bool(computed) and slot.dtype not in computed)
+
+
+def _first_known(*values: Any) -> Any:
+    """The first that is not ``None``: 0 is a token."""
+    return next((value for value in values if value is not None), None)
 
 
 def save_genai(graph: Graph, folder: str | Path, filename: str = "model.onnx") -> Path:

@@ -103,7 +103,9 @@ def with_initial_slots(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, A
     slots = [slot for slot in slots_of(graph).values() if slot.input not in inputs]
     if not slots:
         return dict(inputs)
-    batch = next((len(array) for array in inputs.values() if np.ndim(array) > 0), 1)
+    dims = {slot.shape[0] for slot in slots}
+    of_rows = [v.name for v in graph.inputs() if v.shape and v.shape[0] in dims and isinstance(v.shape[0], str)]
+    batch = next((len(inputs[name]) for name in of_rows if name in inputs), 1)
     return {**inputs, **{slot.input: initial(slot, batch) for slot in slots}}
 
 
