@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,26 @@ EXAMPLE = example(
 )
 
 
+_ESCAPE = re.compile(r"\\(?:([nrt\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))")
+_LETTERS = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""``text`` with ``\n``, ``\r``, ``\t``, ``\\`` and ``\x41``, ``\u0041``, ``\U00000041`` as what they stand for.
+
+    A shell passes these as they are written. A backslash before anything else is itself.
+    """
+
+    def meant(match: re.Match[str]) -> str:
+        letter, *codes = match.groups()
+        if letter:
+            return _LETTERS[letter]
+        code = int(next(filter(None, codes)), 16)
+        return chr(code) if code <= sys.maxunicode else match.group()
+
+    return _ESCAPE.sub(meant, text)
+
+
 def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; the start token alone if empty.")] = None,
@@ -31,7 +52,9 @@ def generate(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Draw among the most likely tokens that have this probability together.")
     ] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text, where \\n is a new line; several may be given.")
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Compute each token once, with a cache inserted where MODEL has none.")
     ] = True,
@@ -56,7 +79,7 @@ def generate(
     """
     import actgraph as ag
     from actgraph.cli.models import open_any
-    from actgraph.cli.output import dump_json
+    from actgraph.cli.output import dump_json, remark
     from actgraph.errors import InputError
     from actgraph.runtime.session import ENGINES
 
@@ -66,7 +89,8 @@ def generate(
     if engine not in engines:
         raise InputError(f"there is no engine {engine!r}", f"choose {', '.join(engines)}")
     given = prompt if prompt is not None else text or ""
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop or ()}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling["stop"] = [unescaped(each) for each in stop or ()]
     program = open_any(model, tokenizer, dtype=dtype, quiet=quiet)
     graph = next(iter(program))
     if not any(value.name == "input_ids" for value in graph.inputs()):
@@ -74,6 +98,8 @@ def generate(
         raise InputError(f"{model} is no language model: it takes {takes}", "generate needs an input input_ids")
     if cache:
         program = _with_cache(program, quiet)
+    elif program.slots:
+        remark("note: --no-cache changes nothing: the model has its cache in the file", quiet=quiet)
     begun = time.perf_counter()
     compiled = _opened(program, engine)
     if verbose and not quiet:
@@ -106,7 +132,7 @@ def generate(
     print()
     if not quiet and count > 1:
         rate = (count - 1) / max(time.perf_counter() - first, 1e-9)
-        print(f"{count} tokens, {rate:.0f} tokens/s after the first ({first - begun:.2f} s)", file=sys.stderr)
+        print(f"{count} tokens: first token after {first - begun:.2f} s, then {rate:.0f} tokens/s", file=sys.stderr)
 
 
 def _opened(program: Program, engine: str) -> Compiled:

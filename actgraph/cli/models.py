@@ -173,6 +173,8 @@ def check_save(
     several: the result is a program of several graphs, which is a folder; genai: it is a folder for onnxruntime-genai.
     """
     if genai or several:
+        from actgraph.formats.program_file import GENAI_MANIFEST, MANIFEST, refuse_other_content
+
         what = "--genai writes a folder" if genai else "the result is a program of several graphs"
         if genai and several:
             raise InputError("--genai takes one graph, and this is a program of several", "use kv_cache{graphs=combined}")
@@ -180,6 +182,7 @@ def check_save(
             hint = "name a folder, without a suffix" + ("" if genai else ", or use kv_cache{graphs=combined} to get one graph")
             raise InputError(f"cannot write {path}: {what}", hint)
         check_output_folder(path)
+        refuse_other_content(path, GENAI_MANIFEST if genai else MANIFEST)
     else:
         check_output(path, suffixes)
     given = [name for name, on in (("--inline", inline != "none"), ("--external-data", external_data)) if on]

@@ -65,6 +65,7 @@ def kind_of(source: Any) -> str:
     if path.is_dir():
         if (path / "program.json").is_file():  # looked for first: the companions of a program may include a config.json
             return "program"
+        _refuse_folder_of_onnx(path)
         if (path / "config.json").is_file():
             return "huggingface"
         raise InputError(f"{text} has no config.json", "a Hugging Face model directory holds config.json and *.safetensors")
@@ -77,6 +78,18 @@ def kind_of(source: Any) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/")):
         return "huggingface"
     raise InputError(f"there is no model {text!r}", f"give a path, org/name[@revision], package.module:factory or {EMBEDDED}")
+
+
+def _refuse_folder_of_onnx(folder: Path) -> None:
+    """Raises InputError for a folder without weights of a Hugging Face model, where .onnx files stand beside each other."""
+    files = sorted(path.name for path in folder.glob("*.onnx"))
+    if not files or any(folder.glob("*.safetensors")):
+        return
+    if {"prefill.onnx", "decode.onnx"} & set(files):
+        hint = "save the program again, or name one of these files"
+        raise InputError(f"{folder} holds {' and '.join(files)}, and program.json is missing", hint)
+    hint = "name that file" if len(files) == 1 else "name one of these files"
+    raise InputError(f"{folder} is no Hugging Face model: it holds {', '.join(files[:4])}", hint)
 
 
 def is_transformers_model(thing: Any) -> bool:

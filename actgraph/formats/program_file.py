@@ -21,6 +21,9 @@ from actgraph.graph.text import data_hash
 MANIFEST = "program.json"
 _VERSION = 1
 
+#: The file that says that a folder is one for onnxruntime-genai.
+GENAI_MANIFEST = "genai_config.json"
+
 _Tensor = tuple[str, ir.TensorProtocol, str]  # name, data, content hash
 
 
@@ -28,8 +31,12 @@ def save_program(program: Program, folder: Path, *, opset: int | None = None) ->
     """Write ``program`` into ``folder`` (made if missing) and return it. Weights of equal content are stored once.
 
     All files take their names when the last one is written, the manifest at the end: a program that was there before stays
-    whole where this one cannot be written. Raises InputError then.
+    whole where this one cannot be written. Raises InputError then, and for a folder that holds anything but a program.
     """
+    if folder.suffix in (".onnx", ".pt2"):
+        hint = "name a folder, without a suffix, or use kv_cache{graphs=combined} to get one graph"
+        raise InputError(f"cannot write {folder}: a program of several graphs is a folder", hint)
+    refuse_other_content(folder, MANIFEST)
     graphs = {name: _as_onnx(graph, opset) for name, graph in program.graphs.items()}
     opened = {name: graph.clone() for name, graph in graphs.items()}
     renamed = {name: onnx_finish.finish(graph) for name, graph in opened.items()}
@@ -53,25 +60,44 @@ def save_program(program: Program, folder: Path, *, opset: int | None = None) ->
     return folder
 
 
+def refuse_other_content(folder: Path, manifest: str) -> None:
+    """Raises InputError for a folder that holds files, and not those of a model with this ``manifest``.
+
+    What a folder loads as is told by what it holds: a program among the files of another model would be loaded in its place.
+    Hidden files do not count.
+    """
+    if not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    other = MANIFEST if manifest == GENAI_MANIFEST else GENAI_MANIFEST
+    if names and (manifest not in names or other in names):
+        held = next((name for name in (other, "config.json") if name in names), names[0])
+        raise InputError(f"the folder {folder} holds something else ({held})", "name a new or an empty folder")
+
+
 def load_program(folder: str | Path, **options: Any) -> Program:
     """The program that ``save_program`` wrote. Raises InputError for a folder that holds none or is damaged."""
     if options:
         raise InputError(f"a program has no loading option {next(iter(options))!r}")
     folder = Path(folder)
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise TypeError("it is no JSON object")
         if manifest["version"] != _VERSION:
             raise InputError(f"{folder} was written by another version of actgraph", "save it again with this one")
-        driver, files = Driver.from_dict(manifest["driver"]), dict(manifest["graphs"])
+        driver, files, name = Driver.from_dict(manifest["driver"]), dict(manifest["graphs"]), str(manifest["name"])
     except OSError as error:
         raise InputError(f"{folder} holds no {MANIFEST}", "a program is a folder that Program.save wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise InputError(f"{folder / MANIFEST} is damaged: it lacks {error.args[0]!r}", "save the program again") from error
+    except (ValueError, TypeError) as error:
         raise InputError(f"{folder / MANIFEST} is damaged: {error}", "save the program again") from error
     outside = [file for file in files.values() if Path(file).name != file]
     if outside:
         raise InputError(f"{folder / MANIFEST} names a file outside of its folder: {outside[0]}")
-    graphs: dict[str, Graph] = {name: load_onnx(folder / file) for name, file in files.items()}
-    return Program(graphs, driver, manifest["name"])
+    graphs: dict[str, Graph] = {stage: load_onnx(folder / file) for stage, file in files.items()}
+    return Program(graphs, driver, name)
 
 
 def _as_onnx(graph: Graph, opset: int | None) -> OnnxGraph:

@@ -168,7 +168,10 @@ class Program:
         return Program({name: graph.clone() for name, graph in self.graphs.items()}, self.driver, self.name)
 
     def save(self, path: str | Path, **options: Any) -> Path:
-        """Write the only graph to a file, or several to a folder: manifest, one ``.onnx`` each, one file of weights."""
+        """Write the only graph to a file, or several to a folder: manifest, one ``.onnx`` each, one file of weights.
+
+        Raises InputError for several graphs and the name of a file, or a folder that holds something else.
+        """
         if len(self) == 1:
             return self.graph.save(path, **options)
         from actgraph.formats.program_file import save_program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,40 @@ def test_a_short_cache_is_checked_on_short_inputs(cli: Cli, model: Path, tmp_pat
 def test_generate_takes_a_folder(cli: Cli, model: Path, program: Path) -> None:
     made, expected = (cli("generate", source, "Once upon a time", "-n", 20, "-q") for source in (program, model))
     assert made.code == 0 and made.out == expected.out and len(made.out) > 30
+
+
+def test_generate_without_the_cache_of_a_program_says_that_it_cannot(cli: Cli, program: Path) -> None:
+    assert "--no-cache changes nothing" in cli("generate", program, "Once", "-n", 2, "--no-cache").err
+    for arguments in (["--no-cache", "-q"], []):
+        assert "--no-cache" not in cli("generate", program, "Once", "-n", 2, *arguments).err
+
+
+def test_folders_of_files_say_what_to_name(cli: Cli, model: Path, program: Path, tmp_path: Path) -> None:
+    """A program that lost its manifest, and a folder for onnxruntime-genai, which also has a config.json."""
+    lost = tmp_path / "lost"
+    shutil.copytree(program, lost)
+    (lost / "program.json").unlink()
+    for config in (False, True):
+        if config:
+            (lost / "config.json").write_text("{}")
+        refused = cli("inspect", lost)
+        assert refused.code == 2 and "holds decode.onnx and prefill.onnx, and program.json is missing" in refused.err
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model.onnx").write_bytes(model.read_bytes())
+    refused = cli("inspect", tmp_path / "one")
+    assert refused.code == 2 and "it holds model.onnx" in refused.err and "name that file" in refused.err
+
+
+def test_folders_with_other_files_are_refused_first(cli: Cli, model: Path, program: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for arguments in (["run", model, "-p", "kv_cache"], ["export", program], ["export", model, "--genai"]):
+        refused = cli(*arguments, "-o", tmp_path)
+        assert refused.code == 2 and "holds something else (config.json)" in refused.err and refused.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "(program.json)" in cli("export", model, "--genai", "-o", program).err
+    folder = tmp_path / "genai"
+    assert [cli("export", model, "--genai", "-o", folder, "-q").code for _ in range(2)] == [0, 0]  # over itself
+    assert "(genai_config.json)" in cli("export", program, "-o", folder).err
 
 
 def test_sites_of_each_graph(cli: Cli, program: Path) -> None:

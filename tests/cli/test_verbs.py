@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import actgraph as ag
+from actgraph.cli.generate import unescaped
 from tests import zoo
 from tests.cli.conftest import Outcome
 
@@ -182,6 +184,21 @@ def test_generate(cli: Cli, model: Path, tmp_path: Path) -> None:
         assert each.pop("tokens_per_second") == pytest.approx(20 / each.pop("seconds")) and each["engine"] == "onnxruntime"
     assert drawn[0] == drawn[1] and drawn[0]["tokens"] != drawn[2]["tokens"]
     assert len(drawn[0]["tokens"]) == 20 and drawn[0]["stopped_by"] == "length"
+    assert re.fullmatch(r"12 tokens: first token after \d+\.\d\d s, then \d+ tokens/s", shown.err.splitlines()[-1])
+
+
+def test_generate_stops_before_a_text_with_escapes(cli: Cli, model: Path) -> None:
+    """A shell passes \\n as it is written."""
+    whole = cli("generate", model, "Once upon a time", "-n", 200, "-q").out
+    assert "\n" in whole.rstrip("\n")
+    for stop in ("\\n", "\\x0a", "\\u000A"):
+        shown = cli("generate", model, "Once upon a time", "-n", 200, "--stop", stop, "-q")
+        assert shown.code == 0 and shown.out == whole.split("\n")[0] + "\n"
+    for text, meant in (
+        (r"\d\\n", "\\d\\n"), (r"C:\Users", r"C:\Users"), (r"\t|\r", "\t|\r"), ("\\", "\\"), (r"\U0001F600", "😀"),
+        (r"\UFFFFFFFF", r"\UFFFFFFFF"), ("ü\n", "ü\n"),
+    ):  # fmt: skip
+        assert unescaped(text) == meant
 
 
 def test_generate_in_an_engine(cli: Cli, model: Path, tmp_path: Path) -> None:

@@ -212,11 +212,46 @@ def test_several_graphs_are_saved_with_one_file_of_weights(dialect: str, tmp_pat
     if dialect == "onnx":
         assert loaded.content_hash() == program.content_hash()
         assert not diff_programs(program, loaded)
-    (folder / "program.json").write_text("{")
-    with pytest.raises(InputError, match="damaged"):
-        load_program(folder)
+    whole = json.loads((folder / "program.json").read_text())
+    for text, problem in (
+        ("{", "is damaged: Expecting"),
+        ("{}", "is damaged: it lacks 'version'"),
+        ("[]", "is damaged: it is no JSON object"),
+        (json.dumps({key: value for key, value in whole.items() if key != "name"}), "it lacks 'name'"),
+    ):
+        (folder / "program.json").write_text(text)
+        with pytest.raises(InputError, match=problem):
+            ag.load(folder)
     with pytest.raises(InputError, match="holds no"):
         load_program(tmp_path)
+
+
+def test_several_graphs_are_refused_the_name_of_a_file(tmp_path: Path) -> None:
+    for suffix in ("onnx", "pt2"):
+        with pytest.raises(InputError, match="is a folder") as refused:
+            two("onnx").save(tmp_path / f"m.{suffix}")
+        assert "without a suffix" in refused.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_is_not_written_among_other_files(tmp_path: Path) -> None:
+    """A folder would load as the program, in place of the model that it holds."""
+    program = two("onnx")
+    for name in ("config.json", "genai_config.json", "notes.txt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(InputError, match=rf"holds something else \({name}\)") as refused:
+            program.save(folder)
+        assert "empty folder" in refused.value.hint and [path.name for path in folder.iterdir()] == [name]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / ".gitignore").write_text("*")
+    for _ in range(2):  # and over a program
+        assert ag.load(program.save(empty)).content_hash() == program.content_hash()
+    (empty / "program.json").unlink()
+    with pytest.raises(InputError, match=r"holds full.onnx, short.onnx"):
+        ag.load(empty)
 
 
 def test_a_saved_program_is_loaded_by_its_folder(tmp_path: Path) -> None:
