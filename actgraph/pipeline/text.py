@@ -161,17 +161,19 @@ class _Parser:
                     break
                 if not self.peek():
                     self.fail(f"the '{{' of {match.group()} is never closed", "add '}'", at=opened)
-                key, value, where = self.option(match.group())
+                key, value, where = self.option(match.group(), next(reversed(options), ""))
                 if key in options:
                     self.fail(f"option {key!r} of {match.group()} is given twice", at=where)
                 options[key], positions[key] = value, where
         return Entry(match.group(), options, start, positions)
 
-    def option(self, owner: str) -> tuple[str, Literal, int]:
+    def option(self, owner: str, former: str) -> tuple[str, Literal, int]:
         where = self.at
         match = _KEY.match(self.text, self.at)
         if match is None:
-            hint = "options are separated by spaces; a list is written [a, b]" if self.peek() == "," else ""
+            hint = f"quote a value that has spaces: {former}='...'" if former else ""
+            if self.peek() == ",":
+                hint = "options are separated by spaces; a list is written [a, b]"
             self.fail(f"expected an option key=value of {owner}, found {self.found()}", hint)
         self.at = match.end()
         self.space()

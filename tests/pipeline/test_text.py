@@ -120,6 +120,10 @@ def test_empty_text_is_an_empty_pipeline() -> None:
         ("toy_scale{site='x}", "the quotes are never closed"),
         ("toy_scale{site=[a}", "expected ',' or ']' in a list, found '}'"),
         ("toy_scale{site=[a,]}", "expected a value after ',', found ']'"),
+        (
+            "toy_scale{site=a & :40}",
+            "of toy_scale, found '&' (quote a value that has spaces: site='...')",
+        ),
         ("toy_scale{site=a=b}", "unexpected '=' after the value of 'site' (put the value in quotes)"),
         ("toy_scal{factor=2}", "character 1 (at 'toy_scal{factor=2}'): there is no pass 'toy_scal' (did you mean toy_scale"),
         ("toy_tidy, toy_scale{facto=2}", "character 21 (at 'facto=2}'): toy_scale has no option 'facto' (did you mean factor"),
