@@ -182,7 +182,8 @@ class Compiled:
         graphs = self.program.graphs.items()
         if self.graph.dialect == "fx":
             from actgraph.graph.fx import FxGraph
-            from actgraph.runtime.torch_held import HeldGraph, Packed
+            from actgraph.runtime.torch_held import HeldGraph
+            from actgraph.runtime.torch_packed import Packed
 
             held, packed = {}, Packed()
             for name, graph in graphs:
