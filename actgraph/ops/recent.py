@@ -79,7 +79,7 @@ register(
         exact="bits",
         differentiable=False,
         samples=(
-            Sample(((2, 7), (2, 3)), {"axis": 1}, dtypes=(DType.I64,), draw=draws(integers(0, 2, DType.I64), normal)),
+            Sample(((2, 7), (1, 3)), {"axis": 1}, dtypes=(DType.I64,), draw=draws(integers(0, 2, DType.I64), normal)),
             Sample(((2, 3), (1, 3)), {"axis": -1}, dtypes=(DType.BOOL,), draw=draws(boolean, normal), note="all"),
             Sample(((2, 5, 4), (2, 0, 1)), {"axis": 1}, dtypes=(DType.F32,), draw=draws(normal, normal), note="none"),
             Sample(((6,), (4,)), {"axis": 0}, dtypes=(DType.F16,), draw=draws(normal, normal)),
@@ -140,7 +140,7 @@ register(
         exact="bits",
         differentiable=False,
         samples=(
-            Sample(((3, 7), (3, 7)), dtypes=(DType.I64,), draw=draws(integers(0, 2, DType.I64), normal)),
+            Sample(((3, 7), (1, 7)), dtypes=(DType.I64,), draw=draws(integers(0, 2, DType.I64), normal)),
             Sample(((2, 9), (2, 1)), dtypes=(DType.BOOL,), draw=draws(boolean, normal), note="one new token"),
             Sample(((2, 5), (2, 2, 4)), dtypes=(DType.F32,), draw=draws(integers(0, 2, DType.I64), normal)),
             Sample(((1, 3), (1, 0)), dtypes=(DType.I32,), draw=draws(integers(0, 2, DType.I32), normal), note="no tokens"),
