@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,6 +71,23 @@ def test_a_full_buffer_changes_hands(
         found = talk(compiled(key_heads, engine, "held"), batch, counts, padded)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_torch_compile_in_batches_turns_threads_and_growing_buffers() -> None:
+    made, reference = compiled(2, "torch.compile", "held"), compiled(2, "torch", "explicit")
+    ways: list[tuple[int, tuple[int, ...], int | None]] = [
+        (1, (60, *[1] * 8, 3, 1), None), (2, (60, *[1] * 8), None), (2, (9, 1, 1, 1), 2), (3, (130, 1, 1), None),
+    ]  # fmt: skip
+    expected = [talk(reference, *way) for way in ways]
+    for way, logits in zip(ways, expected, strict=True):
+        for one, other in zip(talk(made, *way), logits, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    with ThreadPoolExecutor(4) as pool:
+        for found, logits in zip(pool.map(lambda way: talk(made, *way), ways * 2), expected * 2, strict=True):
+            for one, other in zip(found, logits, strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 @every_engine
