@@ -78,12 +78,12 @@ def verify(
 ) -> None:
     """Compare two models, or check a pipeline on one. The exit code is 1 when a check fails.
 
-    With two models their outputs are compared on drawn inputs of several sizes (or on --inputs). With passes, the
-    pipeline runs, each pass must move the outputs by no more than it declares, each that has an off setting must be
-    the identity there, each that has another way to compute the same must agree with it, and the result must give the
-    same outputs when exported to ONNX with its functions kept and inlined. Where a pass quantizes activations, exports
-    may differ by a twentieth of what it declares, because rounding in the last place flips single codes. A check in
-    which no numbers could be compared counts as failed.
+    With two models their outputs are compared on drawn inputs of several sizes (or on --inputs); where one has a cache,
+    also the logits of each token when they are fed one by one. With passes, the pipeline runs, each pass must move the
+    outputs by no more than it declares, each that has an off setting must be the identity there, each that has another way
+    to compute the same must agree with it, and the result must give the same outputs when exported to ONNX with its
+    functions kept and inlined. Where a pass quantizes activations, exports may differ by a twentieth of what it declares,
+    because rounding in the last place flips single codes. A check in which no numbers could be compared counts as failed.
     """
     from actgraph.cli.models import open_any, read_pipeline
     from actgraph.cli.output import dump_json, table
@@ -126,20 +126,26 @@ def check_programs(
 ) -> Iterator[Check]:
     """Two models, graph by graph. Of a program and one graph, the graph for prompts is compared, with empty slots.
 
+    Where one of them has slots, tokens are then fed one by one to both, which runs the graph for single tokens, too.
+
     Raises InputError where they have other graphs.
     """
+    from actgraph.cli.verify_sessions import check_sessions, takes_tokens
     from actgraph.errors import InputError
     from actgraph.graph.slots import places
 
     if 1 in (len(left), len(right)):
         one, other = (side.graphs[side.driver.graph_at(0)] for side in (left, right))
-        program = max(left, right, key=len)
+        program, pair = max(left, right, key=len), what
         if len(program) > 1:
             what = f"{what}: {program.driver.graph_at(0)}, with empty slots"
             _refuse_last_logits(one, other)
         plain = one if len(left) == 1 else other
         longest = min((size for size in (places(one), places(other)) if size is not None), default=None)
-        yield compared(what, one, other, inputs or sample_sets(plain, seed, longest), tolerance)
+        sets = inputs or sample_sets(plain, seed, longest)
+        yield compared(what, one, other, sets, tolerance)
+        if (left.slots or right.slots) and "input_ids" in sets[-1] and takes_tokens(left) and takes_tokens(right):
+            yield check_sessions(f"{pair}: tokens one by one, with their slots", left, right, sets[-1], tolerance)
         return
     if set(left.graphs) != set(right.graphs):
         sides = [f"a program of {', '.join(side.graphs)}" for side in (left, right)]

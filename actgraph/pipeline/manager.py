@@ -288,11 +288,13 @@ class PassManager:
         from actgraph.calibrate.corpora import Corpus
         from actgraph.calibrate.engine import collect
 
-        dims = token_dims(graph)
-        if slots_of(graph) and dims is not None and dims[1:] == (1,):
+        if slots_of(graph):
+            dims = token_dims(graph)
+            one = dims is not None and dims[1:] == (1,)
+            why = "computes one token at a time" if one else "has state, as a cache, which a corpus does not fill"
             raise PassError(
-                f"it needs statistics, and {graph.name} computes one token at a time",
-                "put it before the pass that makes prefill and decode graphs, or use kv_cache{graphs=combined}",
+                f"it needs statistics, and {graph.name} {why}",
+                "put it before the pass that adds the state (kv_cache)",
             )
         corpus = Corpus.of(self.corpus)
         found = collect(graph, requests, corpus, **self.calibration)
