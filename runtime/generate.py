@@ -241,6 +241,9 @@ class _Generator:
         if follow or stops:
             for each in self.rows:
                 each.follow()
+        self.limit = context_length(graph)
+        self._refuse_longer(self.limit)
+        self.logits_name = logits_output(graph)
         dims = token_dims(graph)
         if dims is not None and isinstance(dims[1], int):
             raise InputError(
@@ -249,9 +252,6 @@ class _Generator:
                 if dims[1] == 1
                 else "capture it with a dynamic length",
             )
-        self.limit = context_length(graph)
-        self._refuse_longer(self.limit)
-        self.logits_name = logits_output(graph)
         for member in model.program if isinstance(model, Compiled) else model if isinstance(model, Program) else (graph,):
             for name in unknown_inputs(member):
                 raise InputError(
