@@ -153,17 +153,15 @@ def _with_cache(program: Program, quiet: bool) -> Program:
 
     if program.slots or len(program) > 1:
         return program
-    try:
+    reason = ""
+    for cache in ("kv_cache{last_logits=true}", "kv_cache"):  # logits that something else reads are computed for every token
         try:
-            return ag.run(program, "kv_cache{last_logits=true}", parity="none", reproducer=False).program
+            return ag.run(program, cache, parity="none", reproducer=False).program
         except ag.ActgraphError as error:
-            if not error.message.startswith("last_logits"):
-                raise
-            return ag.run(program, "kv_cache", parity="none", reproducer=False).program
-    except ag.ActgraphError as error:
-        if not quiet:
-            print(f"note: without a cache: {error.message}", file=sys.stderr)
-        return program
+            reason = error.message
+    if not quiet:
+        print(f"note: without a cache: {reason}", file=sys.stderr)
+    return program
 
 
 command = generate

@@ -237,3 +237,12 @@ def test_what_genai_cannot_take_is_one_line(cli: Cli, model: Path, program: Path
         assert refused.code == 2 and why in refused.err and refused.err.count("\n") == 1 and refused.out == ""
     planned = cli("export", model, "--genai", "-o", folder, "--dry-run", "-q")
     assert planned.code == 0 and "onnxruntime-genai" in planned.out and not folder.exists()
+
+
+def test_generate_inserts_a_cache_where_logits_are_read_by_more_than_the_sampling(capsys: pytest.CaptureFixture[str]) -> None:
+    from actgraph.cli.generate import _with_cache
+
+    tapped = ag.run(zoo.captured("gpt2"), 'tap{site=logits prefix="t."}', parity="none", reproducer=False).program
+    for model in (tapped, ag.Program.of(zoo.captured("gpt2"))):
+        assert list(_with_cache(model, quiet=False).graphs) == ["prefill", "decode"]
+    assert capsys.readouterr().err == ""
