@@ -38,10 +38,14 @@ def extract_vector(
     from actgraph.calibrate.corpora import Corpus
     from actgraph.cli.models import check_output, open_model
     from actgraph.cli.output import dump_json, remark
+    from actgraph.errors import InputError
+    from actgraph.graph.slots import slots_of
 
     check_output(output, (".safetensors",))
     corpora = [Corpus.of(positive), Corpus.of(negative)]  # a bad file is said before the model is loaded
     graph = open_model(model, tokenizer, dtype=dtype, quiet=quiet)
+    if slots_of(graph):
+        raise InputError(f"{model} has state (a cache), which texts do not fill", "extract from the model without a cache")
     vector = ag.extract_vector(graph, *corpora, site=site, progress=not quiet)
     vector.save(output)
     norms = {name: float(np.linalg.norm(direction)) for name, direction in vector.directions.items()}

@@ -137,6 +137,14 @@ def test_statistics_behind_a_cache_are_refused(cli: Cli, model: Path, tmp_path: 
     assert "put it before the pass that adds the state (kv_cache)" in refused.err and not list(tmp_path.iterdir())
 
 
+def test_a_vector_is_extracted_without_a_cache(cli: Cli, program: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Once upon a time\n")
+    given = ["--positive", texts, "--negative", texts, "--site", "blocks.2.resid_post", "-o", tmp_path / "v.safetensors"]
+    refused = cli("extract-vector", program / "prefill.onnx", *given, "-q")
+    assert refused.code == 2 and "has state (a cache)" in refused.err and "without a cache" in refused.err
+
+
 def test_a_short_cache_is_checked_on_short_inputs(cli: Cli, model: Path, tmp_path: Path) -> None:
     checked = cli("verify", model, "-p", "kv_cache{form=static max_length=4 graphs=combined}, dce", "--json")
     assert checked.code == 0 and len(checked.json["checks"]) > 2

@@ -378,19 +378,41 @@ def test_a_missing_value_becomes_an_optional_input_that_changes_nothing(name: st
             assert default is not None and default.size == 1 and default.ndim == len(value.shape or ())
             number = editor.insert("cast", [value], {"to": DType.F32}).output
             wide = editor.insert("reshape", [number], {"shape": (-1, 1, 1)}).output
-            factor = editor.insert("add", [wide, np.float32(1)]).output
+            usual = int(default.reshape(-1)[0])
+            off = editor.insert("sub", [wide, np.float32(usual)]).output
+            factor = editor.insert("add", [off, np.float32(1)]).output
             editor.insert_at(graph.site("blocks.0.resid_post"), "mul", [factor])
     graph.verify()
     if owned:
         return
     compare(source, graph, [inputs], rtol=1e-4).check()  # the input is left out
     rows = next(iter(inputs.values())).shape[0]
-    given = np.zeros(rows if KINDS[name].axes else 1, KINDS[name].dtype.numpy)
+    given = np.full(rows if KINDS[name].axes else 1, usual, KINDS[name].dtype.numpy)
     compare(source, graph, [{**inputs, name: given}], rtol=1e-4).check()
-    assert not compare(source, graph, [{**inputs, name: given + 3}], rtol=1e-3).ok
+    assert not compare(source, graph, [{**inputs, name: given // 2 + 3}], rtol=1e-3).ok
 
 
 def test_context_needs_tokens() -> None:
     graph = zoo.captured("mlp")
     with graph.edit("test") as editor, pytest.raises(InputError, match="no context value"):
         graph_context(graph, editor, "weather")
+
+
+def test_a_program_saved_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
+    first, second = (
+        ag.run(zoo.captured(name), "kv_cache", parity="none", reproducer=False).program for name in ("llama", "gpt2")
+    )
+    first.save(tmp_path / "out")
+    held = {path.name for path in (tmp_path / "out").glob("*.data")}
+    second.save(tmp_path / "out")
+    weights = {path.name for path in (tmp_path / "out").glob("*.data")}
+    assert len(weights) == 1 and not weights & held
+    assert ag.load(tmp_path / "out").content_hash() == ag.load(second.save(tmp_path / "other")).content_hash()
+
+
+def test_a_graph_whose_name_is_no_file_is_refused(tmp_path: Path) -> None:
+    graph = zoo.captured("gpt2")
+    program = Program({"../evil": graph, "decode": graph.clone()}, Driver("decode"))
+    with pytest.raises(InputError, match="cannot be a file"):
+        program.save(tmp_path / "in")
+    assert not list(tmp_path.iterdir())
