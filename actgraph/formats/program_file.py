@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from actgraph.graph.text import data_hash
 
 MANIFEST = "program.json"
 _VERSION = 1
+_NAME = re.compile(r"\w[\w.-]*")
 
 #: The file that says that a folder is one for onnxruntime-genai.
 GENAI_MANIFEST = "genai_config.json"
@@ -31,12 +34,19 @@ def save_program(program: Program, folder: Path, *, opset: int | None = None) ->
     """Write ``program`` into ``folder`` (made if missing) and return it. Weights of equal content are stored once.
 
     All files take their names when the last one is written, the manifest at the end: a program that was there before stays
-    whole where this one cannot be written. Raises InputError then, and for a folder that holds anything but a program.
+    whole where this one cannot be written, and what is left of it goes afterwards. Raises InputError then, for a folder that
+    holds anything but a program, and for names of graphs that cannot be names of files.
     """
     if folder.suffix in (".onnx", ".pt2"):
         hint = "name a folder, without a suffix, or use kv_cache{graphs=combined} to get one graph"
         raise InputError(f"cannot write {folder}: a program of several graphs is a folder", hint)
+    odd = next((name for name in program.graphs if not _NAME.fullmatch(name)), None)
+    if odd is not None:
+        raise InputError(
+            f"a graph called {odd!r} cannot be a file", "name graphs by letters, digits, dots, dashes, underscores"
+        )
     refuse_other_content(folder, MANIFEST)
+    before = _files_of(folder)
     graphs = {name: _as_onnx(graph, opset) for name, graph in program.graphs.items()}
     opened = {name: graph.clone() for name, graph in graphs.items()}
     renamed = {name: onnx_finish.finish(graph) for name, graph in opened.items()}
@@ -57,7 +67,20 @@ def save_program(program: Program, folder: Path, *, opset: int | None = None) ->
         }  # fmt: skip
         with staged.file(folder / MANIFEST) as file:
             file.stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    for stale in before - {*files.values(), location}:
+        with contextlib.suppress(OSError):  # a file that another process has open stays, where systems do not let it go
+            (folder / stale).unlink()
     return folder
+
+
+def _files_of(folder: Path) -> set[str]:
+    """Graphs and weights of the program that ``folder`` holds; empty where it holds none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        names = {*manifest["graphs"].values(), manifest["weights"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and name and Path(name).name == name}
 
 
 def refuse_other_content(folder: Path, manifest: str) -> None:
