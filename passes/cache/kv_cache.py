@@ -27,10 +27,10 @@ from actgraph.ops.shapes import TensorType
 from actgraph.passes.cache import masks, proof, ring, storage
 from actgraph.passes.cache.cut import cut
 from actgraph.passes.cache.masks import Mask
+from actgraph.passes.cache.precision import HALF, in_float32
 from actgraph.passes.cache.program import split
 from actgraph.passes.cache.recurrence import unrolled_steps
 from actgraph.passes.cache.storage import Storage
-from actgraph.passes.cast.cast import Cast
 from actgraph.pipeline.base import Pass, PassContext, PassResult
 
 PAST = "past"
@@ -88,6 +88,12 @@ class KeyValueCache(Pass):
             raise OptionError("kv_cache: last_logits is for the prefill graph of a program", "leave graphs=combined out")
         return self
 
+    @model_validator(mode="after")
+    def _of_fixed_size(self) -> KeyValueCache:
+        if self.max_length is not None and self.form == "growing":
+            raise OptionError("kv_cache: max_length is for caches of fixed size, and this one grows", "add form=static")
+        return self
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = decoder_attentions(graph)
         limit = context_length(graph)
@@ -98,7 +104,7 @@ class KeyValueCache(Pass):
         before, result = graph.clone(), PassResult()
         limit = self.max_length or limit
         kind = attentions[0].key.dtype
-        half = kind in (DType.F16, DType.BF16)
+        half = kind in HALF
         exact = self.storage == "same" and not half
         with context.edit(graph) as editor:
             caches = _insert(_Rewrite(graph, editor, self.form, size, self.storage), attentions, found)
@@ -127,9 +133,7 @@ class KeyValueCache(Pass):
         self, before: Graph, found: Sequence[Mask], size: int, limit: int | None, windows: Sequence[int], half: bool
     ) -> float:
         """The same edits on a copy that loses nothing: stored as computed, and computed in float32. Returns its error."""
-        plain = before.clone()
-        if half:
-            Cast(dtype="f32").run(plain, PassContext(name=self.name))
+        plain = in_float32(before, self.name) if half else before
         trial = plain.clone()
         with trial.edit(by=self.name) as editor:
             _insert(_Rewrite(trial, editor, self.form, size, "same"), decoder_attentions(trial), found)
@@ -183,6 +187,8 @@ def decoder_attentions(graph: Graph) -> list[Attention]:
     if dims is None or not isinstance(dims[1], str):
         fixed = dims[1] if dims else "unknown"
         raise PassError(f"kv_cache: the length of {graph.name} is fixed ({fixed})", "capture it with a dynamic length")
+    if not isinstance(dims[0], str):
+        raise PassError(f"kv_cache: the batch of {graph.name} is fixed to {dims[0]}", "insert the cache before fixing it")
     return attentions
 
 

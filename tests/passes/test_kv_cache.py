@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import actgraph as ag
-from actgraph.errors import PassError
+from actgraph.errors import OptionError, PassError
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph
 from actgraph.graph.executor import executor_for
@@ -201,6 +201,12 @@ def test_a_cache_is_inserted_once() -> None:
         ag.run(cached, "kv_cache{graphs=combined form=static max_length=8}")
     with pytest.raises(PassError, match="names no limit"):
         ag.run(attends("causal"), "kv_cache{graphs=combined form=static}")
+
+
+def test_a_length_is_for_caches_of_fixed_size() -> None:
+    with pytest.raises(OptionError, match="max_length is for caches of fixed size") as caught:
+        ag.run(zoo.captured("gpt2"), "kv_cache{max_length=32}")
+    assert "form=static" in str(caught.value)
 
 
 def test_a_pattern_that_is_read_stays_readable() -> None:
