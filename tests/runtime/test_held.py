@@ -44,7 +44,9 @@ def onnx(name: str) -> ag.Graph:
 
 @functools.cache
 def model(dialect: str, options: str, name: str = "gemma3") -> ag.Graph | ag.Program:
-    result = ag.run(zoo.captured(name) if dialect == "fx" else onnx(name).clone(), f"kv_cache{{{options}}}")
+    result = ag.run(
+        zoo.captured(name) if dialect == "fx" else onnx(name).clone(), f"kv_cache{{{options}}}", parity="none", reproducer=False
+    )
     return result.graph if "combined" in options else result.program
 
 
@@ -89,12 +91,17 @@ def tolerance_of(dialect: str, options: str) -> float:
 # --- held is explicit -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [*COMBINED, *STORED, *PROGRAMS])
-@every_dialect
+@pytest.mark.parametrize(
+    ("dialect", "options"),
+    [
+        *((dialect, options) for dialect in ("fx", "onnx") for options in (GROWING, RING, PROGRAMS[0], PROGRAMS[2])),
+        ("fx", STATIC), ("onnx", PROGRAMS[1]), ("onnx", STORED[0]), ("fx", STORED[1]), ("onnx", STORED[2]), ("fx", PROGRAMS[3]),
+    ],
+)  # fmt: skip
 def test_held_is_explicit(dialect: str, options: str) -> None:
     """One row and two with padding; pieces of a prompt that are shorter and longer than the ring; turns after turns."""
     short, long = WINDOW - 1, WINDOW + 3
-    for batch, padding, chunk in ((1, 0, long), (2, 0, short), (2, WINDOW + 1, short), (2, WINDOW + 1, long)):
+    for batch, padding, chunk in ((1, 0, long), (2, 0, short), (2, WINDOW + 1, short)):
         made, plain = (compiled(dialect, options, lowering, chunk) for lowering in ("held", "explicit"))
         held, explicit = made.session(batch), plain.session(batch)
         tolerance = 0.0 if padding and dialect == "onnx" else tolerance_of(dialect, options)
@@ -144,8 +151,10 @@ def test_results_belong_to_the_caller(dialect: str, options: str) -> None:
 # --- entries --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [GROWING, STATIC, STORED[0], STORED[1]])
-@every_dialect
+@pytest.mark.parametrize(
+    ("dialect", "options"),
+    [("fx", GROWING), ("onnx", GROWING), ("fx", STATIC), ("onnx", STATIC), ("fx", STORED[0]), ("onnx", STORED[1])],
+)
 def test_a_loaded_session_goes_on_as_the_original(dialect: str, options: str) -> None:
     made, plain = compiled(dialect, options), compiled(dialect, options, "explicit")
     source = made.session()
@@ -220,13 +229,14 @@ def _roomy() -> ag.Graph:
     return formats.load(zoo._random(LlamaForCausalLM(config), "llama"), name="roomy", length=8)
 
 
-@pytest.mark.parametrize("form", ["growing", "growing storage=int8", "static"])
-@every_dialect
+@pytest.mark.parametrize(
+    ("dialect", "form"), [("fx", "growing"), ("onnx", "growing"), ("onnx", "growing storage=int8"), ("fx", "static")]
+)
 def test_growth(dialect: str, form: str) -> None:
     """Over the end of the first buffer and the next ones, by one token and by many, and from what was loaded."""
     tokens = np.random.default_rng(1).integers(3, zoo.VOCAB, (1, 400))
     graph = _roomy() if dialect == "fx" else to_onnx(_roomy())
-    cached = ag.run(graph.clone(), f"kv_cache{{graphs=combined form={form}}}").graph
+    cached = ag.run(graph.clone(), f"kv_cache{{graphs=combined form={form}}}", parity="none", reproducer=False).graph
     made, plain = ag.compile(cached), ag.compile(cached, lowering="explicit")
     assert made.capacity == 512
     held, explicit, at = made.session(), plain.session(), 0
@@ -261,16 +271,29 @@ def test_a_full_context(dialect: str, options: str) -> None:
         session.feed(TOKENS[:1, :1])
 
 
+def fail(session: ag.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of one token whose engine fails when it has written its slots."""
+    state, run = session._state, session._state.run
+
+    def failing(*args: object) -> dict[str, Array]:
+        run(*args)  # type: ignore[arg-type]
+        raise IndexError("in the engine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "run", failing)
+        with pytest.raises(IndexError, match="in the engine"):
+            session.feed(TOKENS[:1, :1])
+
+
 @pytest.mark.parametrize("lowering", ["held", "explicit"])
-@pytest.mark.parametrize("options", [GROWING, STATIC, PROGRAMS[2]])
+@pytest.mark.parametrize("options", [GROWING, PROGRAMS[2]])
 @every_dialect
-def test_a_call_that_fails(dialect: str, options: str, lowering: str) -> None:
+def test_a_call_that_fails(dialect: str, options: str, lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it wrote is not known: the session says so until it is reset, and others do not notice."""
     made = compiled(dialect, options, lowering)
     fresh, session, other = converse(made.session()), made.session(), made.session()
     converse(session, (5,)), converse(other, (11,))
-    with pytest.raises((InputError, IndexError)):
-        session.feed(np.full((1, 1), zoo.VOCAB + 7))
+    fail(session, monkeypatch)
     for count in (1, 3):
         with pytest.raises(InputError, match="an earlier call of the session failed") as caught:
             session.feed(TOKENS[:1, :count])
@@ -295,7 +318,7 @@ def test_tokens_that_do_not_fit_are_refused_and_change_nothing(dialect: str) -> 
         compiled(dialect, GROWING).session(0)
 
 
-def test_a_failed_prompt_is_no_prompt() -> None:
+def test_a_failed_prompt_is_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without slots a session goes on after a failed call; the prompt is then the one that was computed."""
     from actgraph.graph.context import graph_context
 
@@ -303,8 +326,7 @@ def test_a_failed_prompt_is_no_prompt() -> None:
     with graph.edit("test") as editor:
         editor.add_output(graph_context(graph, editor, "prompt_lengths"), "told")
     session = ag.compile(graph).session()
-    with pytest.raises(IndexError):
-        session.feed(np.full((1, 9), zoo.VOCAB + 7))
+    fail(session, monkeypatch)
     assert session.length == 0
     assert session.feed(TOKENS[:1, :4])["told"].tolist() == [4]
     assert session.feed(TOKENS[:1, 4:5])["told"].tolist() == [4]
@@ -340,8 +362,7 @@ def _sum_of_new(graph: ag.Graph, editor: ag.graph.Editor) -> None:
 
 
 @pytest.mark.parametrize("reader", [_new, _old, _both, _view_of_old, _sum_of_old, _sum_of_new])
-@pytest.mark.parametrize("options", [GROWING, STATIC, RING])
-@every_dialect
+@pytest.mark.parametrize(("dialect", "options"), [("fx", GROWING), ("fx", RING), ("onnx", GROWING), ("onnx", STATIC)])
 def test_a_slot_that_is_read(dialect: str, options: str, reader: Callable[[ag.Graph, ag.graph.Editor], None]) -> None:
     """Outputs are the old and the new content as the graph says, whole, and stay so."""
     graph = model(dialect, options)
@@ -357,13 +378,12 @@ def test_a_slot_that_is_read(dialect: str, options: str, reader: Callable[[ag.Gr
     assert any(array.any() for array in found[-1].values())
 
 
-@pytest.mark.parametrize("options", [GROWING, RING, PROGRAMS[0]])
-@every_dialect
+@pytest.mark.parametrize(("dialect", "options"), [("fx", GROWING), ("onnx", RING), ("fx", PROGRAMS[0]), ("onnx", PROGRAMS[0])])
 def test_cleaned_graphs(dialect: str, options: str) -> None:
     """What is computed twice is computed once: masks, positions, lengths."""
     source = model(dialect, options)
     text = "fold, cse, dce"
-    cleaned = ag.run(source.clone(), text)
+    cleaned = ag.run(source.clone(), text, parity="none", reproducer=False)
     made = ag.compile(cleaned.graph if isinstance(source, ag.Graph) else cleaned.program)
     for padding in (0, 3):
         found = converse(made.session(2), padding=padding)
@@ -402,8 +422,7 @@ def test_what_cannot_be_held_is_explicit_and_says_so(dialect: str) -> None:
 # --- threads --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [GROWING, PROGRAMS[2]])
-@every_dialect
+@pytest.mark.parametrize(("dialect", "options"), [("fx", GROWING), ("fx", PROGRAMS[2]), ("onnx", PROGRAMS[2])])
 def test_sessions_in_threads(dialect: str, options: str) -> None:
     """Several at once on a Compiled that nobody has opened, each with its own tokens and turns: as alone."""
     source = model(dialect, options)

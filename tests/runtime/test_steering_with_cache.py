@@ -28,6 +28,7 @@ from tests import zoo
 PROMPTS = [[5, 17, 3, 80, 41, 9], [22, 7, 64], [33]]
 NEW = 7
 WIDTH = zoo.WIDTH
+run = functools.partial(ag.run, parity="none", reproducer=False)
 VECTOR = np.random.default_rng(3).normal(0, 2.0, WIDTH).astype(np.float32)
 
 
@@ -63,6 +64,11 @@ WHERE = ("prompt", "generated", "4:", ":4", "2:8", "generated & 5:9")
 CLAUSES = (*WHERE, *BY_HAND)
 
 
+#: GPT-2 in both dialects for every clause; Llama, which differs in its positions only, in one of them in turn.
+PAIRS = [(*pair, clause) for n, clause in enumerate(CLAUSES)
+         for pair in (("gpt2", "fx"), ("gpt2", "onnx"), ("llama", ("fx", "onnx")[n % 2]))]  # fmt: skip
+
+
 def applies(clause: str, positions: Array, prompt: int, row: int) -> Array:
     """Which tokens of a row the clause is about, said once more in numpy."""
     found: dict[str, Array] = {
@@ -94,7 +100,7 @@ def _captured(name: str, dialect: str) -> Graph:
 def _steered(name: str, dialect: str, clause: str) -> Graph:
     graph = _captured(name, dialect).clone()
     if clause not in BY_HAND:
-        return ag.run(graph, steer(clause)).graph
+        return run(graph, steer(clause)).graph
     with graph.edit("test") as editor:
         strength = BY_HAND[clause](graph, editor)
         editor.insert_at(graph.site("blocks.0.resid_post"), "actgraph.shift", [VECTOR, None, strength])
@@ -104,7 +110,7 @@ def _steered(name: str, dialect: str, clause: str) -> Graph:
 
 @functools.cache
 def cached(name: str, dialect: str, clause: str, form: str) -> ag.Compiled:
-    return ag.compile(ag.run(_steered(name, dialect, clause), KeyValueCache(form=form, graphs="combined")).graph)
+    return ag.compile(run(_steered(name, dialect, clause), KeyValueCache(form=form, graphs="combined")).graph)
 
 
 @functools.cache
@@ -143,9 +149,7 @@ def fed(compiled: ag.Compiled, prompts: list[list[int]], following: Array) -> Ar
     return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize("clause", CLAUSES)
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "dialect", "clause"), PAIRS)
 def test_logits_at_every_place(name: str, dialect: str, clause: str) -> None:
     """Of prompts padded on the left and of tokens after them, against the eager model with a hook, row by row."""
     following = np.random.default_rng(5).integers(1, zoo.VOCAB, (len(PROMPTS), 5))
@@ -180,9 +184,7 @@ def test_a_step_is_not_a_place(dialect: str) -> None:
         ag.run(graph, "kv_cache")
 
 
-@pytest.mark.parametrize("clause", CLAUSES)
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "dialect", "clause"), PAIRS)
 def test_generation(name: str, dialect: str, clause: str) -> None:
     """The same tokens without a cache, with one that grows and one of fixed size; together and, where rows are alone, alone."""
     graph = _steered(name, dialect, clause)
@@ -202,16 +204,17 @@ def test_generation(name: str, dialect: str, clause: str) -> None:
 # --- programs, either order, rings, masks without position ids --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clause", ["prompt", "generated", "2:8"])
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "dialect", "clause"),
+    [("gpt2", "fx", "prompt"), ("gpt2", "onnx", "generated"), ("llama", "fx", "2:8"), ("llama", "onnx", "prompt")],
+)
 def test_programs_and_a_cache_that_was_there_before(name: str, dialect: str, clause: str) -> None:
     """Steering, then the cache; or the cache, then steering each graph of the program, or the combined one."""
     expected = ag.generate(_steered(name, dialect, clause), PROMPTS, NEW, stop_at_end=False)
     made = {
-        "program": ag.run(_steered(name, dialect, clause), KeyValueCache()).program,
-        "program, then steer": ag.run(_plain_cache(name, dialect, "program"), steer(clause)).program,
-        "combined, then steer": ag.run(_plain_cache(name, dialect, "combined"), steer(clause)).program,
+        "program": run(_steered(name, dialect, clause), KeyValueCache()).program,
+        "program, then steer": run(_plain_cache(name, dialect, "program"), steer(clause)).program,
+        "combined, then steer": run(_plain_cache(name, dialect, "combined"), steer(clause)).program,
     }
     assert len(made["program, then steer"]) == 2
     for what, program in made.items():
@@ -223,21 +226,20 @@ def test_programs_and_a_cache_that_was_there_before(name: str, dialect: str, cla
 
 @functools.cache
 def _plain_cache(name: str, dialect: str, graphs: Literal["program", "combined"]) -> Program:
-    return ag.run(_captured(name, dialect), KeyValueCache(graphs=graphs)).program
+    return run(_captured(name, dialect), KeyValueCache(graphs=graphs)).program
 
 
-@pytest.mark.parametrize("clause", ["prompt", "generated", "5:12"])
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize(("dialect", "clause"), [("fx", "prompt"), ("onnx", "generated"), ("fx", "5:12")])
 def test_a_ring_gives_what_a_whole_cache_does(dialect: str, clause: str) -> None:
     """Gemma 3 with windows of 4: positions go on where rings go around, as a program and as one graph, in either order."""
     plain = _captured("gemma3", dialect)
-    graph, ring = ag.run(plain, steer(clause)).graph, KeyValueCache(form="ring", max_length=24)
+    graph, ring = run(plain, steer(clause)).graph, KeyValueCache(form="ring", max_length=24)
     following = np.random.default_rng(5).integers(1, zoo.VOCAB, (len(PROMPTS), 12))
     valid = np.concatenate([batch(PROMPTS)[1], np.ones_like(following)], axis=1).astype(bool)
     whole = fed(ag.compile(graph), PROMPTS, following)
     expected, size = whole[valid], np.abs(whole[valid]).max()
     assert np.abs(expected - fed(ag.compile(plain), PROMPTS, following)[valid]).max() > 0.01 * size, "the clause applies"
-    programs = (ag.run(graph, ring).program, ag.run(ag.run(plain, ring).program, steer(clause)).program)
+    programs = (run(graph, ring).program, run(run(plain, ring).program, steer(clause)).program)
     for program in programs:
         np.testing.assert_allclose(fed(ag.compile(program), PROMPTS, following)[valid], expected, atol=2e-5 * size)
         last = fed(ag.compile(program, chunk=4), PROMPTS, following)[:, -12:]
@@ -258,17 +260,16 @@ def _without_position_ids(dialect: str) -> Graph:
     return graph if dialect == "fx" else to_onnx(graph)
 
 
-@pytest.mark.parametrize("clause", ["generated", ":4"])
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize(("dialect", "clause"), [("fx", "generated"), ("onnx", ":4")])
 def test_a_mask_without_position_ids_counts_real_tokens(dialect: str, clause: str) -> None:
     plain = _without_position_ids(dialect)
-    graph = ag.run(plain, steer(clause)).graph
+    graph = run(plain, steer(clause)).graph
     following = np.random.default_rng(5).integers(1, zoo.VOCAB, (len(PROMPTS), 5))
     programs = {
         "uncached": graph,
-        "growing": ag.run(graph, KeyValueCache()).program,
-        "static": ag.run(graph, KeyValueCache(form="static", graphs="combined")).program,
-        "kv_cache first": ag.run(ag.run(plain, KeyValueCache()).program, steer(clause)).program,
+        "growing": run(graph, KeyValueCache()).program,
+        "static": run(graph, KeyValueCache(form="static", graphs="combined")).program,
+        "kv_cache first": run(run(plain, KeyValueCache()).program, steer(clause)).program,
     }
     for what, model in programs.items():
         found = fed(ag.compile(model, chunk=4), PROMPTS, following)
