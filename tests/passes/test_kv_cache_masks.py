@@ -79,13 +79,18 @@ def inputs(graph: Graph, rows: int = 3) -> dict[str, Array]:
     return {"input_ids": np.random.default_rng(5).integers(1, 64, (rows, LENGTH)), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
-@pytest.mark.parametrize("written", [False, True])
-@pytest.mark.parametrize("rule", ["added", "least", "filled", "thousands", "heads", "window"])
+@pytest.mark.parametrize(
+    ("rule", "written", "dialect"),
+    [
+        (rule, (n + m) % 2 == 1, dialect)
+        for n, rule in enumerate(("added", "least", "filled", "thousands", "heads", "window"))
+        for m, dialect in enumerate(("fx", "onnx"))
+    ],
+)
 def test_numbers_that_mix_causal_and_padding(rule: str, written: bool, dialect: str) -> None:
     """The causal part becomes ``position_mask`` and the padding its ``valid``, for three rows padded differently."""
     graph = as_dialect(masked(rule, written), dialect)
-    result = ag.run(graph, "kv_cache{graphs=combined}")
+    result = ag.run(graph, "kv_cache{graphs=combined}", parity="none", reproducer=False)
     expected = "causal, window 3, without padding" if rule == "window" else "causal, without padding"
     assert [row["mask"] for row in result.report[0].details] == [expected]
     given = inputs(graph)
@@ -137,8 +142,7 @@ def test_masks_of_any_batch_captured(batch: int) -> None:
     assert [str(mask) for mask in masks.recognise(graph, attentions, 64)] == ["causal, without padding"]
 
 
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(("name", "dialect"), [("llama", "onnx"), ("gemma3", "fx")])
 def test_packed_sequences_are_detected_without_an_attention_mask(name: str, dialect: str) -> None:
     """Without attention_mask transformers looks for positions that start anew, and hides the sequence before: with a cache
     there is one sequence, whose mask is the same as that of positions that count up."""
@@ -156,7 +160,7 @@ def test_packed_sequences_are_detected_without_an_attention_mask(name: str, dial
     again = graph.run({**packed, "input_ids": np.where(np.arange(LENGTH) < 5, 3, tokens["input_ids"])})["logits"]
     assert np.abs(again[1, 5:] - graph.run(packed)["logits"][1, 5:]).max() < 1e-5  # the graph does look for them
     graph = graph if dialect == "fx" else to_onnx(graph)
-    result = ag.run(graph, "kv_cache{graphs=combined}")
+    result = ag.run(graph, "kv_cache{graphs=combined}", parity="none", reproducer=False)
     seen = {row["mask"] for row in result.report[0].details}
     assert seen == ({"causal"} if name == "llama" else {"causal", "causal, window 4"})
     for steps in ((LENGTH,), (5, 4, 2), (1,) * LENGTH):
@@ -185,12 +189,12 @@ def test_a_window_wider_than_the_usual_look_is_no_causal_mask(dialect: str) -> N
     ids = torch.arange(10).reshape(2, 5)
     for window, expected in ((1500, "causal, window 1500"), (masks.FARTHEST + 5, "causal")):
         graph = ag.trace(Far(window).eval(), (ids,), dynamic={"input_ids": ("batch", "seq")}, name="far")
-        result = ag.run(as_dialect(graph, dialect), "kv_cache{graphs=combined}")
+        result = ag.run(as_dialect(graph, dialect), "kv_cache{graphs=combined}", parity="none", reproducer=False)
         assert [row["mask"] for row in result.report[0].details] == [expected]
         told = [message for message in result.report[0].messages if "looked at for" in message]
         assert bool(told) == (window > masks.FARTHEST)  # out of reach: it says so
         graph.companions.config = {"max_position_embeddings": 1200}  # the model never gets there
-        near = ag.run(graph, "kv_cache{graphs=combined}").report[0]
+        near = ag.run(graph, "kv_cache{graphs=combined}", parity="none", reproducer=False).report[0]
         assert [row["mask"] for row in near.details] == ["causal"] and not any("looked at for" in m for m in near.messages)
 
 
@@ -201,7 +205,7 @@ def test_an_unrolled_recurrence_is_named(source: str) -> None:
         ag.run(graph, "kv_cache")
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mlp", "albert", "resnet", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "mlp", "albert", "resnet"])
 def test_other_models_have_no_recurrence(name: str) -> None:
     from actgraph.graph.specialise import specialise
 
