@@ -45,14 +45,16 @@ def through(program: Program, inputs: dict[str, Array], chunks: tuple[int, ...])
     return np.stack(parts, axis=1)
 
 
-@pytest.mark.parametrize("dialect", ["fx", "onnx"])
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("llama", ""), ("gpt2", "last_logits=true"), ("gemma3", "form=ring max_length=24"), ("opt", "form=static max_length=24")],
-)
+    ("name", "options", "dialect"),
+    [
+        ("llama", "", "onnx"), ("gpt2", "last_logits=true", "fx"), ("gpt2", "last_logits=true", "onnx"),
+        ("gemma3", "form=ring max_length=24", "fx"), ("opt", "form=static max_length=24", "onnx"),
+    ],
+)  # fmt: skip
 def test_prefill_and_decode_give_the_logits_of_one_forward(name: str, options: str, dialect: str) -> None:
     graph = variant(name, dialect)
-    program = ag.run(graph, f"kv_cache{{{options}}}" if options else "kv_cache").program
+    program = ag.run(graph, f"kv_cache{{{options}}}" if options else "kv_cache", parity="none", reproducer=False).program
     program.verify()
     assert program.driver == Driver.prefill_then_decode() and list(program.graphs) == ["prefill", "decode"]
     assert slots_of(program.graphs["prefill"]) == slots_of(program.graphs["decode"]) != {}
@@ -60,7 +62,7 @@ def test_prefill_and_decode_give_the_logits_of_one_forward(name: str, options: s
     for padding in ("none", "left"):
         inputs = inputs_of(graph, padding)
         whole = graph.run(inputs)["logits"]
-        for chunks in ((8,), (3, 4), (2, 2, 3)):
+        for chunks in ((8,), (2, 2, 3)):
             ends = [*np.cumsum(chunks) - 1, *range(sum(chunks), LENGTH)]
             real = inputs["attention_mask"].astype(bool)[:, ends]
             found = through(program, inputs, chunks)
@@ -73,7 +75,7 @@ def attentions(graph: Graph) -> list[list[str]]:
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
 def test_decode_has_no_mask_but_the_padding(dialect: str) -> None:
-    program = ag.run(variant("llama", dialect), "kv_cache").program
+    program = ag.run(variant("llama", dialect), "kv_cache", parity="none", reproducer=False).program
     prefill, decode = program.graphs["prefill"], program.graphs["decode"]
     counting = ("actgraph.position_mask", "actgraph.positions", "actgraph.length")
     assert {node.op for node in prefill.nodes()} >= set(counting)
@@ -130,7 +132,7 @@ def test_without_padding_the_attention_takes_no_mask(dialect: str) -> None:
 def test_last_logits_are_those_of_the_last_position(dialect: str) -> None:
     for tail in ("", "softcap"):
         graph = attends(tail, dialect)
-        program = ag.run(graph, "kv_cache{last_logits=true}").program
+        program = ag.run(graph, "kv_cache{last_logits=true}", parity="none", reproducer=False).program
         prefill = program.graphs["prefill"]
         label = prefill.outputs()[0][0]
         assert prefill.outputs()[0][1].shape == ("batch", 1, 32)
@@ -168,7 +170,7 @@ def test_later_passes_run_on_each_graph() -> None:
 
 def test_what_a_program_cannot_take_is_said() -> None:
     graph = zoo.captured("llama")
-    result = ag.run(graph, "kv_cache")
+    result = ag.run(graph, "kv_cache", parity="none", reproducer=False)
     with pytest.raises(InputError, match="program of 2 graphs") as caught:
         _ = result.graph
     assert "kv_cache{graphs=combined}" in caught.value.hint
@@ -183,7 +185,7 @@ def test_what_a_program_cannot_take_is_said() -> None:
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
 def test_a_program_is_a_folder_with_one_file_of_weights(tmp_path: Path, dialect: str) -> None:
     graph = variant("llama", dialect)
-    program = ag.run(graph, "kv_cache{last_logits=true}").program
+    program = ag.run(graph, "kv_cache{last_logits=true}", parity="none", reproducer=False).program
     folder = program.save(tmp_path / "cached")
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".onnx", ".json", ".data"))
     assert {"prefill.onnx", "decode.onnx", "program.json"} <= set(names) and len([n for n in names if n.endswith(".data")]) == 1

@@ -57,7 +57,7 @@ def source(name: str, exporter: str = "ours") -> Graph:
 
 @functools.cache
 def _cached(name: str, exporter: str) -> Graph:
-    return ag.run(source(name, exporter), "kv_cache{graphs=combined}").graph
+    return ag.run(source(name, exporter), "kv_cache{graphs=combined}", parity="none", reproducer=False).graph
 
 
 def cached(name: str, exporter: str = "ours") -> Graph:
@@ -121,15 +121,14 @@ def test_logits_at_every_position(name: str, exporter: str) -> None:
     graph = cached(name, exporter)
     expected = whole(source(name, exporter), 2)
     made = ag.compile(graph)
-    for rows in (1, 2):
-        for steps in STEPS:
-            assert error(stepwise(made, steps, rows), expected[:rows]) < 1e-5, (rows, steps)
+    for rows, steps in ((1, STEPS[0]), (1, STEPS[1]), (2, STEPS[1]), (2, STEPS[2])):
+        assert error(stepwise(made, steps, rows), expected[:rows]) < 1e-5, (rows, steps)
     assert made.why_explicit == ""
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_graphs_of_a_program(name: str) -> None:
-    program = ag.run(source(name), "kv_cache").program
+    program = ag.run(source(name), "kv_cache", parity="none", reproducer=False).program
     expected = whole(source(name))
     for graph in program:
         assert of_kind(fused_ops(graph)) == EXPECTED[name, "ours"]
@@ -151,7 +150,7 @@ def _llama(head: int, **options: Any) -> Graph:
 @pytest.mark.parametrize(("head", "kinds"), [(16, (1, 0, 3)), (24, (1, 2, 3)), (12, None)])
 def test_sizes_of_heads(head: int, kinds: tuple[int, int, int] | None) -> None:
     """The attention turns queries and keys itself where heads are multiples of 16; below 8 nothing is fused."""
-    graph = ag.run(_llama(head).clone(), "kv_cache{graphs=combined}").graph
+    graph = ag.run(_llama(head).clone(), "kv_cache{graphs=combined}", parity="none", reproducer=False).graph
     made, expected = ag.compile(graph), whole(_llama(head))
     for steps in STEPS:
         assert error(stepwise(made, steps), expected) < 1e-5
@@ -191,7 +190,7 @@ def _scaled(kind: str) -> Graph:
 def test_scaled_angles(kind: str) -> None:
     """Angles of the position alone become tables, whatever their scale."""
     plain = _scaled(kind)
-    graph = ag.run(plain.clone(), "kv_cache{graphs=combined}").graph
+    graph = ag.run(plain.clone(), "kv_cache{graphs=combined}", parity="none", reproducer=False).graph
     assert fused_ops(graph)["GroupQueryAttention"] == 1
     assert fused_ops(graph)["RotaryEmbedding"] == 2
     made, expected = ag.compile(graph), stepwise(graph, lowering="explicit")
@@ -329,7 +328,7 @@ def test_graphs_that_are_not_fused(edit: Callable[[Graph, Editor], None], why: s
 
 @pytest.mark.parametrize("form", ["static", "growing storage=int8", "growing storage=float16"])
 def test_other_caches_are_not_fused(form: str) -> None:
-    graph = ag.run(source("llama"), f"kv_cache{{graphs=combined form={form}}}").graph
+    graph = ag.run(source("llama"), f"kv_cache{{graphs=combined form={form}}}", parity="none", reproducer=False).graph
     assert held(graph).why_plain.endswith("is no growing cache of float32")
     assert held(source("llama")).why_plain == "the graph has no slots"
 
@@ -353,7 +352,7 @@ def _vector(width: int, scale: float = 0.8) -> str:
 def test_passes_before_and_after(before: str, after: str, kinds: tuple[int, int, int]) -> None:
     """Edits that leave the attentions as they are leave them fused, and are in what is computed."""
     text = ", ".join(part for part in (before, "kv_cache{graphs=combined}", after) if part)
-    graph = ag.run(source("llama"), text).graph
+    graph = ag.run(source("llama"), text, parity="none", reproducer=False).graph
     assert of_kind(fused_ops(graph)) == kinds
     for rows in (1, 2):
         found, expected = (stepwise(graph, STEPS[1], rows, lowering) for lowering in ("held", "explicit"))
