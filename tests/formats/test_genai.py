@@ -16,6 +16,7 @@ from tests import zoo
 @pytest.mark.parametrize("steered", [False, True])
 def test_onnxruntime_genai_generates_the_same_tokens(tmp_path: Path, steered: bool) -> None:
     import onnxruntime_genai as og
+
     vector = "[" + ", ".join(["0.2"] * 64) + "]"
     steer = f"steer{{vector={vector} site=blocks.2.resid_post scale=0.3 fold=false}}, " if steered else ""
     pipeline = f"{steer}kv_cache{{graphs=combined}}"
