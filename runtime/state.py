@@ -117,7 +117,8 @@ def check_contents(contents: Mapping[str, Array], slots: Sequence[Slot], count: 
 
 def room_for(needed: int, room: int, limit: int | None) -> int:
     """Places of a buffer that grows: twice as many as before, so that all copying together is linear in the length."""
-    return max(needed, min(max(64, 2 * room), limit if limit is not None else max(64, 2 * room)))
+    more = max(64, 2 * room)
+    return max(needed, more if limit is None else min(more, limit))
 
 
 def filled(slot: Slot, batch: int, places: int = 0) -> Array:

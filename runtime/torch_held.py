@@ -59,13 +59,13 @@ class TorchState:
     def __init__(self, graphs: Mapping[str, HeldGraph], slots: Sequence[Slot], batch: int, limit: int | None) -> None:
         self._graphs, self._slots, self._batch, self._limit = graphs, slots, batch, limit
         self._tensors: dict[str, torch.Tensor] = {}
+        self._own: set[int] = set()  # the memory of all slots: results in it are copied
         self._compiled = any(held.compiled for held in graphs.values())
         self._grows = [slot for slot in slots if slot.update == "append"]
         self.reset()
 
     def reset(self) -> None:
         self._room = self._used = 0
-        self._own: set[int] = set()
         for slot in to_reset(self._slots, self._tensors):
             self._keep(slot, tensor_of(filled(slot, self._batch)))
 
