@@ -1,148 +1,280 @@
-"""Ops of linear algebra that neither dialect has: the grouped linear of mixture-of-experts blocks."""
+"""The op ``linear``: an input gate, a stored weight, the product and an output mask in one, as kernels claim it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from actgraph.errors import UnsupportedError, VerifyError
-from actgraph.ops import layout
-from actgraph.ops.drawing import draws, integers, normal, offsets
-from actgraph.ops.dtypes import DType
-from actgraph.ops.registry import Attributes, OpDef, Operand, Sample, Trait, register
+from actgraph.errors import VerifyError
+from actgraph.ops import layout as lay
+from actgraph.ops.body import compute_dtype
+from actgraph.ops.drawing import Rule, boolean, draws, fraction, integers, normal, positive, scales, special
+from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
+from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register
+from actgraph.ops.scales import ZERO_POINTS
 from actgraph.ops.shapes import TensorType
+from actgraph.ops.sparsity import GATE, INDEX_GATE, TOPK_GATE
+from actgraph.ops.weights import BLOCK_SIZE, LAYOUTS, PACKED, WEIGHTS, body_weight, check_weight, torch_weight
 
 if TYPE_CHECKING:
     import torch
 
     from actgraph.ops.body import BodyBuilder, BodyValue
 
-_GROUPED_DOC = """
-Rows sorted by expert, each times the weight of its expert: ``y[i] = x[i] weights[e]^T + bias[e]`` for
-``offsets[e-1] <= i < offsets[e]``.
+_LINEAR_DOC = """
+A linear layer that need not read all of its weight: ``y = where(kept != 0, gate(x) W + bias, 0)``.
 
-``x`` [rows, in]; ``weights`` [experts, out, in] (the layout of ``linear``); ``offsets`` [experts], the row after the last
-one of each expert, ascending (a running sum of counts); ``bias`` [experts, out]. An expert may have no rows. Rows past
-the last offset give zeros. This is torch's ``grouped_mm(x, weights^T, offs)``, the form in which transformers exports its
-experts. float16 and bfloat16 are computed in float32 and rounded once.
+``x`` [.., K]; ``y`` [.., N] of the type of ``x``. ``W`` [K, N] is ``weight`` in its ``layout`` ("out_in": stored as [N, K],
+"in_out": stored as [K, N]), dequantized where it has a ``scale``: ``(weight - zero_point) * scale``. ``scale`` is [], [1],
+[N], or with ``block_size`` g one per group along K: [N, ceil(K/g)] for "out_in", [ceil(K/g), N] for "in_out"; ``zero_point``
+(absent: 0) lies as ``scale``. ``packed``: two 4-bit codes a byte along the last axis of the stored weight, the first in the
+low half ("out_in" with "u4", groups and zero point 8 is the form of MatMulNBits).
 
-The ONNX body splits the rows at the offsets and multiplies each piece by its own weight, so it does the work of the
-chosen experts only, for any number of rows; it needs the number of experts to be known. In torch the reference is
-data-independent (every expert sees every row and a mask selects), which export and decomposition need; eager execution
-cuts the rows instead.
+``keep`` is the gate of the input: "none"; "abs>" and "x>=" as ``gate`` (with ``thresholds`` [] or [K], or the attribute
+``threshold``); "top_k" as ``topk_gate`` (the ``k`` largest magnitudes of each token); "listed" as ``index_gate`` (channels
+in ``indices`` [.., n]). Dropped inputs are +0.0; NaN is kept by the thresholds. A kernel does not read the weights of
+dropped inputs, so weights must be finite: an infinity or NaN times a dropped input is unspecified. ``kept`` [.., N] (shape
+of ``y``) gates the output: where it is 0 (or false), ``y`` is +0.0, without bias, and need not be computed; NaN counts as
+not 0.
+
+float16 and bfloat16 are computed in float32 (the dequantized weight, too) and rounded once. The gradient flows to ``x``,
+float weights, ``scale`` and ``bias``.
+
+Sources: *Deja Vu*, 2023 and *CATS*, 2024 (rows of the weight skipped); *TEAL*, 2024 (thresholds on the inputs of linears);
+*CoreInfer*, 2024 (a listed set); ONNX MatMulNBits (groups of 4-bit codes).
 """
 
+_GATES = {"abs>": GATE, "x>=": GATE, "top_k": TOPK_GATE, "listed": INDEX_GATE}
 
-def _grouped_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
-    x, weights, offsets, bias = types
-    assert x is not None and weights is not None and offsets is not None
-    for name, operand, rank in (("x", x, 2), ("weights", weights, 3), ("offsets", offsets, 1), ("bias", bias, 2)):
-        if operand is not None and operand.shape is not None and len(operand.shape) != rank:
-            raise VerifyError(f"actgraph.grouped_linear: {name} {operand} must have rank {rank}")
-    if weights.shape is None:
-        return [TensorType(x.dtype, None if x.shape is None else (x.shape[0], None))]
-    experts, out, inner = weights.shape
+
+def _linear_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
+    x, weight, scale, zero, bias, thresholds, indices, kept = types
+    assert x is not None and weight is not None
+    form = {"layout": attributes["layout"], "block": attributes["block_size"], "packed": attributes["packed"]}
+    outputs, inputs = check_weight("linear", "weight", weight, scale, zero, **form)
+    if x.shape is not None and not x.shape:
+        raise VerifyError("actgraph.linear: x needs a channel axis")
     if x.shape is not None:
-        layout.check_into("grouped_linear", "the last axis of weights", (inner,), (x.shape[1],))
-    layout.check_into("grouped_linear", "offsets (one per expert)", offsets.shape, (experts,))
-    if bias is not None:
-        layout.check_into("grouped_linear", "bias", bias.shape, (experts, out))
-    return [TensorType(x.dtype, (None if x.shape is None else x.shape[0], out))]
+        lay.check_into("linear", "the input axis of weight", (inputs,), (x.shape[-1],))
+        lay.check_into("linear", "the channel axis of x", (x.shape[-1],), (inputs,))
+    if bias is not None and bias.shape is not None and (len(bias.shape) != 1 or not _same(bias.shape[0], outputs)):
+        raise VerifyError(f"actgraph.linear: bias {bias} must be [{outputs}]")
+    _check_gate(x, thresholds, indices, attributes)
+    shape = None if x.shape is None else (*x.shape[:-1], outputs)
+    if kept is not None and kept.shape is not None and shape is not None:
+        fits = len(kept.shape) == len(shape) and all(map(_same, kept.shape, shape))
+        if not fits:
+            raise VerifyError(f"actgraph.linear: kept {kept} must have the shape of the result {TensorType(x.dtype, shape)}")
+    return [TensorType(x.dtype, shape)]
 
 
-def _grouped(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    import torch
-
-    h, w = layout.torch_compute(x), weights.to(layout.torch_compute(x).dtype)
-    rows = torch.arange(x.shape[0], device=x.device)
-    y = torch.zeros((x.shape[0], weights.shape[1]), dtype=h.dtype, device=x.device)
-    for expert in range(weights.shape[0]):
-        mine = rows < offsets[expert]
-        if expert:
-            mine = mine & (rows >= offsets[expert - 1])
-        part = h @ w[expert].transpose(0, 1)
-        if bias is not None:
-            part = part + bias[expert].to(h.dtype)
-        y = torch.where(mine.unsqueeze(1), part, y)
-    return y.to(x.dtype)
+def _same(a: Any, b: Any) -> bool:
+    return a == b or not (isinstance(a, int) and isinstance(b, int))
 
 
-def _grouped_eager(
-    x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
+def _check_gate(x: TensorType, thresholds: TensorType | None, indices: TensorType | None, attributes: Attributes) -> None:
+    keep, k = attributes["keep"], attributes["k"]
+    if thresholds is not None:
+        if keep not in ("abs>", "x>="):
+            raise VerifyError(f"actgraph.linear: keep = {keep!r} takes no thresholds")
+        if thresholds.shape is not None and len(thresholds.shape) > 1:
+            raise VerifyError(f"actgraph.linear: thresholds {thresholds} must be [] or one per channel of x")
+        GATE.infer([x, thresholds], {"axis": -1})
+    if (keep == "listed") != (indices is not None):
+        raise VerifyError("actgraph.linear: indices go with keep = 'listed', and only with it")
+    if indices is not None:
+        INDEX_GATE.infer([x, indices], {"axis": -1})
+    if (k > 0) != (keep == "top_k") or k < 0:
+        raise VerifyError(f"actgraph.linear: k = {k} with keep = {keep!r}", "k is positive for 'top_k' and 0 otherwise")
+
+
+def torch_gate(
+    h: torch.Tensor, thresholds: torch.Tensor | None, indices: torch.Tensor | None, *, keep: str, threshold: float, k: int
 ) -> torch.Tensor:
-    import torch
+    """``h`` [.., K] with its dropped channels at +0.0."""
+    if keep == "none":
+        return h
+    if keep == "top_k":
+        result = TOPK_GATE.reference(h, k=k)
+    elif keep == "listed":
+        result = INDEX_GATE.reference(h, indices)
+    else:
+        result = GATE.reference(h, thresholds, threshold=threshold, keep=keep)
+    assert not isinstance(result, tuple)
+    return result
 
-    compute = layout.torch_compute(x[:0]).dtype
-    y = torch.zeros((x.shape[0], weights.shape[1]), dtype=x.dtype, device=x.device)
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            part = x[start:end].to(compute) @ weights[expert].to(compute).transpose(0, 1)
-            y[start:end] = part if bias is None else part + bias[expert].to(compute)
-            start = end
+
+def body_gate(
+    b: BodyBuilder, h: BodyValue, thresholds: BodyValue | None, indices: BodyValue | None, *, keep: str, k: int
+) -> BodyValue:
+    """As ``torch_gate``; the threshold is the op's attribute ``threshold``."""
+    if keep == "none":
+        return h
+    gate = _GATES[keep]
+    operands: list[BodyValue | None] = [h] if keep == "top_k" else [h, indices if keep == "listed" else thresholds]
+    (y,) = gate.body(b, operands, {"keep": keep, "k": k, "group_size": 0, "axis": -1})
     return y
 
 
-def _grouped_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
-    x, weights, offsets, bias = operands
-    assert x is not None and weights is not None and offsets is not None
-    experts = weights.shape[0] if weights.shape is not None else None
-    if not isinstance(experts, int):
-        raise UnsupportedError(
-            "the body of actgraph.grouped_linear needs the number of experts", "give the weights a static first axis"
-        )
-    b.specialise(f"experts_{experts}")
-    h, w = b.up(x), b.up(weights)
-    ends = b.cast(offsets, DType.I64)
-    bounds = b.concat([b.ints([0]), ends, b.size(x, 0)])
-    starts = b.slice(bounds, b.ints([0]), b.ints([experts + 1]), 0)
-    counts = b.slice(bounds, b.ints([1]), b.ints([experts + 2]), 0) - starts
-    pieces = b.multi("Split", h, counts, dtypes=[h.dtype] * (experts + 1), ranks=[2] * (experts + 1), attributes={"axis": 0})
-    parts = []
-    for expert in range(experts):
-        index = b.const(expert, DType.I64)
-        weight = b.op("Gather", w, index, rank=2, attributes={"axis": 0})
-        part = b.op("MatMul", pieces[expert], b.transpose(weight, [1, 0]))
-        if bias is not None:
-            part = part + b.op("Gather", b.up(bias), index, rank=1, attributes={"axis": 0})
-        parts.append(part)
-    rest = b.concat([b.slice(counts, b.ints([experts]), b.ints([experts + 1]), 0), b.size(w, 1)])
-    parts.append(b.fill(rest, 0.0, h.dtype, 2))
-    # Split with counts that are computed loses the rank in shape inference; this costs nothing and gives it back
-    y = b.reshape(b.concat(parts, axis=0), b.concat([b.size(x, 0), b.size(w, 1)]), 2, allowzero=True)
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    thresholds: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    *,
+    layout: str = "out_in",
+    block_size: int = 0,
+    packed: str = "",
+    keep: str = "none",
+    threshold: float = 0.0,
+    k: int = 0,
+) -> torch.Tensor:
+    h = torch_gate(lay.torch_compute(x), thresholds, indices, keep=keep, threshold=threshold, k=k)
+    y = h @ torch_weight(weight, scale, zero_point, h.dtype, layout=layout, block=block_size, packed=packed)
+    if bias is not None:
+        y = y + bias.to(h.dtype)
+    if kept is not None:
+        y = y.masked_fill(kept == 0, 0.0)
+    return y.to(x.dtype)
+
+
+def _linear_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
+    x, weight, scale, zero, bias, thresholds, indices, kept = operands
+    assert x is not None and weight is not None
+    compute = compute_dtype(x.dtype)
+    h = body_gate(b, b.up(x), thresholds, indices, keep=attributes["keep"], k=attributes["k"])
+    form = {"layout": attributes["layout"], "block": attributes["block_size"], "packed": attributes["packed"]}
+    y = b.op("MatMul", h, body_weight(b, weight, scale, zero, compute, **form), rank=x.rank)
+    if bias is not None:
+        y = y + b.cast(bias, compute)
+    if kept is not None:
+        off = b.op("Not", kept) if kept.dtype is DType.BOOL else b.up(kept).equal(0)
+        y = b.where(off, 0.0, y)
     return [b.cast(y, x.dtype)]
 
 
-register(
+# --- samples ----------------------------------------------------------------------------------------------------------------
+
+
+def _codes(kind: DType) -> Rule:
+    """Codes over the whole range of ``kind``."""
+
+    def rule(rng: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+        if kind.is_float:
+            return rng.standard_normal(shape).astype(kind.numpy)
+        low, high = (0, 256) if kind is DType.U8 else (-128, 128)
+        return rng.integers(low, high, shape).astype(kind.numpy)
+
+    return rule
+
+
+def _scales(rng: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    return scales(rng, shape, dtype).astype(DType.F64.numpy if dtype is DType.F64 else DType.F32.numpy)
+
+
+def _strewn(rng: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    """Special values in every other token: a NaN reaches every output of its token."""
+    values = normal(rng, shape, dtype)
+    values[::2] = special(rng, values[::2].shape, dtype)
+    return values
+
+
+_F32 = (DType.F32,)
+_SOME = (DType.F32, DType.BF16)
+_ALL = (DType.F64, DType.F32, DType.F16, DType.BF16)
+
+
+def _sample(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    *,
+    scale: tuple[int, ...] | None = None,
+    zero: tuple[int, ...] | None = None,
+    bias: bool = False,
+    thresholds: tuple[int, ...] | None = None,
+    indices: tuple[int, ...] | None = None,
+    kept: tuple[int, ...] | None = None,
+    kind: DType | None = None,
+    x_rule: Rule = normal,
+    kept_rule: Rule = fraction,
+    dtypes: tuple[DType, ...] = _F32,
+    note: str = "",
+    **attributes: Any,
+) -> Sample:
+    channels = weight[0] if attributes.get("layout", "out_in") == "out_in" else weight[1] * (2 if "packed" in attributes else 1)
+    shapes = (x, weight, scale, zero, (channels,) if bias else None, thresholds, indices, kept)
+    points = integers(0, 16 if "packed" in attributes else 9, DType.I32)
+    listed = integers(-1, x[-1], DType.I64)
+    weights = normal if kind is None else _codes(kind)
+    rules = draws(x_rule, weights, _scales, points, normal, positive, listed, kept_rule)
+    return Sample(shapes, attributes, dtypes=dtypes, draw=rules, note=note)
+
+
+_SAMPLES = (
+    _sample((2, 3, 8), (5, 8), bias=True, dtypes=_ALL),
+    _sample((2, 3, 8), (8, 5), layout="in_out", keep="abs>", threshold=0.5, dtypes=_ALL),
+    _sample((2, 3, 8), (8, 5), bias=True, thresholds=(8,), layout="in_out", keep="x>=", dtypes=_ALL),
+    _sample((3, 8), (8, 5), thresholds=(), layout="in_out", keep="abs>", x_rule=_strewn, note="NaN and infinity"),
+    _sample((2, 3, 8), (8, 5), layout="in_out", keep="top_k", k=3, dtypes=_ALL),
+    _sample((2, 3, 8), (5, 8), indices=(2, 1, 4), keep="listed", dtypes=_ALL),
+    _sample((2, 3, 8), (5, 8), bias=True, kept=(2, 3, 5), dtypes=_ALL, note="output gating"),
+    _sample((2, 3, 8), (5, 8), kept=(2, 3, 5), kept_rule=boolean, x_rule=_strewn, note="a boolean mask, NaN and infinity"),
+    _sample((2, 3, 8), (5, 8), scale=(5,), kind=DType.I8, bias=True, dtypes=_ALL),
+    _sample(
+        (2, 8), (8, 5), scale=(5,), zero=(5,), kind=DType.U8, layout="in_out", keep="abs>", threshold=0.5, dtypes=_SOME
+    ),
+    _sample((2, 8), (5, 8), scale=(), zero=(), kind=DType.I8, note="one scale"),
+    _sample((2, 8), (8, 5), scale=(1,), kind=DType.I8, layout="in_out", note="one scale"),
+    _sample((2, 10), (4, 10), scale=(4, 3), zero=(4, 3), kind=DType.I8, block_size=4, note="the last group is short"),
+    _sample((2, 10), (10, 4), scale=(3, 4), kind=DType.I8, block_size=4, layout="in_out", keep="abs>", threshold=0.5),
+    _sample((2, 64), (6, 32), scale=(6, 2), zero=(6, 2), kind=DType.U8, packed="u4", block_size=32, dtypes=_SOME),
+    _sample(
+        (2, 64), (64, 3), scale=(2, 6), zero=(2, 6), kind=DType.U8, packed="u4", block_size=32, layout="in_out",
+        keep="abs>", threshold=0.5, bias=True, dtypes=_SOME,
+    ),
+    _sample((2, 8), (5, 4), scale=(5,), kind=DType.U8, packed="i4"),
+    _sample((2, 8), (8, 3), scale=(6,), kind=DType.U8, packed="i4", layout="in_out", keep="top_k", k=3),
+    _sample((2, 3, 8), (5, 8), scale=(5,), kind=DType.F8E4M3, bias=True, dtypes=_SOME, note="float8"),
+    _sample((2, 3, 8), (8, 5), kind=DType.F8E5M2, layout="in_out", keep="x>=", threshold=0.25, note="float8, no scale"),
+    _sample((2, 8), (5, 8), kind=DType.BF16, bias=True, note="a bfloat16 weight"),
+    _sample((0, 3, 8), (5, 8), scale=(5,), kind=DType.I8, kept=(0, 3, 5), keep="abs>", threshold=0.5, note="no tokens"),
+    _sample((8,), (5, 8), bias=True, note="one token without axes"),
+    _sample((1, 1), (1, 1), bias=True, keep="top_k", k=3, note="k beyond the size"),
+    _sample((3, 257), (131, 257), scale=(131, 9), kind=DType.I8, block_size=32, kept=(3, 131), note="large"),
+)  # fmt: skip
+
+LINEAR = register(
     OpDef(
-        name="grouped_linear",
-        doc=_GROUPED_DOC,
+        name="linear",
+        doc=_LINEAR_DOC,
         inputs=(
-            Operand("x", "[rows, in], sorted by expert"),
-            Operand("weights", "[experts, out, in]"),
-            Operand("offsets", "[experts], where each expert's rows end", dtypes=frozenset({DType.I32, DType.I64})),
-            Operand("bias", "[experts, out]", optional=True),
+            Operand("x", "[.., K]"),
+            Operand("weight", "[N, K] or [K, N], see layout; numbers or codes", dtypes=WEIGHTS),
+            Operand("scale", "of codes: [], [1], [N] or one per group along K", optional=True),
+            Operand("zero_point", "of codes, as scale; absent: 0", dtypes=ZERO_POINTS, optional=True),
+            Operand("bias", "[N]", optional=True),
+            Operand("thresholds", "of the gate in place of the attribute: [] or [K]", optional=True),
+            Operand("indices", "input channels that stay, [.., n]", dtypes=frozenset({DType.I64, DType.I32}), optional=True),
+            Operand("kept", "[.., N]: outputs where it is 0 are +0.0", dtypes=COMPUTE_FLOATS | {DType.BOOL}, optional=True),
         ),
         outputs=("y",),
-        infer=_grouped_infer,
-        reference=_grouped,
-        eager=_grouped_eager,
-        body=_grouped_body,
+        infer=_linear_infer,
+        reference=_linear,
+        body=_linear_body,
+        attributes=(
+            Attribute("layout", "str", "[N, K] or [K, N]", default="out_in", choices=LAYOUTS),
+            BLOCK_SIZE,
+            PACKED,
+            Attribute("keep", "str", "which inputs stay", default="none", choices=("none", "abs>", "x>=", "top_k", "listed")),
+            Attribute("threshold", "float", "of the gate, for the whole tensor", default=0.0, structural=False),
+            Attribute("k", "int", "inputs that stay under top_k, per token", default=0),
+        ),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
-        samples=(
-            Sample(((10, 8), (4, 6, 8), (4,), None), draw=draws(normal, normal, offsets(10), None)),
-            Sample(((10, 8), (4, 6, 8), (4,), (4, 6)), draw=draws(normal, normal, offsets(10, DType.I64), normal)),
-            Sample(
-                ((10, 8), (3, 5, 8), (3,), None),
-                draw=draws(normal, normal, integers(7, 8, DType.I32), None),
-                note="rest is zero",
-            ),
-            Sample(
-                ((0, 8), (3, 5, 8), (3,), (3, 5)), draw=draws(normal, normal, integers(0, 1, DType.I32), normal), note="no rows"
-            ),
-            Sample(((1, 1), (1, 1, 1), (1,), None), draw=draws(normal, normal, offsets(1), None)),
-            Sample(((129, 67), (8, 65, 67), (8,), None), draw=draws(normal, normal, offsets(129), None), note="large"),
-        ),
+        samples=_SAMPLES,
     )
 )

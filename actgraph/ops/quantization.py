@@ -97,7 +97,7 @@ def _dequantize_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attri
     q, scale, zero = operands
     assert q is not None and scale is not None
     if attributes["packed"]:
-        q = _unpack(b, q, signed=attributes["packed"] == "i4")
+        q = body_unpack(b, q, signed=attributes["packed"] == "i4")
     block = int(attributes["block_size"])
     axis = layout.body_axis(b, attributes["axis"], q) if q.rank else -1
     s = b.up(scale)
@@ -111,7 +111,7 @@ def _dequantize_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attri
     return [b.cast(y, DType(str(attributes["dtype"])))]
 
 
-def _unpack(b: BodyBuilder, q: BodyValue, *, signed: bool) -> BodyValue:
+def body_unpack(b: BodyBuilder, q: BodyValue, *, signed: bool) -> BodyValue:
     """uint8 pairs to int8 or uint8 codes, by arithmetic that every opset has."""
     rank = b.rank_of(q)
     wide = b.cast(q, DType.I32)
@@ -124,7 +124,7 @@ def _unpack(b: BodyBuilder, q: BodyValue, *, signed: bool) -> BodyValue:
     return b.cast(codes, DType.I8 if signed else DType.U8)
 
 
-register(
+DEQUANTIZE = register(
     OpDef(
         name="dequantize",
         doc=_DEQUANTIZE_DOC,

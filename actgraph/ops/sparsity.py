@@ -67,7 +67,7 @@ def _gate_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes:
     return [b.cast(b.where(dropped, 0.0, h), x.dtype)]
 
 
-register(
+GATE = register(
     OpDef(
         name="gate",
         doc=_GATE_DOC,
@@ -164,7 +164,7 @@ def _topk_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes:
     return [b.cast(y, x.dtype)]
 
 
-register(
+TOPK_GATE = register(
     OpDef(
         name="topk_gate",
         doc=_TOPK_DOC,
@@ -262,7 +262,7 @@ def _index_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes
     return [b.cast(b.where(dropped, 0.0, h), x.dtype)]
 
 
-register(
+INDEX_GATE = register(
     OpDef(
         name="index_gate",
         doc=_INDEX_DOC,

@@ -189,8 +189,8 @@ def test_gradients(case: Case) -> None:
 
 
 def frozen(case: Case) -> set[int]:
-    """Operands without a gradient by definition: thresholds of gates; masks, whose 0 and 1 are switches."""
-    return {i for i, o in enumerate(case.op.inputs) if o.name in ("thresholds", "mask", "strength")}
+    """Operands without a gradient by definition: thresholds of gates; masks, whose 0 and other values are switches."""
+    return {i for i, o in enumerate(case.op.inputs) if o.name in ("thresholds", "mask", "strength", "kept")}
 
 
 @pytest.mark.parametrize("op", all_ops(), ids=lambda op: op.name)
