@@ -10,6 +10,7 @@ PASSES: dict[str, str] = {
     "cse": "actgraph.passes.cleanup.cse:CommonSubexpressions",
     "dce": "actgraph.passes.cleanup.dce:DeadCode",
     "fold": "actgraph.passes.cleanup.fold:FoldConstants",
+    "fuse": "actgraph.passes.fuse.fuse:Fuse",
     "identity": "actgraph.passes.cleanup.identity:RemoveIdentities",
     "kv_cache": "actgraph.passes.cache.kv_cache:KeyValueCache",
     "prune": "actgraph.passes.prune.prune:Prune",

@@ -109,7 +109,7 @@ def test_imaginary_parts_are_compared() -> None:
 
 #: How far each built-in pass lets the outputs move, with the options under which it says so.
 SIZES = [
-    ("dce", ROUNDING), ("cse", ROUNDING), ("fold", ROUNDING), ("identity", ROUNDING),
+    ("dce", ROUNDING), ("cse", ROUNDING), ("fold", ROUNDING), ("identity", ROUNDING), ("fuse", ROUNDING),
     ("tap{site=blocks.0.resid_post}", ROUNDING), ("kv_cache{graphs=combined}", ROUNDING),
     ("quantize", 0.5), ("quantize{activations=dynamic}", 1.0), ("quantize{activations=static}", 1.0),
     ("cast{dtype=f16}", 0.1), ("cast{dtype=bf16}", 0.5), ("cast{dtype=f64}", 1e-3),

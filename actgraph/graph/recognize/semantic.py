@@ -211,13 +211,17 @@ class Semantics:
         if prim is not None and prim.op == "dequantize":
             rounded = self.source(prim.operands[0])
             source = rounded.operands[0] if rounded is not None and rounded.op == "quantize" else None
-        elif node.op.startswith(f"{DOMAIN}.") and len(node.outputs) == 1 and node.operands:
+        elif node.op.startswith(f"{DOMAIN}.") and node.op not in _WHOLE and len(node.outputs) == 1 and node.operands:
             source = node.operands[0]
         else:
             return None
         if not isinstance(source, Value) or not self.is_data(source) or source.shape is None:
             return None
         return source if source.shape == node.output.shape else None
+
+
+#: Ops that stand for a part of the model, not for an edit, also where they keep the shape of their input.
+_WHOLE = frozenset(f"{DOMAIN}.{name}" for name in ("linear", "feed_forward", "rms_norm", "layer_norm", "rotary"))
 
 
 def _unchanged(prim: Prim) -> Value | None:

@@ -1,0 +1,1 @@
+"""Rewriting to the ops that kernels claim whole."""
