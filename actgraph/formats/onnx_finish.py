@@ -8,7 +8,7 @@ takes it back.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -113,9 +113,12 @@ def inline_ops(graph: OnnxGraph, names: Collection[str] | None) -> int:
     Output values keep their names (so sites survive), nodes get the provenance of the call.
     """
     chosen = None if names is None else {get_op(name).onnx_name for name in names}
-    calls = [
-        node for node in graph.model.graph.all_nodes() if node.domain == DOMAIN and (chosen is None or node.op_type in chosen)
-    ]
+    return inline_calls(graph, lambda node: chosen is None or node.op_type in chosen)
+
+
+def inline_calls(graph: OnnxGraph, chosen: Callable[[ir.Node], bool]) -> int:
+    """Replace the actgraph nodes that are ``chosen`` by their bodies. Returns how many. See ``inline_ops``."""
+    calls = [node for node in graph.model.graph.all_nodes() if node.domain == DOMAIN and chosen(node)]
     for node in calls:
         _inline(graph, node)
     if calls:

@@ -1,0 +1,1 @@
+"""Kernels of the ops: in numba for processors, in Triton for CUDA."""

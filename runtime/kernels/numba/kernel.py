@@ -1,0 +1,71 @@
+"""What a kernel is: functions over a frame, and the element types and attributes that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from actgraph.ops.dtypes import DType
+from actgraph.ops.registry import OpDef, get_op
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a kernel: called once, or for each part by several threads."""
+
+    name: str
+    function: Function
+    parallel: bool = False
+
+
+@dataclass(frozen=True)
+class NumbaKernel:
+    """One kernel of an op.
+
+    types: element type of each operand in ``OpKernels.key_operands`` (``None``: absent). attributes: the values of those in
+    ``OpKernels.key_attributes``. shape: sets the shapes of the outputs and checks the inputs. scratch: bytes of memory wanted.
+    """
+
+    types: tuple[DType | None, ...]
+    attributes: tuple[Any, ...]
+    shape: Stage
+    stages: tuple[Stage, ...]
+    scratch: Stage | None = None
+
+
+@dataclass(eq=False)
+class OpKernels:
+    """The kernels of one op.
+
+    key_operands, key_attributes: what a kernel is chosen by. errors: the texts of the numbers that functions return, from 1 on.
+    operands: the element type of each operand that is always the same (``None``: any). result: the type of the outputs.
+    """
+
+    op: str
+    key_operands: tuple[int, ...]
+    key_attributes: tuple[str, ...]
+    errors: tuple[str, ...]
+    operands: tuple[DType | None, ...]
+    result: DType = DType.F32
+    kernels: list[NumbaKernel] = field(default_factory=list)
+
+    @property
+    def definition(self) -> OpDef:
+        return get_op(self.op)
+
+    def find(self, types: Sequence[DType | None], attributes: dict[str, Any]) -> NumbaKernel | None:
+        """The kernel for operands of these element types (``None``: absent) and complete attributes, or ``None``."""
+        types = [*types, *[None] * (len(self.operands) - len(types))]
+        for kind, wanted in zip(types, self.operands, strict=True):
+            if kind is not None and wanted is not None and kind is not wanted:
+                return None
+        key = tuple(types[i] for i in self.key_operands), tuple(attributes[name] for name in self.key_attributes)
+        return next((kernel for kernel in self.kernels if (kernel.types, kernel.attributes) == key), None)
+
+    def word(self, name: str, value: Any) -> int:
+        """An attribute as it stands in frames, except for floats: an integer, or the place of a string among its choices."""
+        attribute = next(a for a in self.definition.attributes if a.name == name)
+        return attribute.choices.index(value) if attribute.kind == "str" else int(value)

@@ -1,0 +1,435 @@
+"""The op ``linear`` for weights stored by outputs ([N, K], layout "out_in"): see ``dot``. For "in_out" see ``linear_gathered``.
+
+Integer weights meet activations of 16 bits (see ``codes``), accumulated in integers; everything else is float32. Rows of x that
+hold NaN or infinity, and codes whose groups or zero points fit no instruction, take a plain loop in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from actgraph.ops.dtypes import DType
+from actgraph.runtime.kernels.numba import dot, gates, simd
+from actgraph.runtime.kernels.numba.codes import (
+    BYTE_CHUNK,
+    HALF_CHUNK,
+    step_of,
+    write_byte_chunks,
+    write_half_chunks,
+    write_planes,
+)
+from actgraph.runtime.kernels.numba.frame import (
+    address,
+    element_type,
+    elements,
+    integer,
+    number,
+    rank,
+    rows,
+    scratch,
+    set_shape_like,
+    set_size,
+    share,
+    size,
+)
+from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
+from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i64s, u8s
+from actgraph.runtime.kernels.numba.weights import (
+    BF16,
+    F8E4M3,
+    F8E5M2,
+    F16,
+    F32,
+    I8,
+    PACKED_I4,
+    PACKED_U4,
+    U8,
+    code_at,
+    float_at,
+)
+
+X, WEIGHT, SCALE, ZERO, BIAS, THRESHOLDS, INDICES, KEPT, Y = range(9)
+LAYOUT, BLOCK, PACKED, KEEP, THRESHOLD, TOP = range(6)
+TENSORS = 9
+#: How codes are scaled: once for each output, in groups that instructions can follow, or in another way.
+CHANNEL, GROUPS, OTHER = range(3)
+#: The memory of a token beside its values: its step, the sum of its codes, how many outputs it has.
+TOKEN = 64
+
+ERRORS = (
+    "the last axis of x is not the input axis of weight",
+    "an index is beyond the channels of x",
+    "a scale, zero point, bias, threshold or mask has another size than weight and x ask for",
+)
+
+
+@njit(**OPTIONS)
+def inputs_of(frame):
+    return size(frame, X, -1)
+
+
+@njit(**OPTIONS)
+def outputs_of(frame):
+    return size(frame, Y, -1)
+
+
+@njit(**OPTIONS)
+def shape(frame, part, nparts):
+    packed = 2 if integer(frame, TENSORS, PACKED) != 0 else 1
+    by_output = integer(frame, TENSORS, LAYOUT) == 0
+    outputs = size(frame, WEIGHT, 0) if by_output else size(frame, WEIGHT, 1) * packed
+    inputs = size(frame, WEIGHT, 1) * packed if by_output else size(frame, WEIGHT, 0)
+    if rank(frame, X) < 1 or rank(frame, WEIGHT) != 2 or size(frame, X, -1) != inputs:
+        return 1
+    set_shape_like(frame, Y, X)
+    set_size(frame, Y, -1, outputs)
+    block = integer(frame, TENSORS, BLOCK)
+    scales = outputs * ((inputs + block - 1) // block) if block > 0 else outputs
+    for tensor in (SCALE, ZERO):
+        if address(frame, tensor) != 0 and elements(frame, tensor) != scales and elements(frame, tensor) != 1:
+            return 3
+    if address(frame, BIAS) != 0 and elements(frame, BIAS) != outputs:
+        return 3
+    if address(frame, THRESHOLDS) != 0 and elements(frame, THRESHOLDS) != inputs and elements(frame, THRESHOLDS) != 1:
+        return 3
+    if address(frame, KEPT) != 0 and elements(frame, KEPT) != rows(frame, X) * outputs:
+        return 3
+    return 0
+
+
+@njit(**OPTIONS)
+def gate(frame, token, to):
+    """The gated inputs of a token, to [K] floats. Returns whether the gate is sound."""
+    inputs = inputs_of(frame)
+    x, keep = address(frame, X) + token * inputs * 4, integer(frame, TENSORS, KEEP)
+    if keep == gates.NONE:
+        source, h = f32s(x), f32s(to)
+        for i in range(inputs):
+            h[i] = source[i]
+    elif keep == gates.TOP_K:
+        gates.keep_largest(x, to, inputs, integer(frame, TENSORS, TOP), scratch(frame))
+    elif keep == gates.LISTED:
+        return gates.keep_listed(x, to, inputs, frame, INDICES, token, X)
+    else:
+        thresholds = address(frame, THRESHOLDS)
+        many = thresholds != 0 and elements(frame, THRESHOLDS) > 1
+        gates.drop_below(x, to, inputs, keep, number(frame, TENSORS, THRESHOLD), thresholds, many)
+    return True
+
+
+# --- scratch: [1 KB for gates][tokens: TOKEN][gated x: padded floats][codes][outputs to compute] --------------------------
+
+
+@njit(**OPTIONS)
+def padded(count):
+    return (count + 127) // 128 * 128
+
+
+@njit(**OPTIONS)
+def token_at(frame, token):
+    return scratch(frame) + 1024 + token * TOKEN
+
+
+@njit(**OPTIONS)
+def gated_at(frame, token):
+    return scratch(frame) + 1024 + rows(frame, X) * TOKEN + token * padded(inputs_of(frame)) * 4
+
+
+@njit(**OPTIONS)
+def _code_bytes(inputs):
+    return padded(inputs) // 64 * BYTE_CHUNK  # chunks of bytes take the most
+
+
+@njit(**OPTIONS)
+def _codes_at(frame, token):
+    return gated_at(frame, rows(frame, X)) + token * _code_bytes(inputs_of(frame))
+
+
+@njit(**OPTIONS)
+def _chosen_at(frame, token):
+    return _codes_at(frame, rows(frame, X)) + token * outputs_of(frame) * 8
+
+
+@njit(**OPTIONS)
+def out_in_scratch(frame, part, nparts):
+    tokens, inputs = rows(frame, X), inputs_of(frame)
+    chosen = tokens * outputs_of(frame) * 8 if address(frame, KEPT) != 0 else 0
+    return 1024 + tokens * (TOKEN + padded(inputs) * 4 + _code_bytes(inputs)) + chosen
+
+
+@njit(**OPTIONS)
+def is_kept(frame, token, n):
+    """Whether output ``n`` of a token is wanted."""
+    at, kept = token * outputs_of(frame) + n, address(frame, KEPT)
+    return f32s(kept)[at] != 0 if element_type(frame, KEPT) == F32 else u8s(kept)[at] != 0
+
+
+@njit(**OPTIONS)
+def choose_outputs(frame, token, to):
+    """The places of the outputs of a token that are kept. Returns how many."""
+    chosen, count = i64s(to), 0
+    for n in range(outputs_of(frame)):
+        chosen[count] = n
+        count += is_kept(frame, token, n)
+    return count
+
+
+@njit(**OPTIONS)
+def form_of(frame, codes_a_byte):
+    """CHANNEL, GROUPS or OTHER."""
+    block, inputs = integer(frame, TENSORS, BLOCK), inputs_of(frame)
+    one_zero = address(frame, ZERO) == 0 or elements(frame, ZERO) == 1
+    if codes_a_byte == 1 and block == 0:
+        return CHANNEL
+    chunk = 64 * codes_a_byte
+    if block == 0:
+        block = inputs
+        if elements(frame, SCALE) != outputs_of(frame):
+            return OTHER
+    elif elements(frame, SCALE) == 1:
+        return OTHER
+    if inputs % chunk == 0 and one_zero and (block % chunk == 0 or block == chunk // 2 or block == chunk // 4):
+        return GROUPS
+    return OTHER
+
+
+@njit(**OPTIONS)
+def zero_at(frame, index):
+    """The zero point at ``index``; of tensors of one element that one."""
+    zero = address(frame, ZERO)
+    if zero == 0:
+        return np.int64(0)
+    return code_at(zero, element_type(frame, ZERO), 0, index if elements(frame, ZERO) > 1 else 0)
+
+
+@njit(**OPTIONS)
+def scale_at(frame, index):
+    """The scale at ``index``; 1 where there is none."""
+    scale = address(frame, SCALE)
+    if scale == 0:
+        return np.float32(1)
+    return f32s(scale)[index if elements(frame, SCALE) > 1 else 0]
+
+
+@njit(**OPTIONS)
+def write_output(frame, token, n, value):
+    bias = address(frame, BIAS)
+    if bias != 0:
+        value += f32s(bias)[n]
+    f32s(address(frame, Y))[token * outputs_of(frame) + n] = value
+
+
+@njit(**OPTIONS)
+def plain_sum(frame, kind, packed, token, n):
+    """Output ``n`` of a token, value by value."""
+    inputs, h, weight = inputs_of(frame), f32s(gated_at(frame, token)), address(frame, WEIGHT)
+    block = integer(frame, TENSORS, BLOCK)
+    if block == 0:
+        block = max(inputs, 1)
+    groups = (inputs + block - 1) // block
+    total = np.float32(0)
+    for g in range(groups):
+        index = n * groups + g
+        zero, some = zero_at(frame, index), np.float32(0)
+        for k in range(g * block, min(g * block + block, inputs)):
+            if h[k] == np.float32(0):
+                continue  # dropped: its weight is not read
+            at = n * inputs + k
+            if packed != 0 or kind == U8 or kind == I8:
+                some += h[k] * np.float32(code_at(weight, kind, packed, at) - zero)
+            else:
+                some += h[k] * (float_at(weight, kind, at) - np.float32(zero))
+        total += some * scale_at(frame, index)
+    return total
+
+
+# --- preparation: once a call -----------------------------------------------------------------------------------------------
+
+
+def _prepare(kind: int, packed: int) -> Any:
+    codes_a_byte = 2 if packed else 1 if kind in (U8, I8) else 0
+    offset = 8 if packed == PACKED_I4 else 128 if kind == I8 and not packed else 0
+
+    @njit(**OPTIONS)
+    def prepare(frame, part, nparts):
+        inputs = inputs_of(frame)
+        for token in range(rows(frame, X)):
+            h = gated_at(frame, token)
+            if not gate(frame, token, h):
+                return 2
+            gated = f32s(h)
+            for i in range(inputs, padded(inputs)):
+                gated[i] = np.float32(0)
+            info = token_at(frame, token)
+            if codes_a_byte > 0:
+                step = step_of(h, inputs)
+                f32s(info)[0] = step
+                if step == step:
+                    form, codes = form_of(frame, codes_a_byte), _codes_at(frame, token)
+                    if form == CHANNEL:
+                        total = write_planes(h, inputs, padded(inputs), step, codes, codes + padded(inputs))
+                        i64s(info)[1] = total
+                    elif form == GROUPS and codes_a_byte == 1:
+                        write_byte_chunks(h, inputs, step, zero_at(frame, 0) + offset, codes)
+                    elif form == GROUPS:
+                        write_half_chunks(h, inputs, step, zero_at(frame, 0) + offset, codes)
+            if address(frame, KEPT) != 0:
+                y, base = f32s(address(frame, Y)), token * outputs_of(frame)
+                for n in range(outputs_of(frame)):
+                    y[base + n] = np.float32(0)
+                i64s(info)[2] = choose_outputs(frame, token, _chosen_at(frame, token))
+        return 0
+
+    return prepare
+
+
+# --- the products: by parts -------------------------------------------------------------------------------------------------
+
+
+def _main(products: Any) -> Any:
+    """A stage that calls ``products(frame, token, n0, n1, n2, n3, live)`` for four outputs at a time, ``live`` of them wanted."""
+
+    @njit(**OPTIONS)
+    def main(frame, part, nparts):
+        tokens, outputs = rows(frame, X), outputs_of(frame)
+        if address(frame, KEPT) != 0:
+            for token in range(tokens):
+                chosen, count = i64s(_chosen_at(frame, token)), i64s(token_at(frame, token))[2]
+                start, stop = share(count, 4, part, nparts)
+                for i in range(start, stop, 4):
+                    last = stop - 1
+                    n1, n2, n3 = chosen[min(i + 1, last)], chosen[min(i + 2, last)], chosen[min(i + 3, last)]
+                    products(frame, token, chosen[i], n1, n2, n3)
+            return 0
+        start, stop = share(outputs, 4, part, nparts)
+        quarter = (stop - start) // 4
+        for n in range(start, start + quarter):
+            for token in range(tokens):
+                products(frame, token, n, n + quarter, n + 2 * quarter, n + 3 * quarter)
+        for n in range(start + 4 * quarter, stop):
+            for token in range(tokens):
+                products(frame, token, n, n, n, n)
+        return 0
+
+    return main
+
+
+def _float_products(load: Any, kind: int, width: int) -> Any:
+    product = dot.dot_floats(load, kind, width)
+
+    @njit(**OPTIONS)
+    def products(frame, token, n0, n1, n2, n3):
+        if integer(frame, TENSORS, BLOCK) != 0 or address(frame, ZERO) != 0:
+            for n in (n0, n1, n2, n3):
+                write_output(frame, token, n, plain_sum(frame, kind, 0, token, n))
+            return
+        inputs, weight = inputs_of(frame), address(frame, WEIGHT)
+        line = inputs * width
+        y0, y1, y2, y3 = product(
+            weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line, gated_at(frame, token), inputs
+        )
+        if address(frame, SCALE) != 0:
+            y0, y1 = y0 * scale_at(frame, n0), y1 * scale_at(frame, n1)
+            y2, y3 = y2 * scale_at(frame, n2), y3 * scale_at(frame, n3)
+        write_output(frame, token, n0, y0)
+        write_output(frame, token, n1, y1)
+        write_output(frame, token, n2, y2)
+        write_output(frame, token, n3, y3)
+
+    return products
+
+
+def _code_products(kind: int, packed: int) -> Any:
+    flip, codes_a_byte = (packed == PACKED_I4) if packed else kind == I8, 2 if packed else 1
+    offset, chunk = (8 if packed else 128) if flip else 0, 64 * codes_a_byte
+    by_channel = dot.dot_bytes(flip)
+    family = dot.dot_half_groups if packed else dot.dot_byte_groups
+    one, two, four = family(flip, 1), family(flip, 2), family(flip, 4)
+
+    @njit(**OPTIONS)
+    def channel(frame, token, n, total, step, sum_of_codes):
+        exact = total - (zero_at(frame, n) + offset) * sum_of_codes
+        write_output(frame, token, n, np.float32(exact) * step * scale_at(frame, n))
+
+    @njit(**OPTIONS)
+    def products(frame, token, n0, n1, n2, n3):
+        info, inputs, weight = token_at(frame, token), inputs_of(frame), address(frame, WEIGHT)
+        step, form, codes = f32s(info)[0], form_of(frame, codes_a_byte), _codes_at(frame, token)
+        if form == OTHER or step != step:
+            for n in (n0, n1, n2, n3):
+                write_output(frame, token, n, plain_sum(frame, kind, packed, token, n))
+            return
+        line = inputs // codes_a_byte
+        r0, r1, r2, r3 = weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line
+        if codes_a_byte == 1 and form == CHANNEL:
+            t0, t1, t2, t3 = by_channel(r0, r1, r2, r3, codes, codes + padded(inputs), inputs)
+            sums = i64s(info)[1]
+            channel(frame, token, n0, t0, step, sums)
+            channel(frame, token, n1, t1, step, sums)
+            channel(frame, token, n2, t2, step, sums)
+            channel(frame, token, n3, t3, step, sums)
+            return
+        block = integer(frame, TENSORS, BLOCK)
+        if block == 0:
+            block = inputs
+        scale, row = address(frame, SCALE), (inputs + block - 1) // block * 4
+        s0, s1, s2, s3 = scale + n0 * row, scale + n1 * row, scale + n2 * row, scale + n3 * row
+        per = max(block // chunk, 1)
+        if block * 4 == chunk:
+            y0, y1, y2, y3 = four(r0, r1, r2, r3, s0, s1, s2, s3, per, codes, inputs)
+        elif block * 2 == chunk:
+            y0, y1, y2, y3 = two(r0, r1, r2, r3, s0, s1, s2, s3, per, codes, inputs)
+        else:
+            y0, y1, y2, y3 = one(r0, r1, r2, r3, s0, s1, s2, s3, per, codes, inputs)
+        write_output(frame, token, n0, y0 * step)
+        write_output(frame, token, n1, y1 * step)
+        write_output(frame, token, n2, y2 * step)
+        write_output(frame, token, n3, y3 * step)
+
+    return products
+
+
+LINEAR = OpKernels(
+    op="linear",
+    key_operands=(WEIGHT,),
+    key_attributes=("layout", "packed"),
+    errors=ERRORS,
+    operands=(DType.F32, None, DType.F32, None, DType.F32, DType.F32, None, None),
+)
+
+_SHAPE, _SCRATCH = Stage("linear_shape", shape), Stage("linear_out_in_scratch", out_in_scratch)
+FLOATS = (
+    (DType.F32, F32, simd.load_f32, 4), (DType.BF16, BF16, simd.load_bf16, 2), (DType.F16, F16, simd.load_f16, 2),
+    (DType.F8E4M3, F8E4M3, simd.load_f8e4m3, 1), (DType.F8E5M2, F8E5M2, simd.load_f8e5m2, 1),
+)  # fmt: skip
+CODES = ((DType.I8, I8, 0, ""), (DType.U8, U8, 0, ""), (DType.U8, U8, PACKED_I4, "i4"), (DType.U8, U8, PACKED_U4, "u4"))
+
+for _dtype, _kind, _load, _width in FLOATS:
+    LINEAR.kernels.append(
+        NumbaKernel(
+            types=(_dtype,),
+            attributes=("out_in", ""),
+            shape=_SHAPE,
+            scratch=_SCRATCH,
+            stages=(
+                Stage("linear_prepare_float", _prepare(F32, 0)),
+                Stage(f"linear_out_in_{_dtype}", _main(_float_products(_load, _kind, _width)), parallel=True),
+            ),
+        )
+    )
+for _dtype, _kind, _packed, _name in CODES:
+    LINEAR.kernels.append(
+        NumbaKernel(
+            types=(_dtype,),
+            attributes=("out_in", _name),
+            shape=_SHAPE,
+            scratch=_SCRATCH,
+            stages=(
+                Stage(f"linear_prepare_{_name or _dtype}", _prepare(_kind, _packed)),
+                Stage(f"linear_out_in_{_name or _dtype}", _main(_code_products(_kind, _packed)), parallel=True),
+            ),
+        )
+    )

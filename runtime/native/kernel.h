@@ -1,0 +1,60 @@
+/* How kernels are called. See runtime/kernels/numba/frame.py for the same in Python.
+
+A kernel is a few functions over a frame, an array of 64-bit words that holds everything about one call:
+    0  address of scratch memory
+    1  how many parts the parallel stages have
+    2  spare
+    3  spare
+    4 + 12 i       tensor i (inputs, then outputs): address (0: absent), ONNX element type, rank, 8 sizes
+    4 + 12 T + j   attribute j: an integer, the bits of a double, or the index of a string among its choices
+Every function is called as f(frame, part, nparts) and returns 0, or the number of an error text of its op. */
+#ifndef ACTGRAPH_KERNEL_H
+#define ACTGRAPH_KERNEL_H
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define AG_EXPORT __declspec(dllexport)
+#else
+#define AG_EXPORT __attribute__((visibility("default")))
+#endif
+
+enum { AG_HEAD = 4, AG_TENSOR = 12, AG_RANK = 8, AG_TENSORS = 24, AG_ATTRIBUTES = 24, AG_STAGES = 6, AG_KEY = 8 };
+enum { AG_WORDS = AG_HEAD + AG_TENSOR * AG_TENSORS + AG_ATTRIBUTES };
+
+typedef int64_t (*ag_function)(int64_t *frame, int64_t part, int64_t nparts);
+
+typedef struct {
+  int64_t key[AG_KEY];          /* element types of the key inputs, then values of the key attributes */
+  ag_function shape;            /* fills in the ranks and sizes of the outputs, and checks the inputs */
+  ag_function scratch;          /* returns the bytes of scratch memory that it wants; NULL: none */
+  int64_t stages;
+  ag_function stage[AG_STAGES];
+  int64_t parallel[AG_STAGES];  /* 1: called for parts 0..nparts-1 by several threads, 0: once */
+} ag_variant;
+
+typedef struct {
+  const char *name;
+  int64_t kind;                 /* 0: integer, 1: float, 2: string */
+  int64_t fallback;             /* its value where the node has none, as in the frame */
+  const char *choices;          /* of a string, separated by | */
+} ag_attribute;
+
+typedef struct {
+  const char *name;
+  int64_t inputs, outputs, attributes, keys;
+  int64_t input_type[AG_TENSORS];     /* ONNX element type; 0: any */
+  int64_t optional[AG_TENSORS];
+  int64_t output_type[AG_TENSORS];
+  int64_t key_input[AG_KEY], key_inputs;
+  int64_t key_attribute[AG_KEY], key_attributes;
+  const ag_attribute *attribute;
+  const char *const *error;           /* error[n - 1] is the text of error n */
+  int64_t errors;
+} ag_op;
+
+/* Runs f for every part, on as many threads; returns the first error, by part. */
+int64_t ag_parallel(ag_function f, int64_t *frame, int64_t nparts);
+/* Scratch memory of this thread, aligned to 64 bytes, at least `bytes` large; NULL when there is none. */
+void *ag_scratch(size_t bytes);
+#endif
