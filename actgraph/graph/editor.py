@@ -185,10 +185,11 @@ class Editor:
         """The value sites on ``old`` denote ``new`` from now on, whoever reads the two."""
         self._to_change().site_table.move(old, new)
 
-    def move_edges(self, old: Use, new: Use) -> None:
-        """The edge sites on the operand ``old`` are on ``new`` from now on (a node was replaced by another)."""
-        if old.node is not None and new.node is not None:
-            self._to_change().site_table.move_edge((old.node, old.index), [(new.node, new.index)])
+    def move_edges(self, old: Use, *new: Use) -> None:
+        """The edge sites on the operand ``old`` are on ``new`` from now on (a node was replaced by another, or by several)."""
+        places = [(use.node, use.index) for use in new if use.node is not None]
+        if old.node is not None and places:
+            self._to_change().site_table.move_edge((old.node, old.index), places)
 
     def make_virtual(self, old: Node | Value, recipe: str, new: Node, kind: TensorType) -> None:
         """The virtual sites of a node, or the sites of a value, are virtual sites of ``new`` from now on, of type ``kind``."""

@@ -14,7 +14,8 @@ from actgraph.ops.registry import DOMAIN
 class Rotary:
     """``source`` [batch, heads, seq, head] is turned by ``cos`` and ``sin`` [batch or 1, seq, width].
 
-    width: how many features are turned, 0 for all. nodes: what computes ``output``, the angles excepted.
+    width: how many features are turned, 0 for all. nodes: what computes ``output``, the angles excepted. unsqueezed: ``cos``
+    and ``sin`` with an axis for heads.
     """
 
     source: Value
@@ -23,10 +24,12 @@ class Rotary:
     width: int
     nodes: tuple[Node, ...]
     output: Value
+    unsqueezed: tuple[Value, Value]
 
 
 def fuse_rotary(rewriter: Rewriter) -> None:
     """Fuse every chosen rotary embedding of the form of GPT-NeoX and Llama (halves), whole heads or a part of each."""
+    tables: dict[Use, list[Use]] = {}  # where the angles were given their axis for heads -> where they are read now
     for node in rewriter.graph.nodes():
         found = rotary_of(node.output) if node.outputs else None
         if found is None:
@@ -44,8 +47,13 @@ def fuse_rotary(rewriter: Rewriter) -> None:
         )
         for edge in edges:
             rewriter.editor.move_edges(edge, Use(made, 0))
+        for index, unsqueezed in enumerate(found.unsqueezed, 1):
+            if unsqueezed.producer is not None:
+                tables.setdefault(Use(unsqueezed.producer, 0), []).append(Use(made, index))
         rewriter.editor.redirect(found.output, made.output)
         rewriter.done("rotary")
+    for old, new in tables.items():
+        rewriter.editor.move_edges(old, *new)
 
 
 def rotary_of(value: Value) -> Rotary | None:
@@ -58,7 +66,7 @@ def rotary_of(value: Value) -> Rotary | None:
                 if parts is not None and below[0] is not None and below[1] is not None:
                     makers = [value, plain, turned, rotated, *parts]
                     nodes = tuple(maker.producer for maker in makers if maker.producer is not None)
-                    return Rotary(x, below[0], below[1], 0, nodes, value)
+                    return Rotary(x, below[0], below[1], 0, nodes, value, (cos, sin))
     return None
 
 
@@ -81,7 +89,7 @@ def _partial(whole: Rotary) -> Rotary | None:
         return None
     makers = [whole.source.producer, rest.producer, joined]
     nodes = tuple(dict.fromkeys([*whole.nodes, *(node for node in makers if node is not None)]))
-    return Rotary(x, whole.cos, whole.sin, width, nodes, prim.output)
+    return Rotary(x, whole.cos, whole.sin, width, nodes, prim.output, whole.unsqueezed)
 
 
 def _refusal(rotary: Rotary) -> str:
