@@ -1,0 +1,115 @@
+"""Registers the Triton kernels: in the op registry, and as CUDA implementations of the ``torch.library`` ops.
+
+This module is the one place of the package that may be imported without Triton; ``install`` imports the kernels where there
+is a CUDA device for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actgraph.ops.registry import DOMAIN, Kernel, OpDef, get_op, kernels, register_kernel
+from actgraph.ops.torch_library import operand_types, register_all
+
+_LIBRARY: torch.library.Library | None = None
+
+
+def install() -> bool:
+    """Make the kernels the CUDA implementations of their ops; whether they are. Calling it again changes nothing.
+
+    Without a CUDA device or without Triton nothing is imported and nothing happens: the references run.
+    """
+    global _LIBRARY
+    if _LIBRARY is not None:
+        return True
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    _LIBRARY = torch.library.Library(DOMAIN, "IMPL")  # kept for the life of the process
+    implement(_LIBRARY, "CUDA")
+    return True
+
+
+def triton_kernels() -> tuple[Kernel, ...]:
+    """The kernels, in the registry from the first call on. Imports Triton."""
+    from actgraph.runtime.kernels.triton import feed_forward, linear, steering
+
+    made = {kernel.op: kernel for kernel in kernels(engine="torch", device="cuda") if kernel.name == "triton"}
+    if not made:
+        for op, claims, implementation in (
+            ("linear", linear.claims, linear.linear),
+            ("feed_forward", feed_forward.claims, feed_forward.feed_forward),
+            ("shift", steering.claims_shift, steering.shift),
+            ("channel_scale", steering.claims_channel_scale, steering.channel_scale),
+            ("lowrank_map", steering.claims_lowrank_map, steering.lowrank_map),
+            ("clip", steering.claims_clip, steering.clip),
+            ("gate", steering.claims_gate, steering.gate),
+        ):
+            made[op] = register_kernel(Kernel(op, "triton", "torch", "cuda", claims, implementation))
+    return tuple(made.values())
+
+
+def implement(library: torch.library.Library, key: str) -> None:
+    """Register the kernels in ``library`` for a dispatch key ("CUDA"; tests take another one).
+
+    The key comes before the reference, which is registered for all backends, and after autograd: gradients are those of the
+    op, and for ``torch.compile`` each op stays one call whose fake kernel is the op's own.
+    """
+    register_all()
+    for kernel in triton_kernels():
+        library.impl(kernel.op, _dispatch(get_op(kernel.op), kernel), key)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What was found out about calls of one form: whether the kernel takes them, and the strides that the op gives."""
+
+    claimed: bool
+    strides: tuple[int, ...]
+
+
+def _dispatch(op: OpDef, kernel: Kernel) -> Callable[..., Any]:
+    """The kernel where it claims the call, else the reference. The checks run once for each form of a call."""
+    forms: dict[Any, _Form] = {}
+    reference = op.eager or op.reference
+
+    @functools.wraps(op.reference)
+    def implementation(*operands: Any, **attributes: Any) -> Any:
+        key = (*[t if t is None else (t.dtype, t.shape, t.stride()) for t in operands], *map(str, attributes.items()))
+        form = forms.get(key)
+        if form is None:
+            if len(forms) >= 4096:
+                forms.clear()
+            form = forms[key] = _examine(op, kernel, operands, attributes)
+        if not form.claimed:
+            result = reference(*operands, **attributes)
+            assert not isinstance(result, tuple)
+            return result.clone() if result._is_view() or any(result is t for t in operands) else result
+        device = operands[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton uses the current one
+            result = kernel.implementation(*operands, **attributes)
+        if result.stride() == form.strides or not result.numel():
+            return result
+        return result.new_empty_strided(result.shape, form.strides).copy_(result)
+
+    return implementation
+
+
+def _examine(op: OpDef, kernel: Kernel, operands: Sequence[Any], attributes: dict[str, Any]) -> _Form:
+    """Check a call and see what the kernel and the reference (on tensors without data) say of it. Raises VerifyError.
+
+    Compiled graphs rely on the strides that the fake kernel, which is the reference, promised them.
+    """
+    types, complete = operand_types(operands), op.complete(attributes)
+    types += [None] * (len(op.inputs) - len(types))
+    op.result_types(types, complete)
+    bare = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in operands]
+    result = op.reference(*bare, **attributes)
+    assert not isinstance(result, tuple)
+    return _Form(kernel.claims(types, complete), result.stride())
