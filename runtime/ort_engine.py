@@ -90,15 +90,22 @@ class OrtRunner:
         return [array_of_value(value) if isinstance(value, ort.OrtValue) else np.asarray(value) for value in results]
 
 
-def open_graph(graph: OnnxGraph, *, optimize: bool = True, threads: int = 0) -> tuple[ort.InferenceSession, dict[str, Array]]:
+def open_graph(
+    graph: OnnxGraph, *, optimize: bool = True, threads: int = 0, kernels: bool = False
+) -> tuple[ort.InferenceSession, dict[str, Array]]:
     """A session on a copy of ``graph``, and the weights that it reads where they are: keep them as long as the session.
 
-    threads: how many compute one operator; 0: as many as there are cores.
+    threads: how many compute one operator; 0: as many as there are cores. kernels: its actgraph nodes all have kernels (see
+    ``ort_kernels``).
     """
     import onnxruntime as ort
 
     options = session_options()
     options.intra_op_num_threads = threads
+    if kernels:
+        from actgraph.runtime.ort_kernels import register_library
+
+        register_library(options)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with _model_source(graph.clone()) as (source, weights):

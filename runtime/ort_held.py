@@ -22,6 +22,7 @@ from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.shapes import TensorType
 from actgraph.runtime.ort_engine import array_of_value, first_line, open_graph, value_of, view_of_value
 from actgraph.runtime.ort_fused import feeds, fuse
+from actgraph.runtime.ort_kernels import Claims, claim, with_kernel_ops
 from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for, to_reset
 
 #: Bytes of weights below which one token is computed sooner by one thread than several threads have found each other.
@@ -34,9 +35,12 @@ class HeldOnnx:
     fused: the graph with fused attentions, for calls without padding; ``None`` where ``why_plain`` has a reason.
     """
 
-    def __init__(self, graph: Graph, limit: int | None) -> None:
+    def __init__(self, graph: Graph, limit: int | None, *, kernels: bool = False) -> None:
+        """limit: the tokens that a session can hold. kernels: run what has kernels with them."""
         assert isinstance(graph, OnnxGraph)
-        self.graph = graph
+        if kernels:
+            graph = with_kernel_ops(graph)
+        self.graph, self._kernels = graph, kernels
         self.fused: Opened | None = None
         self.why_plain = ""
         slots = {slot.input for slot in slots_of(graph).values()}
@@ -50,7 +54,7 @@ class HeldOnnx:
         self._plain: Opened | None = None
         self._lock = threading.Lock()
         try:
-            self.fused = Opened(fuse(graph, limit), graph)
+            self.fused = Opened(fuse(graph, limit), graph, kernels=kernels)
         except UnsupportedError as error:
             self.why_plain = error.message
 
@@ -59,7 +63,7 @@ class HeldOnnx:
         """The graph as it is, opened when it is first asked for."""
         with self._lock:
             if self._plain is None:
-                self._plain = Opened(self.graph, self.graph)
+                self._plain = Opened(self.graph, self.graph, kernels=self._kernels)
             return self._plain
 
     def sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
@@ -70,11 +74,15 @@ class HeldOnnx:
 class Opened:
     """A session of onnxruntime on ``graph``, whose slots are those of ``source``."""
 
-    def __init__(self, graph: OnnxGraph, source: OnnxGraph) -> None:
+    def __init__(self, graph: OnnxGraph, source: OnnxGraph, *, kernels: bool = False) -> None:
+        self.claims = Claims()
+        if kernels:
+            graph = graph.clone()
+            self.claims = claim(graph)
         size = sum(
             value.const_value.nbytes for value in graph.model.graph.initializers.values() if value.const_value is not None
         )
-        self.session, self._weights = open_graph(graph, threads=1 if size < _ALONE else 0)
+        self.session, self._weights = open_graph(graph, threads=1 if size < _ALONE else 0, kernels=kernels)
         slots = list(slots_of(source).values())
         self.donated = [slot for slot in slots if _donates(source, slot)]
         self.moving = [slot for slot in slots if slot not in self.donated]

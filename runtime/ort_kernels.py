@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from actgraph.errors import UnsupportedError
 from actgraph.formats.onnx_finish import drop_unused_functions, inline_calls
+from actgraph.graph.fusion import fuse
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, REQUIRED
@@ -57,6 +58,19 @@ def claim(graph: OnnxGraph) -> Claims:
     inline_calls(graph, lambda node: node not in found)
     drop_unused_functions(graph)
     return claims
+
+
+def with_kernel_ops(graph: OnnxGraph) -> OnnxGraph:
+    """A copy of ``graph`` in the ops that have kernels.
+
+    In a graph of single tokens these are all linears. In others linears that are neither gated nor quantized stay onnxruntime's,
+    whose product of many tokens is faster.
+    """
+    twin = graph.clone()
+    tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)
+    single = tokens is not None and tokens.shape is not None and tokens.shape[-1] == 1
+    fuse(twin, dense=single, norms=False, rotary=False, feed_forwards=False)
+    return twin
 
 
 def register_library(options: ort.SessionOptions) -> None:

@@ -19,6 +19,7 @@ from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role, Value
 from actgraph.graph.program import Program
 from actgraph.graph.slots import Slot, slots_of, with_initial_slots
+from actgraph.runtime.native.library import available
 from actgraph.runtime.state import TOKENS, ExplicitState, State, without_slots
 from actgraph.runtime.tokens import FILLED, Tokens
 
@@ -39,6 +40,8 @@ def compile(
     chunk: int = CHUNK,
     lowering: str = "held",
     prefixes: PrefixCache | None = None,
+    kernels: bool = True,
+    require_kernels: bool = False,
 ) -> Compiled:
     """Make a graph, or a program of a prefill and a decode graph, ready to run many times.
 
@@ -49,6 +52,8 @@ def compile(
     lowering: how sessions keep slots: ``"held"`` in buffers of the engine, written in place; ``"explicit"`` as arrays that go
     in and come out of each call.
     prefixes: where prompts leave their keys and values for others that begin in the same way.
+    kernels: run what has kernels of ours with them, where their library was built; else one line says so. require_kernels: an
+    op of ours without a kernel is an error.
     Raises UnsupportedError for an engine that cannot run the model, for slots that outlive sessions, and for prefixes of a
     model whose state does not have one entry for each token.
     """
@@ -71,7 +76,7 @@ def compile(
     lasting = next((slot for slot in program.slots.values() if slot.reset == "never"), None)
     if lasting is not None:
         raise UnsupportedError(f"slot {lasting.name} outlives sessions (reset = never)", "feed it yourself: call the graph")
-    compiled = Compiled(program, engine, chunk=chunk, lowering=lowering, prefixes=prefixes)
+    compiled = Compiled(program, engine, chunk=chunk, lowering=lowering, prefixes=prefixes, kernels=kernels)
     if prefixes is not None:
         from actgraph.runtime.prefix import why_not
 
@@ -105,7 +110,9 @@ class Compiled:
         chunk: int = CHUNK,
         lowering: str = "held",
         prefixes: PrefixCache | None = None,
+        kernels: bool = True,
     ) -> None:
+        self.kernels = kernels and available(asked=True)
         self.program = program.clone()
         self.engine, self.chunk, self.lowering, self.prefixes = engine, chunk, lowering, prefixes
         driver = self.program.driver
@@ -194,7 +201,7 @@ class Compiled:
             return held
         from actgraph.runtime.ort_held import HeldOnnx
 
-        return {name: HeldOnnx(graph, self.capacity) for name, graph in graphs}
+        return {name: HeldOnnx(graph, self.capacity, kernels=self.kernels) for name, graph in graphs}
 
     def _capacity(self) -> int | None:
         """How many tokens a session can hold: the size of fixed slots, or what the model says of itself."""

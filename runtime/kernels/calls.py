@@ -12,13 +12,12 @@ import numpy as np
 from actgraph.errors import InputError
 from actgraph.graph.graph import Array
 from actgraph.ops.dtypes import DType
-from actgraph.runtime.kernels.numba.frame import HEAD, RANK, TENSOR
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.objects import loaded
-from actgraph.runtime.native.library import Variant, library, words
+from actgraph.runtime.native.library import HEAD, RANK, TENSOR, Variant, library, words
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def variant_of(kernels: Any, kernel: NumbaKernel) -> Variant:
     """A kernel compiled and loaded, as the C library takes it. ``kernels``: its ``OpKernels``."""
     made = Variant()

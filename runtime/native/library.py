@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from actgraph.errors import UnsupportedError
-from actgraph.runtime.kernels.numba.frame import HEAD, TENSOR
 
+#: The layout of frames: words before the first tensor, words of a tensor, its most axes. See kernel.h.
+HEAD, TENSOR, RANK = 4, 12, 8
 STAGES, KEY, MOST_TENSORS = 6, 8, 24
 
 Function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -97,9 +98,16 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def available() -> bool:
-    """Whether the library is there."""
-    return path() is not None
+_SAID: list[str] = []
+
+
+def available(*, asked: bool = False) -> bool:
+    """Whether the library is there. ``asked``: by someone who wants it; the first time that it is not, one line says so."""
+    there = path() is not None
+    if asked and not there and not _SAID:
+        _SAID.append("said")
+        print("actgraph: its kernels were not built (no C compiler?): everything runs without them, slower", file=sys.stderr)
+    return there
 
 
 def words(tensors: int, attributes: int) -> int:

@@ -59,15 +59,15 @@ def dot_bytes(flip: bool) -> Any:
         h0, h1, h2, h3, l0, l1, l2, l3 = zero, zero, zero, zero, zero, zero, zero, zero
         whole = count // 64 * 64
         for k in range(0, whole, 64):
-            h, l = simd.load_i8(high + k), simd.load_i8(low + k)
+            above, below = simd.load_i8(high + k), simd.load_i8(low + k)
             w = codes(r0 + k)
-            h0, l0 = simd.dpbusd(h0, w, h), simd.dpbusd(l0, w, l)
+            h0, l0 = simd.dpbusd(h0, w, above), simd.dpbusd(l0, w, below)
             w = codes(r1 + k)
-            h1, l1 = simd.dpbusd(h1, w, h), simd.dpbusd(l1, w, l)
+            h1, l1 = simd.dpbusd(h1, w, above), simd.dpbusd(l1, w, below)
             w = codes(r2 + k)
-            h2, l2 = simd.dpbusd(h2, w, h), simd.dpbusd(l2, w, l)
+            h2, l2 = simd.dpbusd(h2, w, above), simd.dpbusd(l2, w, below)
             w = codes(r3 + k)
-            h3, l3 = simd.dpbusd(h3, w, h), simd.dpbusd(l3, w, l)
+            h3, l3 = simd.dpbusd(h3, w, above), simd.dpbusd(l3, w, below)
         y0 = 256 * np.int64(simd.sum_i32(h0)) + simd.sum_i32(l0)
         y1 = 256 * np.int64(simd.sum_i32(h1)) + simd.sum_i32(l1)
         y2 = 256 * np.int64(simd.sum_i32(h2)) + simd.sum_i32(l2)
@@ -86,7 +86,7 @@ def dot_bytes(flip: bool) -> Any:
 def dot_byte_groups(flip: bool, groups: int) -> Any:
     """``(rows, scales, per group, chunks, count) -> 4 sums`` over codes of a byte whose scales change along the row.
 
-    groups: how many groups a chunk of 64 codes has. ``count`` is a multiple of 64; a group of several chunks has ``per`` of them.
+    groups: how many groups a chunk of 64 codes has. ``count`` is a multiple of 64; a group of several chunks has ``per``.
     """
 
     @njit(**OPTIONS)

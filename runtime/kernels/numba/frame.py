@@ -14,8 +14,7 @@ from __future__ import annotations
 from numba import njit
 
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f64s, i64s
-
-HEAD, TENSOR, RANK = 4, 12, 8
+from actgraph.runtime.native.library import HEAD, RANK, TENSOR
 
 
 @njit(**OPTIONS)

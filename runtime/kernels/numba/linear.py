@@ -15,7 +15,6 @@ from actgraph.ops.dtypes import DType
 from actgraph.runtime.kernels.numba import dot, gates, simd
 from actgraph.runtime.kernels.numba.codes import (
     BYTE_CHUNK,
-    HALF_CHUNK,
     step_of,
     write_byte_chunks,
     write_half_chunks,
@@ -238,7 +237,7 @@ def plain_sum(frame, kind, packed, token, n):
             if h[k] == np.float32(0):
                 continue  # dropped: its weight is not read
             at = n * inputs + k
-            if packed != 0 or kind == U8 or kind == I8:
+            if packed != 0 or kind in (U8, I8):
                 some += h[k] * np.float32(code_at(weight, kind, packed, at) - zero)
             else:
                 some += h[k] * (float_at(weight, kind, at) - np.float32(zero))
@@ -290,7 +289,7 @@ def _prepare(kind: int, packed: int) -> Any:
 
 
 def _main(products: Any) -> Any:
-    """A stage that calls ``products(frame, token, n0, n1, n2, n3, live)`` for four outputs at a time, ``live`` of them wanted."""
+    """A stage that calls ``products(frame, token, n0, n1, n2, n3)`` for four outputs."""
 
     @njit(**OPTIONS)
     def main(frame, part, nparts):

@@ -1,7 +1,8 @@
 """The op ``linear`` for weights stored by inputs ([K, N], layout "in_out"): see ``gather``.
 
-What a gate drops, and what is 0 without one, is never read. Parts are ranges of columns, so that results are the same for any
-number of threads.
+What a gate drops, and what is 0 without one, is never read. Parts are ranges of the list of what is kept (half of each row for
+each thread was measured to be slower by half), and their sums are added in order: results depend on the number of parts by
+rounding, and on nothing else.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from numba import njit
 
 from actgraph.runtime.kernels.numba import gather
 from actgraph.runtime.kernels.numba.codes import code, inverse_of, low_byte, step_of
-from actgraph.runtime.kernels.numba.frame import address, elements, integer, rows, scratch, share
+from actgraph.runtime.kernels.numba.frame import address, elements, integer, rows, share
 from actgraph.runtime.kernels.numba.gather import TILE
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, Stage
 from actgraph.runtime.kernels.numba.linear import (
+    BIAS,
     BLOCK,
     CODES,
     FLOATS,
@@ -26,8 +28,8 @@ from actgraph.runtime.kernels.numba.linear import (
     TENSORS,
     TOKEN,
     WEIGHT,
-    Y,
     ZERO,
+    Y,
     gate,
     gated_at,
     inputs_of,
@@ -37,16 +39,15 @@ from actgraph.runtime.kernels.numba.linear import (
     scale_at,
     shape,
     token_at,
-    write_output,
     zero_at,
 )
-from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i32s, i64s
-from actgraph.runtime.kernels.numba.weights import F32, I8, PACKED_I4, U8, code_at, float_at
+from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s, i32s, i64s
+from actgraph.runtime.kernels.numba.weights import I8, PACKED_I4, U8, code_at, float_at
 
 # --- scratch: as for "out_in" up to the gated x; then for each token the lists, then for each part its sums -----------------
 #
 # A list of up to `room` places: [room places: 8 bytes][room values or, of codes, room / 4 upper and lower quads: 4 bytes]
-# [first quad of each group: 8 bytes]. Groups are padded to quads, so that room is at most 4 K + 4.
+# [first quad and sum of codes of each group: 16 bytes]. Groups are padded to quads, so that room is at most 4 K + 4.
 
 
 @njit(**OPTIONS)
@@ -65,14 +66,27 @@ def _list_at(frame, token):
 
 
 @njit(**OPTIONS)
+def _sum_bytes(outputs):
+    """Of a part: integer sums of a tile, and float sums of all columns."""
+    return 8 * TILE + (outputs + 127) // 128 * 512
+
+
+@njit(**OPTIONS)
 def _sums_at(frame, part):
-    return _list_at(frame, rows(frame, 0)) + part * 8 * TILE
+    return _list_at(frame, rows(frame, 0)) + part * _sum_bytes(outputs_of(frame))
+
+
+@njit(**OPTIONS)
+def _part_at(frame, part):
+    """The float sums of a part."""
+    return _sums_at(frame, part) + 8 * TILE
 
 
 @njit(**OPTIONS)
 def in_out_scratch(frame, part, nparts):
     tokens, inputs = rows(frame, 0), inputs_of(frame)
-    return 1024 + tokens * (TOKEN + padded(inputs) * 4 + _list_bytes(inputs)) + i64s(frame)[1] * 8 * TILE
+    lists = tokens * (TOKEN + padded(inputs) * 4 + _list_bytes(inputs))
+    return 1024 + lists + i64s(frame)[1] * _sum_bytes(outputs_of(frame)) * tokens
 
 
 @njit(**OPTIONS)
@@ -152,33 +166,56 @@ def _prepare(codes: bool) -> Any:
 
 
 @njit(**OPTIONS)
-def _finish(frame, token, start, stop):
-    """Bias and mask of the columns of a part."""
-    y, base = f32s(address(frame, Y)), token * outputs_of(frame)
-    for n in range(start, stop):
-        write_output(frame, token, n, y[base + n])
-        if address(frame, KEPT) != 0 and not is_kept(frame, token, n):
-            y[base + n] = np.float32(0)
+def _sums_of(frame, token, part):
+    """The float sums of a part for a token, [N]."""
+    return _part_at(frame, token * i64s(frame)[1] + part)
 
 
 @njit(**OPTIONS)
-def _plain(frame, kind, packed, token, start, stop):
-    """Columns of a token, value by value, without bias; from the list of kept values."""
+def finish(frame, part, nparts):
+    """Add what the parts have summed, then bias and mask."""
+    outputs, nparts = outputs_of(frame), i64s(frame)[1]
+    for token in range(rows(frame, 0)):
+        y = f32s(address(frame, Y) + 4 * token * outputs)
+        first = f32s(_sums_of(frame, token, 0))
+        for n in range(outputs):
+            y[n] = first[n]
+        for other in range(1, nparts):
+            more = f32s(_sums_of(frame, token, other))
+            for n in range(outputs):
+                y[n] += more[n]
+        if address(frame, BIAS) != 0:
+            bias = f32s(address(frame, BIAS))
+            for n in range(outputs):
+                y[n] += bias[n]
+        if address(frame, KEPT) != 0:
+            for n in range(outputs):
+                if not is_kept(frame, token, n):
+                    y[n] = np.float32(0)
+    return 0
+
+
+@njit(**OPTIONS)
+def _plain(frame, kind, packed, token, part, nparts, y, listed):
+    """Columns of a part, value by value, to ``y``: of the list of kept values, or of all inputs where they are not listed."""
     inputs, outputs, weight, at = inputs_of(frame), outputs_of(frame), address(frame, WEIGHT), _list_at(frame, token)
-    places, values, count = i64s(at), f32s(at + _room(inputs) * 8), i64s(token_at(frame, token))[2]
-    y, block = f32s(address(frame, Y)), group_of(frame)
+    h, places, values = f32s(gated_at(frame, token)), i64s(at), f32s(at + _room(inputs) * 8)
+    count, block, out = i64s(token_at(frame, token))[2] if listed else inputs, group_of(frame), f32s(y)
+    start, stop = share(outputs, 1, part, nparts)
     for n in range(start, stop):
         total = np.float32(0)
         for j in range(count):
-            k = places[j]
+            k, x = (places[j], values[j]) if listed else (j, h[j])
+            if x == np.float32(0):
+                continue
             index = k // block * outputs + n if integer(frame, TENSORS, BLOCK) > 0 else n
             zero = zero_at(frame, index)
-            if packed != 0 or kind == U8 or kind == I8:
+            if packed != 0 or kind in (U8, I8):
                 value = np.float32(code_at(weight, kind, packed, k * outputs + n) - zero)
             else:
                 value = float_at(weight, kind, k * outputs + n) - np.float32(zero)
-            total += values[j] * value * scale_at(frame, index)
-        y[token * outputs + n] = total
+            total += x * value * scale_at(frame, index)
+        out[n] = total
 
 
 def _float_main(load: Any, kind: int, width: int) -> Any:
@@ -187,23 +224,22 @@ def _float_main(load: Any, kind: int, width: int) -> Any:
     @njit(**OPTIONS)
     def main(frame, part, nparts):
         inputs, outputs = inputs_of(frame), outputs_of(frame)
-        start, stop = share(outputs, 64, part, nparts)
         plain = integer(frame, TENSORS, BLOCK) != 0 or address(frame, ZERO) != 0
         for token in range(rows(frame, 0)):
+            y = _sums_of(frame, token, part)
+            for n in range(outputs):
+                f32s(y)[n] = np.float32(0)
             if plain:
-                _plain(frame, kind, 0, token, start, stop)
-            else:
-                at, count = _list_at(frame, token), i64s(token_at(frame, token))[2]
-                y = address(frame, Y) + 4 * token * outputs
-                for n in range(start, stop):
-                    f32s(y)[n] = np.float32(0)
-                for tile in range(start, stop, 2 * TILE):
-                    end = min(tile + 2 * TILE, stop)
-                    add(y, address(frame, WEIGHT), outputs * width, at, at + _room(inputs) * 8, count, tile, end)
-                if address(frame, SCALE) != 0:
-                    for n in range(start, stop):
-                        f32s(y)[n] *= scale_at(frame, n)
-            _finish(frame, token, start, stop)
+                _plain(frame, kind, 0, token, part, nparts, y, True)
+                continue
+            at, count = _list_at(frame, token), i64s(token_at(frame, token))[2]
+            first, last = share(count, 4, part, nparts)
+            for tile in range(0, outputs, TILE):
+                end = min(tile + TILE, outputs)
+                add(y, address(frame, WEIGHT), outputs * width, at, at + _room(inputs) * 8, first, last, tile, end)
+            if address(frame, SCALE) != 0:
+                for n in range(outputs):
+                    f32s(y)[n] *= scale_at(frame, n)
         return 0
 
     return main
@@ -212,56 +248,67 @@ def _float_main(load: Any, kind: int, width: int) -> Any:
 def _code_main(kind: int, packed: int) -> Any:
     flip, halves = (packed == PACKED_I4) if packed else kind == I8, bool(packed)
     offset, codes_a_byte = (8 if packed else 128) if flip else 0, 2 if packed else 1
-    add, chunk = gather.add_codes(flip, halves), 64 * codes_a_byte
-
-    @njit(**OPTIONS)
-    def flush(frame, sums, y, tile, count, group, grouped, total, step, overwrite):
-        high, low, out, base = i32s(sums), i32s(sums + 4 * TILE), f32s(y), group * outputs_of(frame)
-        for place in range(count):
-            n = tile + gather.column_of(place, halves)
-            index = base + n if grouped else n
-            exact = 256 * np.int64(high[place]) + low[place] - (zero_at(frame, index) + offset) * total
-            value = np.float32(exact) * step * scale_at(frame, index)
-            out[n] = value if overwrite else out[n] + value
+    add, take, chunk = gather.add_codes(flip, halves), gather.take_sums(halves), 64 * codes_a_byte
 
     @njit(**OPTIONS)
     def main(frame, part, nparts):
         inputs, outputs, weight = inputs_of(frame), outputs_of(frame), address(frame, WEIGHT)
-        start, stop = share(outputs, chunk, part, nparts)
-        whole = start + (stop - start) // chunk * chunk
-        line, block, grouped = outputs // codes_a_byte, group_of(frame), integer(frame, TENSORS, BLOCK) > 0
+        whole, line, block = outputs // chunk * chunk, outputs // codes_a_byte, group_of(frame)
+        grouped = integer(frame, TENSORS, BLOCK) > 0
         groups, room, sums = (inputs + block - 1) // block, _room(inputs), _sums_at(frame, part)
+        one_zero = address(frame, ZERO) == 0 or elements(frame, ZERO) == 1
         for token in range(rows(frame, 0)):
-            info = token_at(frame, token)
+            info, y = token_at(frame, token), _sums_of(frame, token, part)
             step, quads, at = f32s(info)[0], i64s(info)[2], _list_at(frame, token)
-            y = address(frame, Y) + 4 * token * outputs
-            if step != step:
-                _plain(frame, kind, packed, token, start, stop)
-                _finish(frame, token, start, stop)
+            for n in range(outputs):
+                f32s(y)[n] = np.float32(0)
+            if step != step or not one_zero:
+                _plain(frame, kind, packed, token, part, nparts, y, step != step)
                 continue
-            starts = i64s(at + room * 16)
-            for tile in range(start, whole, TILE):
+            starts, highs, lows = i64s(at + room * 16), at + room * 8, at + room * 12
+            if grouped:
+                first_group, last_group = share(groups, 1, part, nparts)
+                final = starts[2 * last_group]
+            else:
+                first_group, last_group = 0, 1
+                first, final = share(quads, 1, part, nparts)
+            single = elements(frame, SCALE) == 1
+            scales, zero = 0 if single else address(frame, SCALE), zero_at(frame, 0) + offset
+            for tile in range(0, whole, TILE):
                 end = min(tile + TILE, whole)
-                for group in range(groups):
-                    for place in range(end - tile):
-                        i32s(sums)[place] = 0
-                        i32s(sums)[TILE + place] = 0
-                    first, last = starts[2 * group], starts[2 * group + 2]
-                    add(
-                        sums, weight, line, at, at + room * 8, at + room * 12, first, last, quads,
-                        tile // codes_a_byte, end // codes_a_byte,
-                    )  # fmt: skip
-                    flush(frame, sums, y, tile, end - tile, group, grouped, starts[2 * group + 1], step, group == 0)
-            for n in range(whole, stop):
-                f32s(y)[n] = _column(frame, kind, packed, token, n, step)
-            _finish(frame, token, start, stop)
+                for place in range(2 * TILE):
+                    i32s(sums)[place] = 0
+                for group in range(first_group, last_group):
+                    if grouped:
+                        first, last, total = starts[2 * group], starts[2 * group + 2], starts[2 * group + 1]
+                    else:
+                        last, total = final, _sum_of_codes(highs, lows, first, final)
+                    if last > first:
+                        add(
+                            sums, weight, line, at, highs, lows, first, last, final, tile // codes_a_byte,
+                            end // codes_a_byte,
+                        )  # fmt: skip
+                        here = scales + 4 * (tile + (group * outputs if grouped else 0)) if scales != 0 else 0
+                        take(sums, y + 4 * tile, end - tile, step, zero * total, here, scale_at(frame, 0))
+            if part == 0:
+                for n in range(whole, outputs):
+                    f32s(y)[n] = _column(frame, kind, packed, token, n)
         return 0
 
     return main
 
 
 @njit(**OPTIONS)
-def _column(frame, kind, packed, token, n, step):
+def _sum_of_codes(highs, lows, first, last):
+    """The sum of the codes in a range of quads."""
+    high, low, total = i8s(highs), i8s(lows), np.int64(0)
+    for place in range(4 * first, 4 * last):
+        total += 256 * np.int64(high[place]) + low[place]
+    return total
+
+
+@njit(**OPTIONS)
+def _column(frame, kind, packed, token, n):
     """One column of codes that fills no vector."""
     inputs, outputs, weight, block = inputs_of(frame), outputs_of(frame), address(frame, WEIGHT), group_of(frame)
     h, total = f32s(gated_at(frame, token)), np.float32(0)
@@ -284,6 +331,7 @@ for _dtype, _kind, _load, _width in FLOATS:
             stages=(
                 Stage("linear_list_values", _prepare(False)),
                 Stage(f"linear_in_out_{_dtype}", _float_main(_load, _kind, _width), parallel=True),
+                Stage("linear_in_out_finish", finish),
             ),
         )
     )
@@ -297,6 +345,7 @@ for _dtype, _kind, _packed, _name in CODES:
             stages=(
                 Stage("linear_list_quads", _prepare(True)),
                 Stage(f"linear_in_out_{_name or _dtype}", _code_main(_kind, _packed), parallel=True),
+                Stage("linear_in_out_finish", finish),
             ),
         )
     )

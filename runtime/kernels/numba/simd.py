@@ -1,8 +1,8 @@
 """Vectors of 64 bytes as numba values: what loops over arrays cannot say.
 
-A vector is a value of LLVM, so a kernel that uses them is correct on every processor: where registers are narrower, LLVM splits
-it. Two things are for particular processors: ``dpbusd`` is the instruction of AVX512-VNNI where there is one (else it is written
-out in multiplications and additions with the same result), and ``prefetch``, a hint, does nothing where there is none.
+A vector is a value of LLVM, so a kernel that uses them is correct on every processor: where registers are narrower, LLVM
+splits it. Two things are for particular processors: ``dpbusd`` is the instruction of AVX512-VNNI where there is one (else it is
+written out in multiplications and additions with the same result), and ``prefetch``, a hint, does nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -354,15 +354,66 @@ def _tree(builder: Any, value: Any, combine: Any, element: Any) -> Any:
     return builder.extract_element(value, ir.Constant(_I32, 0))
 
 
-@intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
-    """A hint that the 64 bytes around ``address`` are read soon; any address is allowed."""
-
+def _prefetch(locality: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        hint = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+        hint = [ir.Constant(_I32, value) for value in (0, locality, 1)]
         builder.call(function, [builder.inttoptr(args[0], _I8.as_pointer()), *hint])
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """A hint that the 64 bytes around ``address`` are read soon; any address is allowed."""
+    return _prefetch(3)
+
+
+@intrinsic
+def prefetch_far(typing: Any, address: Any) -> Any:
+    """As ``prefetch``, into the second-level cache: more of them can be under way at a time."""
+    return _prefetch(2)
+
+
+@intrinsic
+def in_order(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Four vectors of 16 columns in the order COLUMNS, as 64 columns in their own order."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def pick(x: Any, y: Any, order: list[int]) -> Any:
+            return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(order)), order))
+
+        made = []
+        for lane in range(4):
+            quad = list(range(4 * lane, 4 * lane + 4))
+            pairs = [pick(args[i], args[i + 1], [*quad, *(16 + e for e in quad)]) for i in (0, 2)]
+            made.append(pick(pairs[0], pairs[1], list(range(16))))
+        return context.make_tuple(builder, signature.return_type, made)
+
+    return types.UniTuple(F32, 4)(a, b, c, d), generate
+
+
+@intrinsic
+def zipped(typing: Any, a: Any, b: Any) -> Any:
+    """Two vectors' elements in turn, as two vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = []
+        for start in (0, 8):
+            order = [place for i in range(start, start + 8) for place in (i, 16 + i)]
+            made.append(builder.shuffle_vector(args[0], args[1], ir.Constant(ir.VectorType(_I32, 16), order)))
+        return context.make_tuple(builder, signature.return_type, made)
+
+    return types.UniTuple(F32, 2)(a, b), generate
+
+
+@intrinsic
+def sub(typing: Any, a: Any, b: Any) -> Any:
+    """Element by element."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fsub(*args) if a.element == _F32 else builder.sub(*args)
+
+    return a(a, b), generate

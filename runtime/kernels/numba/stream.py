@@ -1,0 +1,68 @@
+"""The physical limit of kernels that read weights once: the fastest read loop there is here."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from actgraph.runtime.kernels.numba import simd
+from actgraph.runtime.kernels.numba.memory import OPTIONS, i32s, i64s
+from actgraph.runtime.kernels.numba.objects import loaded
+from actgraph.runtime.native.library import library
+
+
+def _reader(streams: int) -> Any:
+    """Reads ``words[1]`` bytes from ``words[0]`` on, each part as several streams; one sum for each part to words[2]."""
+
+    @njit(**OPTIONS)
+    def read(frame, part, nparts):
+        words = i64s(frame)
+        length = words[1] // nparts // (256 * streams) * 256
+        start = words[0] + part * length * streams
+        a = b = c = d = simd.splat_i32(np.int32(0))
+        for offset in range(0, length, 256):
+            for stream in range(streams):
+                at = start + stream * length + offset
+                simd.prefetch(at + 1024)
+                simd.prefetch(at + 1088)
+                simd.prefetch(at + 1152)
+                simd.prefetch(at + 1216)
+                a, b = simd.add(a, simd.load_i32(at)), simd.add(b, simd.load_i32(at + 64))
+                c, d = simd.add(c, simd.load_i32(at + 128)), simd.add(d, simd.load_i32(at + 192))
+        i32s(words[2])[16 * part] = simd.sum_i32(simd.add(simd.add(a, b), simd.add(c, d)))
+        return 0
+
+    return read
+
+
+READERS = {streams: _reader(streams) for streams in (1, 2, 4)}
+
+
+class Stream:
+    """Memory to read, and how fast it is read. size: bytes, many times the caches."""
+
+    def __init__(self, threads: int, size: int = 1 << 30) -> None:
+        self._data = np.ones(size // 4, np.int32)
+        self._sums = np.zeros(16 * threads, np.int32)
+        self._frame = np.array([self._data.ctypes.data, self._data.nbytes, self._sums.ctypes.data], np.int64)
+        self._threads = threads
+        self._read = {streams: loaded(f"read_{streams}", reader) for streams, reader in READERS.items()}
+
+    def measure(self, rounds: int = 1) -> float:
+        """Bytes per second of the fastest of all loops in ``rounds`` rounds."""
+        best = 0.0
+        for _ in range(rounds):
+            for address in self._read.values():
+                start = time.perf_counter()
+                library().ag_parallel(ctypes.c_void_p(address), self._frame.ctypes.data, self._threads)
+                best = max(best, self._data.nbytes / (time.perf_counter() - start))
+        return best
+
+
+def read_bandwidth(threads: int, rounds: int = 5) -> float:
+    """Bytes per second that ``threads`` threads read from memory at most, over 1 GB."""
+    return Stream(threads).measure(rounds)
