@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from actgraph.errors import OptionError, UnsupportedError
 from actgraph.graph.onnx_native import native_type, plain_attributes, registered, registry_attributes
+from actgraph.ops.body import SINCE
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, OPSET_VERSION, REQUIRED, OpDef, get_op
 from actgraph.ops.shapes import Dim, TensorType
@@ -33,7 +34,8 @@ def insert_registered(
     graph = place.graph
     definition = get_op(op)
     native = registry_attributes(definition, attributes)
-    ensure_opset(graph, definition.min_opset, definition.qualified_name)
+    types = [SINCE.get(kind, 0) for kind in (native_type(value).dtype for value in operands if value is not None) if kind]
+    ensure_opset(graph, max([definition.min_opset, *types]), definition.qualified_name)
     for spec, value in zip(definition.inputs, operands, strict=False):
         leader = next((v for s, v in zip(definition.inputs, operands, strict=False) if s.name == spec.same_as), None)
         if leader is not None and value is not None:

@@ -34,7 +34,7 @@ MIN_IR_VERSION = 10
 
 Number = int | float | bool
 #: The opset in which Cast learned an element type.
-_SINCE = {DType.F8E4M3: 19, DType.F8E5M2: 19, DType.I4: 21, DType.U4: 21}
+SINCE = {DType.F8E4M3: 19, DType.F8E5M2: 19, DType.I4: 21, DType.U4: 21}
 _COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN", "IsInf"}
 
 
@@ -184,10 +184,11 @@ class BodyBuilder:
 
     def cast(self, x: BodyValue, dtype: DType) -> BodyValue:
         """``x`` as ``dtype``; ``x`` itself where it is that already. Raises UnsupportedError for types newer than the opset."""
-        if self.opset < _SINCE.get(dtype, 0):
-            raise UnsupportedError(
-                f"opset {self.opset} has no {dtype}", f"it needs opset {_SINCE[dtype]}: lift the model to that"
-            )
+        for kind in (dtype, x.dtype):
+            if self.opset < SINCE.get(kind, 0):
+                raise UnsupportedError(
+                    f"opset {self.opset} has no {kind}", f"it needs opset {SINCE[kind]}: lift the model to that"
+                )
         return x if x.dtype is dtype else self.op("Cast", x, dtype=dtype, attributes={"to": dtype.onnx})
 
     def up(self, x: BodyValue) -> BodyValue:

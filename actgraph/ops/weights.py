@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actgraph.errors import UnsupportedError, VerifyError
+from actgraph.errors import VerifyError
 from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.quantization import DEQUANTIZE, body_unpack
 from actgraph.ops.registry import Attribute
@@ -107,12 +107,12 @@ def body_weight(
     Codes are transposed before they are dequantized: onnxruntime then folds the transposition of a constant and fuses the
     dequantization with the product, and does not move the transposition over it (which its optimizer gets wrong for int8).
     """
-    if weight.dtype in FLOAT8 and b.opset < 19:
-        raise UnsupportedError(f"opset {b.opset} has no {weight.dtype}", "it needs opset 19: lift the model to that")
     turned = layout == "out_in"
     if scale is None:
         values = b.cast(weight, compute)
         return b.transpose(values, [1, 0]) if turned else values
+    if weight.dtype in FLOAT8:
+        weight = b.cast(weight, DType.F32)  # float8 is neither transposed nor dequantized at every opset that casts it
     if packed:
         weight = body_unpack(b, weight, signed=packed == "i4")
     if turned:

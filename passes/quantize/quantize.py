@@ -1,8 +1,10 @@
 """Quantization of weights and activations.
 
-Weights: int8, symmetric, per output channel (scale = absmax / 127). Activations: int8 per token with scales computed at run
-time (``dynamic``), or int8 per tensor with scales from calibration (``static``). Sources: Quantization and Training of Neural
-Networks for Efficient Integer-Arithmetic-Only Inference (2018); ZeroQuant (2022) for per-token dynamic activations.
+Weights: symmetric int8 (scale = absmax / 127), int4 (absmax / 7, round to nearest) or fp8 e4m3 (absmax / 448), per output
+channel or per group of inputs. Activations: int8 per token with scales computed at run time (``dynamic``), or int8 per tensor
+with scales from calibration (``static``). Sources: Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference (2018); ZeroQuant (2022) for per-token dynamic activations and groups; FP8 Formats for Deep
+Learning (2022).
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actgraph.calibrate.statistics import Request
-from actgraph.errors import PassError
+from actgraph.errors import OptionError, PassError
 from actgraph.graph import Editor, Graph, Use, Value
 from actgraph.graph.graph import Array, parameter_bytes
 from actgraph.graph.views import Convolution, Linear, Views
@@ -23,11 +25,21 @@ from actgraph.ops.dtypes import DType
 from actgraph.ops.quantizer import symmetric_parameters
 from actgraph.passes.linears import check_selectors, chosen, edge_name, expert_weights
 from actgraph.passes.places import Selector
-from actgraph.passes.quantize.weights import Stored, embeddings, float_readers, pack, stored_weight, symmetric_int8
+from actgraph.passes.quantize.weights import (
+    INT8,
+    Stored,
+    embeddings,
+    float_readers,
+    formats,
+    pack,
+    stored_weight,
+    symmetric_int8,
+)
 from actgraph.pipeline.base import Declined, Pass, PassContext, PassResult
 
-#: How far outputs may move, relative: far more than 8 bits cost a sound model, far less than a wrong scale or axis does.
-_WEIGHTS_SIZE, _ACTIVATIONS_SIZE = 0.5, 1.0
+#: How far outputs may move, relative: far more than the format costs a sound model, less than a wrong scale or axis does.
+_WEIGHTS_SIZE = {"int8": 0.5, "fp8": 1.0, "int4": 2.0, "none": 0.5}
+_ACTIVATIONS_SIZE = 1.0
 
 
 class Quantize(Pass):
@@ -36,7 +48,14 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     family: ClassVar[str] = "quantize"
 
-    weights: Literal["int8", "none"] = Field(default="int8", description="int8: symmetric per output channel.")
+    weights: Literal["int8", "int4", "fp8", "none"] = Field(
+        default="int8", description="Codes of the weights, symmetric; int4 is stored two a byte, fp8 is e4m3."
+    )
+    group_size: int | None = Field(
+        default=None,
+        ge=0,
+        description="Inputs of a linear that share a scale; 0: a scale per output channel. Default: int4 32, else 0.",
+    )
     activations: Literal["none", "dynamic", "static"] = Field(
         default="none", description="Inputs of the linears: dynamic is per token, static is per tensor from calibration."
     )
@@ -45,6 +64,12 @@ class Quantize(Pass):
         default=(), description="Which linears and convolutions (their output or input sites); default: all."
     )
     ignore: Selector = Field(default=(), description="Linears and convolutions to leave in float.")
+
+    @model_validator(mode="after")
+    def _groups(self) -> Quantize:
+        if self.group_size and self.weights in ("fp8", "none"):
+            raise OptionError(f"weights={self.weights} has no groups", "group_size is for int8 and int4")
+        return self
 
     def requests(self, graph: Graph) -> Sequence[Request]:
         if self.activations != "static":
@@ -61,12 +86,12 @@ class Quantize(Pass):
         rounded = [what for what in ("weights", "activations") if getattr(self, what) != "none"]
         rounded += ["embeddings"] * bool(tables)
         result = PassResult(
-            expected_change=f"{' and '.join(rounded) or 'nothing'} are rounded to 8 bits",
-            expected_size=_WEIGHTS_SIZE if self.activations == "none" else _ACTIVATIONS_SIZE,
+            expected_change=f"{' and '.join(rounded) or 'nothing'} are rounded to {4 if self.weights == 'int4' else 8} bits",
+            expected_size=max(_WEIGHTS_SIZE[self.weights], 0.0 if self.activations == "none" else _ACTIVATIONS_SIZE),
         )
         before = sum(parameter_bytes(p) for p in graph.parameters())
         with context.edit(graph) as editor:
-            codes = self._pack_weights(editor, places, tables, result) if self.weights == "int8" else {}
+            codes = self._pack_weights(editor, places, tables, result) if self.weights != "none" else {}
             self._pack_tables(editor, tables, codes, result)
             if self.activations != "none":
                 self._quantize_inputs(graph, editor, places, context, result)
@@ -98,20 +123,22 @@ class Quantize(Pass):
     ) -> dict[Value, tuple[Value, Value]]:
         """Pack each weight once, however many linears share it; returns the codes and scales of ``tables`` among them."""
         shared: dict[tuple[Value, int], list[Stored]] = defaultdict(list)
+        form = formats(self.weights, self.group_size)
         for place in places:
-            reason = _refusal(place)
             stored = stored_weight(place)
+            reason = _refusal(place) or (form.refuses(stored) if stored is not None else "")
             if stored is None or reason:
                 result.declined.append(Declined(place.output.name, reason))
             else:
                 shared[stored.weight, stored.axis].append(stored)
         codes = {}
         for (weight, axis), readers in shared.items():
-            is_table = weight in tables and axis == 0
-            packed = pack(editor, weight, axis, readers, as_stored=is_table)
+            is_table = weight in tables and axis == 0 and form == INT8  # rows of a table are int8
+            packed = pack(editor, weight, axis, readers, form, as_stored=is_table)
             result.counts["weights packed"] += 1
-            channels = weight.shape[axis] if weight.shape is not None else None
-            row = {"site": weight.name, "type": str(weight.type), "packed": f"i8, {channels} scales", "read by": len(readers)}
+            scales = int(np.prod([size for size in packed[1].shape or () if isinstance(size, int)]))
+            kind = f"{form.dtype}, {scales} scales"
+            row = {"site": weight.name, "type": str(weight.type), "packed": kind, "read by": len(readers)}
             result.details.append(row)
             if is_table:
                 codes[weight] = packed

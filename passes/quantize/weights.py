@@ -1,4 +1,4 @@
-"""Weight-only int8: symmetric, per output channel, stored packed behind ``actgraph.dequantize``."""
+"""Weight-only formats: symmetric, per output channel or per group of inputs, stored behind ``actgraph.dequantize``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,72 @@ from actgraph.graph import Editor, Graph, Node, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.prims import Prim
 from actgraph.graph.views import Convolution, Linear
-from actgraph.ops.quantizer import quantize_array, symmetric_parameters
+from actgraph.ops.dtypes import DType
+from actgraph.ops.quantizer import pack_nibbles, quantize_array, symmetric_parameters, weight_parameters
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are stored. group: inputs that share a scale, 0: one scale per output channel.
+
+    int8: codes -127..127, scale = absmax / 127. int4: codes 1..15 around 8, scale = absmax / 7, two a byte along the last
+    axis. fp8: e4m3, scale = absmax / 448.
+    """
+
+    name: str
+    dtype: DType
+    group: int = 0
+
+    @property
+    def packed(self) -> str:
+        return "u4" if self.dtype is DType.U4 else ""
+
+    def refuses(self, stored: Stored) -> str:
+        """Why a weight cannot be stored so; empty when it can."""
+        shape = stored.weight.shape or ()
+        if (self.group or self.packed) and len(shape) != 2:
+            return f"{self.name} is for linears: its weight has {len(shape)} axes"
+        if self.packed and any(not isinstance(size, int) or size % 2 for size in shape):
+            return f"an odd number of 4-bit codes does not fill bytes: its weight is {stored.weight.type}"
+        return ""
+
+
+INT8 = Format("int8", DType.I8)
+
+
+def formats(name: str, group: int | None) -> Format:
+    """The format of the options ``weights`` and ``group_size``."""
+    dtype = {"int8": DType.I8, "int4": DType.U4, "fp8": DType.F8E4M3}[name]
+    return Format(name, dtype, (32 if name == "int4" else 0) if group is None else group)
+
+
+def quantized(weight: Array, axis: int, form: Format) -> tuple[Array, Array, Array | None]:
+    """``(codes, scale, zero_point)`` of a weight whose output channels lie along ``axis``; codes are not packed.
+
+    Scales are float32, [channels], or with groups the weight's shape with the axis of inputs divided. A group of zeros gets
+    scale 1. Works block by block, so that the peak stays near the size of the model. Raises InputError for NaN or infinity.
+    """
+    if form == INT8:
+        q, scale = symmetric_int8(weight, axis)
+        return q, scale, np.zeros(scale.shape, np.int8)
+    axis %= weight.ndim
+    inner = 1 - axis if form.group else axis
+    blocks = _row_blocks(weight, form.group or 1)
+    if form.group:
+        found = [weight_parameters(weight[rows], form.dtype, axis=inner, block_size=form.group) for rows in blocks]
+        scale, zero = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        scales, zeros = ([pair[i] for pair in found] for i in (0, 1))
+    else:
+        others = tuple(i for i in range(weight.ndim) if i != axis)
+        maxima = [np.abs(weight[rows]).astype(np.float32, copy=False).max(axis=others) for rows in blocks]
+        scale, zero = symmetric_parameters(np.concatenate(maxima) if axis == 0 else np.max(maxima, axis=0), form.dtype)
+        scales, zeros = ([each[rows] if axis == 0 else each for rows in blocks] for each in (scale, zero))
+    q = np.empty(weight.shape, np.uint8 if form.packed else form.dtype.numpy)
+    for rows, s, z in zip(blocks, scales, zeros, strict=True):
+        offset = None if form.dtype.is_float else z
+        q[rows] = quantize_array(weight[rows], s, offset, form.dtype, axis=inner, block_size=form.group)
+    code = np.dtype(np.uint8) if form.packed else form.dtype.numpy
+    return q, scale, None if form.dtype.is_float else zero.astype(code)
 
 
 def symmetric_int8(weight: Array, axis: int) -> tuple[Array, Array]:
@@ -30,9 +95,9 @@ def symmetric_int8(weight: Array, axis: int) -> tuple[Array, Array]:
     return q, scale
 
 
-def _row_blocks(weight: Array) -> list[slice]:
-    """Slices along axis 0 of about 4 million elements."""
-    rows = max(1, (1 << 22) // max(1, weight[:1].size))
+def _row_blocks(weight: Array, multiple: int = 1) -> list[slice]:
+    """Slices along axis 0 of about 4 million elements, each a multiple of so many rows."""
+    rows = max(1, (1 << 22) // max(1, weight[:1].size) // multiple) * multiple
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
@@ -114,23 +179,28 @@ def embeddings(graph: Graph) -> list[tuple[Prim, Value]]:
     return found
 
 
-def pack(editor: Editor, weight: Value, axis: int, readers: list[Stored], *, as_stored: bool) -> tuple[Value, Value]:
-    """Quantize the parameter ``weight`` along ``axis`` for ``readers``; returns the codes and their scale ``[channels]``.
+def pack(
+    editor: Editor, weight: Value, axis: int, readers: list[Stored], form: Format = INT8, *, as_stored: bool
+) -> tuple[Value, Value]:
+    """Quantize the parameter ``weight`` along ``axis`` for ``readers``; returns the codes and their scales.
 
     Where every reader reads it transposed in the same way, the codes are stored so (unless ``as_stored``); else transposes
-    move in front of the dequantization, because engines fuse a product with the dequantization that feeds it. The float form
-    stays for whoever else reads it, and a message says so.
+    move in front of the dequantization, because engines fuse a product with the dequantization that feeds it (behind it where
+    two codes share a byte). The float form stays for whoever else reads it, and a message says so.
     """
-    q, scale = symmetric_int8(editor.graph.read(weight), axis)
+    q, scale, zero = quantized(editor.graph.read(weight), axis, form)
     perms = {reader.perm for reader in readers}
     stored = next(iter(perms)) if len(perms) == 1 and not as_stored else None
     if stored is not None:
         q, axis = np.ascontiguousarray(q.transpose(stored)), stored.index(axis)
-    packed = editor.add_parameter(f"{weight.name}_int8", q)
+        if form.group:
+            scale = np.ascontiguousarray(scale.transpose(stored))
+            zero = None if zero is None else np.ascontiguousarray(zero.transpose(stored))
+    packed = editor.add_parameter(f"{weight.name}_{form.name}", pack_nibbles(q) if form.packed else q)
     scales = editor.add_parameter(f"{weight.name}_scale", scale)  # float32 whatever the weight: half precision would underflow
     # An explicit zero point: onnxruntime takes a missing one for uint8 when it moves quantizers about.
-    zero = editor.add_parameter(f"{weight.name}_zero_point", np.zeros(scale.shape, np.int8))
-    dtype = str(weight.dtype)
+    zeros = editor.add_parameter(f"{weight.name}_zero_point", zero) if zero is not None else None
+    attributes: dict[str, str | int] = {"dtype": str(weight.dtype), "block_size": form.group, "packed": form.packed}
     made: dict[Value, Value] = {}  # the float operand -> its dequantized form
     for reader in readers:
         node, index = reader.use
@@ -138,15 +208,31 @@ def pack(editor: Editor, weight: Value, axis: int, readers: list[Stored], *, as_
         operand = node.operands[index]
         assert operand is not None
         if operand not in made:
-            source, channel = packed, axis
-            if reader.perm is not None and stored is None:
-                source = editor.insert("transpose", [packed], {"perm": reader.perm}, before=node, like=node).output
-                channel = reader.perm.index(axis)
-            made[operand] = editor.insert(
-                "actgraph.dequantize", [source, scales, zero], {"axis": channel, "dtype": dtype}, before=node, like=node
-            ).output
+            turn = reader.perm if stored is None else None
+            made[operand] = _dequantized(editor, [packed, scales, zeros], axis, turn, attributes, node)
         editor.redirect(operand, made[operand], [reader.use])
     return packed, scales
+
+
+def _dequantized(
+    editor: Editor,
+    operands: list[Value | None],
+    axis: int,
+    perm: tuple[int, ...] | None,
+    attributes: dict[str, str | int],
+    node: Node,
+) -> Value:
+    """The dequantized codes before ``node``, transposed by ``perm``; ``axis`` is that of the output channels."""
+    grouped = bool(attributes["block_size"])
+    behind = perm is not None and (grouped or bool(attributes["packed"]))
+    if perm is not None and not behind:
+        operands = [editor.insert("transpose", operands[:1], {"perm": perm}, before=node, like=node).output, *operands[1:]]
+        axis = perm.index(axis)
+    attributes = {"axis": 1 - axis if grouped else axis, **attributes}
+    value = editor.insert("actgraph.dequantize", operands, attributes, before=node, like=node).output
+    if behind:
+        value = editor.insert("transpose", [value], {"perm": perm}, before=node, like=node).output
+    return value
 
 
 def float_readers(weight: Value) -> list[str]:

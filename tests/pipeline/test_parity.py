@@ -112,6 +112,7 @@ SIZES = [
     ("dce", ROUNDING), ("cse", ROUNDING), ("fold", ROUNDING), ("identity", ROUNDING), ("fuse", ROUNDING),
     ("tap{site=blocks.0.resid_post}", ROUNDING), ("kv_cache{graphs=combined}", ROUNDING),
     ("quantize", 0.5), ("quantize{activations=dynamic}", 1.0), ("quantize{activations=static}", 1.0),
+    ("quantize{weights=int4}", 2.0), ("quantize{weights=fp8}", 1.0),
     ("cast{dtype=f16}", 0.1), ("cast{dtype=bf16}", 0.5), ("cast{dtype=f64}", 1e-3),
     ("sparsify{threshold=0.0}", ROUNDING), ("sparsify{threshold=0.01}", UNBOUNDED),
     ("prune{ratio=0.25 importance=magnitude}", UNBOUNDED),
