@@ -1,7 +1,7 @@
 """Products with weights stored input by input, [K, N]: rows of the inputs that are kept are added up, the others never read.
 
-Rows come from all over memory, which no hardware prefetcher follows: while four rows are added, the next four are prefetched
-into the second-level cache (into the first it is slower: fewer of them can be under way). Sums stay in the first-level cache.
+Rows come from all over memory, which no hardware prefetcher follows: while four rows are added, later ones are prefetched into
+the second-level cache (into the first it is slower: fewer of them can be under way). Sums stay in the first-level cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from actgraph.runtime.kernels.numba.weights import float_at
 
 #: Columns whose sums are kept at once: 8 KB of float sums, 16 KB of integer ones.
 TILE = 2048
+#: How far ahead rows are prefetched: what memory delivers while it is waited for, several times over.
+AHEAD = 24 << 10
 _ZERO = np.float32(0)
+
+
+@njit(**OPTIONS)
+def _quads_ahead(row):
+    """How many quads of rows of ``row`` bytes to prefetch ahead."""
+    return max(1, AHEAD // (4 * max(row, 64)))
 
 
 def add_floats(load: Any, kind: int, width: int) -> Any:
@@ -29,13 +37,14 @@ def add_floats(load: Any, kind: int, width: int) -> Any:
     @njit(**OPTIONS)
     def add(y, weight, line, places, values, first, last, start, stop):
         where, x, sums, end = i64s(places), f32s(values), f32s(y), last - 1
-        whole = start + (stop - start) // 16 * 16
+        whole, ahead = start + (stop - start) // 16 * 16, 4 * _quads_ahead((stop - start) * width)
         for j in range(first, last, 4):
             j1, j2, j3 = min(j + 1, end), min(j + 2, end), min(j + 3, end)
             r0, r1, r2, r3 = where[j] * line, where[j1] * line, where[j2] * line, where[j3] * line
             x0, x1 = x[j], x[j1] if j + 1 <= end else _ZERO
             x2, x3 = x[j2] if j + 2 <= end else _ZERO, x[j3] if j + 3 <= end else _ZERO
-            n0, n1, n2, n3 = min(j + 4, end), min(j + 5, end), min(j + 6, end), min(j + 7, end)
+            n = j + ahead
+            n0, n1, n2, n3 = min(n, end), min(n + 1, end), min(n + 2, end), min(n + 3, end)
             p0, p1, p2, p3 = where[n0] * line, where[n1] * line, where[n2] * line, where[n3] * line
             v0, v1, v2, v3 = simd.splat_f32(x0), simd.splat_f32(x1), simd.splat_f32(x2), simd.splat_f32(x3)
             for c in range(start, whole, 16):
@@ -91,8 +100,9 @@ def add_codes(flip: bool, halves: bool) -> Any:
     @njit(**OPTIONS)
     def add(sums, weight, line, places, highs, lows, first, last, final, start, stop):
         where, high, low = i64s(places), i32s(highs), i32s(lows)
+        ahead = _quads_ahead(stop - start)
         for quad in range(first, last):
-            q, n = 4 * quad, 4 * min(quad + 1, final - 1)
+            q, n = 4 * quad, 4 * min(quad + ahead, final - 1)
             r0, r1, r2, r3 = where[q] * line, where[q + 1] * line, where[q + 2] * line, where[q + 3] * line
             p0, p1, p2, p3 = where[n] * line, where[n + 1] * line, where[n + 2] * line, where[n + 3] * line
             above, below = simd.as_bytes(simd.splat_i32(high[quad])), simd.as_bytes(simd.splat_i32(low[quad]))

@@ -18,22 +18,32 @@ import torch
 from actgraph.ops.registry import DOMAIN, Kernel, OpDef, get_op, kernels, register_kernel
 from actgraph.ops.torch_library import operand_types, register_all
 
+#: Compute capability from which on the kernels are compiled in tests (bfloat16 in tensor cores comes with it).
+MIN_CAPABILITY = (8, 0)
+
 _LIBRARY: torch.library.Library | None = None
 
 
 def install() -> bool:
     """Make the kernels the CUDA implementations of their ops; whether they are. Calling it again changes nothing.
 
-    Without a CUDA device or without Triton nothing is imported and nothing happens: the references run.
+    Where they are not ``usable`` nothing is imported and nothing happens: the references run.
     """
     global _LIBRARY
     if _LIBRARY is not None:
         return True
-    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    if not usable():
         return False
     _LIBRARY = torch.library.Library(DOMAIN, "IMPL")  # kept for the life of the process
     implement(_LIBRARY, "CUDA")
     return True
+
+
+def usable() -> bool:
+    """Whether there are a CUDA device (of NVIDIA, ``MIN_CAPABILITY`` or newer) and Triton. Imports nothing."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= MIN_CAPABILITY and importlib.util.find_spec("triton") is not None
 
 
 def triton_kernels() -> tuple[Kernel, ...]:
