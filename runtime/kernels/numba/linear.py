@@ -55,7 +55,7 @@ LAYOUT, BLOCK, PACKED, KEEP, THRESHOLD, TOP = range(6)
 TENSORS = 9
 #: How codes are scaled: once for each output, in groups that instructions can follow, or in another way.
 CHANNEL, GROUPS, OTHER = range(3)
-#: The memory of a token beside its values: its step, the sum of its codes, how many outputs it has.
+#: The memory of a token beside its values: its step, the sum of its codes, how many outputs it has, their form, where they are.
 TOKEN = 64
 
 ERRORS = (
@@ -213,12 +213,28 @@ def scale_at(frame, index):
     return f32s(scale)[index if elements(frame, SCALE) > 1 else 0]
 
 
+#: What the loops need of a frame, read once: what they write could be the frame, for all that a compiler knows.
+INPUTS, OUTPUTS, WEIGHTS, SCALES, MANY_SCALES, ZEROS, MANY_ZEROS, ZERO_TYPE, BIASES, RESULT = range(10)
+
+
 @njit(**OPTIONS)
-def write_output(frame, token, n, value):
-    bias = address(frame, BIAS)
-    if bias != 0:
-        value += f32s(bias)[n]
-    f32s(address(frame, Y))[token * outputs_of(frame) + n] = value
+def read_once(frame):
+    """The sizes and addresses in the order INPUTS, OUTPUTS .. RESULT."""
+    scale, zero = address(frame, SCALE), address(frame, ZERO)
+    return (
+        inputs_of(frame), outputs_of(frame), address(frame, WEIGHT),
+        scale, 1 if scale != 0 and elements(frame, SCALE) > 1 else 0,
+        zero, 1 if zero != 0 and elements(frame, ZERO) > 1 else 0, element_type(frame, ZERO),
+        address(frame, BIAS), address(frame, Y),
+    )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def write(at, token, n, value):
+    """Output ``n`` of a token, to which the bias is added."""
+    if at[BIASES] != 0:
+        value += f32s(at[BIASES])[n]
+    f32s(at[RESULT])[token * at[OUTPUTS] + n] = value
 
 
 @njit(**OPTIONS)
@@ -268,6 +284,7 @@ def _prepare(kind: int, packed: int) -> Any:
                 f32s(info)[0] = step
                 if step == step:
                     form, codes = form_of(frame, codes_a_byte), _codes_at(frame, token)
+                    i64s(info)[3], i64s(info)[4] = form, codes
                     if form == CHANNEL:
                         total = write_planes(h, inputs, padded(inputs), step, codes, codes + padded(inputs))
                         i64s(info)[1] = total
@@ -289,11 +306,11 @@ def _prepare(kind: int, packed: int) -> Any:
 
 
 def _main(products: Any) -> Any:
-    """A stage that calls ``products(frame, token, n0, n1, n2, n3)`` for four outputs."""
+    """A stage that calls ``products(frame, at, token, n0, n1, n2, n3)`` for four outputs; ``at``: see ``read_once``."""
 
     @njit(**OPTIONS)
     def main(frame, part, nparts):
-        tokens, outputs = rows(frame, X), outputs_of(frame)
+        tokens, at = rows(frame, X), read_once(frame)
         if address(frame, KEPT) != 0:
             for token in range(tokens):
                 chosen, count = i64s(_chosen_at(frame, token)), i64s(token_at(frame, token))[2]
@@ -301,42 +318,55 @@ def _main(products: Any) -> Any:
                 for i in range(start, stop, 4):
                     last = stop - 1
                     n1, n2, n3 = chosen[min(i + 1, last)], chosen[min(i + 2, last)], chosen[min(i + 3, last)]
-                    products(frame, token, chosen[i], n1, n2, n3)
+                    products(frame, at, token, chosen[i], n1, n2, n3)
             return 0
-        start, stop = share(outputs, 4, part, nparts)
+        start, stop = share(at[OUTPUTS], 4, part, nparts)
         quarter = (stop - start) // 4
         for n in range(start, start + quarter):
             for token in range(tokens):
-                products(frame, token, n, n + quarter, n + 2 * quarter, n + 3 * quarter)
+                products(frame, at, token, n, n + quarter, n + 2 * quarter, n + 3 * quarter)
         for n in range(start + 4 * quarter, stop):
             for token in range(tokens):
-                products(frame, token, n, n, n, n)
+                products(frame, at, token, n, n, n, n)
         return 0
 
     return main
+
+
+@njit(**OPTIONS)
+def _four(at, token, n0, n1, n2, n3, y0, y1, y2, y3):
+    write(at, token, n0, y0)
+    write(at, token, n1, y1)
+    write(at, token, n2, y2)
+    write(at, token, n3, y3)
+
+
+@njit(**OPTIONS)
+def _scale(at, n):
+    return f32s(at[SCALES])[n if at[MANY_SCALES] != 0 else 0] if at[SCALES] != 0 else np.float32(1)
+
+
+@njit(**OPTIONS)
+def _zero(at, n):
+    return code_at(at[ZEROS], at[ZERO_TYPE], 0, n if at[MANY_ZEROS] != 0 else 0) if at[ZEROS] != 0 else np.int64(0)
 
 
 def _float_products(load: Any, kind: int, width: int) -> Any:
     product = dot.dot_floats(load, kind, width)
 
     @njit(**OPTIONS)
-    def products(frame, token, n0, n1, n2, n3):
-        if integer(frame, TENSORS, BLOCK) != 0 or address(frame, ZERO) != 0:
+    def products(frame, at, token, n0, n1, n2, n3):
+        if integer(frame, TENSORS, BLOCK) != 0 or at[ZEROS] != 0:
             for n in (n0, n1, n2, n3):
-                write_output(frame, token, n, plain_sum(frame, kind, 0, token, n))
+                write(at, token, n, plain_sum(frame, kind, 0, token, n))
             return
-        inputs, weight = inputs_of(frame), address(frame, WEIGHT)
-        line = inputs * width
+        weight, line = at[WEIGHTS], at[INPUTS] * width
         y0, y1, y2, y3 = product(
-            weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line, gated_at(frame, token), inputs
+            weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line, gated_at(frame, token), at[INPUTS]
         )
-        if address(frame, SCALE) != 0:
-            y0, y1 = y0 * scale_at(frame, n0), y1 * scale_at(frame, n1)
-            y2, y3 = y2 * scale_at(frame, n2), y3 * scale_at(frame, n3)
-        write_output(frame, token, n0, y0)
-        write_output(frame, token, n1, y1)
-        write_output(frame, token, n2, y2)
-        write_output(frame, token, n3, y3)
+        if at[SCALES] != 0:
+            y0, y1, y2, y3 = y0 * _scale(at, n0), y1 * _scale(at, n1), y2 * _scale(at, n2), y3 * _scale(at, n3)
+        _four(at, token, n0, n1, n2, n3, y0, y1, y2, y3)
 
     return products
 
@@ -349,44 +379,37 @@ def _code_products(kind: int, packed: int) -> Any:
     one, two, four = family(flip, 1), family(flip, 2), family(flip, 4)
 
     @njit(**OPTIONS)
-    def channel(frame, token, n, total, step, sum_of_codes):
-        exact = total - (zero_at(frame, n) + offset) * sum_of_codes
-        write_output(frame, token, n, np.float32(exact) * step * scale_at(frame, n))
+    def channel(at, n, total, step, sum_of_codes):
+        return np.float32(total - (_zero(at, n) + offset) * sum_of_codes) * step * _scale(at, n)
 
     @njit(**OPTIONS)
-    def products(frame, token, n0, n1, n2, n3):
-        info, inputs, weight = token_at(frame, token), inputs_of(frame), address(frame, WEIGHT)
-        step, form, codes = f32s(info)[0], form_of(frame, codes_a_byte), _codes_at(frame, token)
+    def products(frame, at, token, n0, n1, n2, n3):
+        info, inputs, weight = token_at(frame, token), at[INPUTS], at[WEIGHTS]
+        step, form = f32s(info)[0], i64s(info)[3]
         if form == OTHER or step != step:
             for n in (n0, n1, n2, n3):
-                write_output(frame, token, n, plain_sum(frame, kind, packed, token, n))
+                write(at, token, n, plain_sum(frame, kind, packed, token, n))
             return
-        line = inputs // codes_a_byte
+        line, codes = inputs // codes_a_byte, i64s(info)[4]
         r0, r1, r2, r3 = weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line
         if codes_a_byte == 1 and form == CHANNEL:
             t0, t1, t2, t3 = by_channel(r0, r1, r2, r3, codes, codes + padded(inputs), inputs)
             sums = i64s(info)[1]
-            channel(frame, token, n0, t0, step, sums)
-            channel(frame, token, n1, t1, step, sums)
-            channel(frame, token, n2, t2, step, sums)
-            channel(frame, token, n3, t3, step, sums)
+            y0, y1 = channel(at, n0, t0, step, sums), channel(at, n1, t1, step, sums)
+            _four(at, token, n0, n1, n2, n3, y0, y1, channel(at, n2, t2, step, sums), channel(at, n3, t3, step, sums))
             return
         block = integer(frame, TENSORS, BLOCK)
         if block == 0:
             block = inputs
-        scale, row = address(frame, SCALE), (inputs + block - 1) // block * 4
+        scale, row = at[SCALES], (inputs + block - 1) // block * 4
         s0, s1, s2, s3 = scale + n0 * row, scale + n1 * row, scale + n2 * row, scale + n3 * row
-        per = max(block // chunk, 1)
         if block * 4 == chunk:
-            y0, y1, y2, y3 = four(r0, r1, r2, r3, s0, s1, s2, s3, per, codes, inputs)
+            y0, y1, y2, y3 = four(r0, r1, r2, r3, s0, s1, s2, s3, 1, codes, inputs)
         elif block * 2 == chunk:
-            y0, y1, y2, y3 = two(r0, r1, r2, r3, s0, s1, s2, s3, per, codes, inputs)
+            y0, y1, y2, y3 = two(r0, r1, r2, r3, s0, s1, s2, s3, 1, codes, inputs)
         else:
-            y0, y1, y2, y3 = one(r0, r1, r2, r3, s0, s1, s2, s3, per, codes, inputs)
-        write_output(frame, token, n0, y0 * step)
-        write_output(frame, token, n1, y1 * step)
-        write_output(frame, token, n2, y2 * step)
-        write_output(frame, token, n3, y3 * step)
+            y0, y1, y2, y3 = one(r0, r1, r2, r3, s0, s1, s2, s3, block // chunk, codes, inputs)
+        _four(at, token, n0, n1, n2, n3, y0 * step, y1 * step, y2 * step, y3 * step)
 
     return products
 

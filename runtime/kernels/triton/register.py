@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from actgraph.ops.registry import DOMAIN, Kernel, OpDef, get_op, kernels, register_kernel
+from actgraph.ops.registry import DOMAIN, Kernel, OpDef, get_op, register_kernel
 from actgraph.ops.torch_library import operand_types, register_all
 
 #: Compute capability from which on the kernels are compiled in tests (bfloat16 in tensor cores comes with it).
@@ -36,6 +36,8 @@ def install() -> bool:
         return False
     _LIBRARY = torch.library.Library(DOMAIN, "IMPL")  # kept for the life of the process
     implement(_LIBRARY, "CUDA")
+    for kernel in triton_kernels():
+        register_kernel(kernel)
     return True
 
 
@@ -46,12 +48,13 @@ def usable() -> bool:
     return torch.cuda.get_device_capability() >= MIN_CAPABILITY and importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def triton_kernels() -> tuple[Kernel, ...]:
-    """The kernels, in the registry from the first call on. Imports Triton."""
+    """The kernels. Imports Triton; raises ImportError without it."""
     from actgraph.runtime.kernels.triton import feed_forward, linear, steering
 
-    made = {kernel.op: kernel for kernel in kernels(engine="torch", device="cuda") if kernel.name == "triton"}
-    if not made:
+    return tuple(
+        Kernel(op, "triton", "torch", "cuda", claims, implementation)
         for op, claims, implementation in (
             ("linear", linear.claims, linear.linear),
             ("feed_forward", feed_forward.claims, feed_forward.feed_forward),
@@ -60,9 +63,8 @@ def triton_kernels() -> tuple[Kernel, ...]:
             ("lowrank_map", steering.claims_lowrank_map, steering.lowrank_map),
             ("clip", steering.claims_clip, steering.clip),
             ("gate", steering.claims_gate, steering.gate),
-        ):
-            made[op] = register_kernel(Kernel(op, "triton", "torch", "cuda", claims, implementation))
-    return tuple(made.values())
+        )
+    )
 
 
 def implement(library: torch.library.Library, key: str) -> None:
