@@ -1,7 +1,8 @@
 """Products with weights stored row by row, [N, K]: each output is a dot product with one contiguous row.
 
 Four rows are read at once, far apart (each thread reads four streams: adjacent short rows confuse hardware prefetchers, which
-was measured as half the rate). All tokens meet a row while it is in the cache.
+was measured as half the rate), and each is prefetched into the second-level cache: code of a byte a weight is too long for the
+processor to look ahead far enough by itself (0.5 to 0.8 of the rate without). All tokens meet a row while it is in the cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,17 @@ from actgraph.runtime.kernels.numba.codes import BYTE_CHUNK, HALF_CHUNK
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s, u8s
 from actgraph.runtime.kernels.numba.weights import float_at
 
+#: How far ahead each stream is prefetched, in bytes.
+AHEAD = 8192
+
+
+@njit(**OPTIONS)
+def _ahead(r0, r1, r2, r3):
+    simd.prefetch_far(r0 + AHEAD)
+    simd.prefetch_far(r1 + AHEAD)
+    simd.prefetch_far(r2 + AHEAD)
+    simd.prefetch_far(r3 + AHEAD)
+
 
 def dot_floats(load: Any, kind: int, width: int) -> Any:
     """``(rows, x, count) -> 4 sums`` for rows of floats of the ONNX type ``kind``, of ``width`` bytes, that ``load`` reads."""
@@ -26,6 +38,8 @@ def dot_floats(load: Any, kind: int, width: int) -> Any:
         whole = count // 16 * 16
         for k in range(0, whole, 16):
             v, at = simd.load_f32(x + 4 * k), k * width
+            if at % 64 == 0:
+                _ahead(r0 + at, r1 + at, r2 + at, r3 + at)
             a = simd.fma(load(r0 + at), v, a)
             b = simd.fma(load(r1 + at), v, b)
             c = simd.fma(load(r2 + at), v, c)
@@ -60,6 +74,7 @@ def dot_bytes(flip: bool) -> Any:
         whole = count // 64 * 64
         for k in range(0, whole, 64):
             above, below = simd.load_i8(high + k), simd.load_i8(low + k)
+            _ahead(r0 + k, r1 + k, r2 + k, r3 + k)
             w = codes(r0 + k)
             h0, l0 = simd.dpbusd(h0, w, above), simd.dpbusd(l0, w, below)
             w = codes(r1 + k)
@@ -105,6 +120,7 @@ def dot_byte_groups(flip: bool, groups: int) -> Any:
             at, k = chunks + chunk * BYTE_CHUNK, 64 * chunk
             g = 4 * (chunk * groups if groups > 1 else chunk // per)
             high, low, sums = simd.load_i8(at), simd.load_i8(at + 64), simd.load_i32(at + 128)
+            _ahead(r0 + k, r1 + k, r2 + k, r3 + k)
             a = term(a, r0 + k, high, low, sums, s0 + g)
             b = term(b, r1 + k, high, low, sums, s1 + g)
             c = term(c, r2 + k, high, low, sums, s2 + g)
@@ -134,6 +150,7 @@ def dot_half_groups(flip: bool, groups: int) -> Any:
         for chunk in range(count // 128):
             at, k = chunks + chunk * HALF_CHUNK, 64 * chunk
             g = 4 * (chunk * groups if groups > 1 else chunk // per)
+            _ahead(r0 + k, r1 + k, r2 + k, r3 + k)
             eh, oh = simd.load_i8(at), simd.load_i8(at + 64)
             el, ol, sums = simd.load_i8(at + 128), simd.load_i8(at + 192), simd.load_i32(at + 256)
             a = term(a, r0 + k, eh, oh, el, ol, sums, s0 + g)
