@@ -1,357 +1,316 @@
-"""Tokens per second of generation with a cache, beside transformers and onnxruntime-genai on the same weights.
+"""Tokens per second of generation with a cache, beside what users would run instead, on the same weights.
 
-    python benchmarks/decode.py                                      # everything: about half an hour on 2 cores
-    python benchmarks/decode.py --models stories260k --runners actgraph-torch transformers-eager
-    python benchmarks/decode.py --rounds 3 --tokens 16 --contexts 32
+    python benchmarks/decode.py                                            # all groups of the 110 M shape, context 100
+    python benchmarks/decode.py --groups int8 --peers llama-q8_0           # ours of one format and one peer
+    python benchmarks/decode.py --models stories260k llama110m --groups f32 --contexts 32 256
+    python benchmarks/decode.py --save run.jsonl                           # again with the same file: goes on where it was
 
-Each runner lives in a process of its own with the same number of threads and is idle while another one is measured. In a round
-every runner in turn takes the same prompt of ``context`` tokens and generates; the rate is that of the tokens after the first.
-Figures are medians over the rounds, ratios are medians of the ratios within a round. The physical limit is what reading every
-weight and the cache once per token allows at the read bandwidth measured in the same run. Each figure is one JSON line.
+Each runner lives in a process of its own (one pipeline of ours in several engines shares one) with the same number of threads,
+and is idle while another one is measured. In a round every runner of a group (a width of the weights, or steering) in turn
+takes the same prompt of ``context`` tokens and generates greedily; the rate is that of the tokens after the first. Figures are
+medians over the rounds, ratios are medians of the ratios within a round. The physical limit is what reading every weight that
+is not gated off and the cache once per token allows, at the read bandwidth measured with the same group. Each figure is one
+JSON line.
 
-Runners: ``actgraph-torch``, ``actgraph-compile`` (torch.compile), ``actgraph-onnxruntime``, each through ``ag.stream``, which
-also makes text; ``transformers-eager`` and ``transformers-compiled``: its ``generate``, with the static cache for the latter;
-``genai``: onnxruntime-genai on the file of its own model builder, and where that file cannot run (heads of 8 features) on one
-that actgraph wrote. All in float32, greedy.
+``agrees`` is with how many of the tokens that transformers generates in float32 a runner begins; the weights are random, so
+that formats with fewer bits soon go another way, and in float32 fewer than all are said in a note. docs/benchmarks.md names the
+runners and the environments of the peers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-CONTEXTS = {"stories260k": (32, 256, 480), "llama110m": (32, 256, 1000)}
-RUNNERS = (
-    "actgraph-torch", "actgraph-compile", "actgraph-onnxruntime", "transformers-eager", "transformers-compiled", "genai",
-)  # fmt: skip
-#: Ours, its peers, and how much of the peer's rate is the goal.
+import common
+from common import Bandwidth, bytes_per_token, make_model, make_vector, round_to
+from runners import ALIASES, GROUPS, RUNNERS, Process, Runner, python_of
+
+CONTEXTS = {"llama110m": (100,), "stories260k": (100,), "tiny": (8,)}
+#: The reference of all tokens: what transformers generates in float32, plain and steered.
+REFERENCES = {False: "transformers-eager-f32", True: "transformers-hooks"}
+#: Ours (of each engine the faster way), the gating, and how much of the best dense peer of the group is the goal.
 GOALS = {
-    "llama110m": (("torch", "transformers-eager", 1.0), ("torch", "transformers-compiled", 1.0), ("onnxruntime", "genai", 1.0)),
-    "stories260k": (
-        ("torch", "transformers-eager", 1 / 1.2),
-        ("torch", "transformers-compiled", 1 / 1.2),
-        ("onnxruntime", "genai", 1 / 1.2),
-    ),
+    "f32": (("f32", 1.0), ("f32-gated50", 1.5), ("f32-gated70", 2.0)),
+    "bf16": (("bf16", 1.1),),
+    "int8": (("int8", 1.1), ("int8-gated50", 1.6)),
+    "int4": (("int4", 1.1),),
 }
-ENGINES = {"torch": ("actgraph-torch", "actgraph-compile"), "onnxruntime": ("actgraph-onnxruntime",)}
-
-#: Given a prompt and how many tokens to make, the seconds to the first token and those for the rest.
-Run = Callable[[list[int], int], tuple[float, float]]
-
-
-def emit(**figures: Any) -> None:
-    print(json.dumps({"benchmark": "decode", **figures}), flush=True)
+#: A vector at every block costs less than 1 % of a step.
+STEER_GOAL = 0.99
+#: Our engines, each with the ways to run it.
+ENGINES = {"torch": ("torch", "compile"), "onnxruntime": ("onnxruntime",)}
+#: What one runner may take to open, and for one run (the first generates code).
+OPEN_SECONDS, RUN_SECONDS = 600.0, 600.0
 
 
-# --- models -------------------------------------------------------------------------------------------------------------------
+class Output:
+    """The lines: printed, and kept in a file from which a later run learns what is done."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self._done = {self._key(found) for found in map(json.loads, lines) if found.get("figure") == "group done"}
+
+    @staticmethod
+    def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+        return line["model"], line["group"], line["context"]
+
+    def is_done(self, model: str, group: str, context: int) -> bool:
+        return (model, group, context) in self._done
+
+    def emit(self, **figures: Any) -> None:
+        common.emit("decode", **figures)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"benchmark": "decode", **figures}) + "\n")
 
 
-def make_model(name: str, folder: Path) -> None:
-    """A Hugging Face directory with the weights that every runner uses."""
-    if name == "stories260k":
-        import shutil
-
-        import actgraph
-
-        shutil.copytree(Path(actgraph.__file__).parent / "data" / "stories260k", folder, dirs_exist_ok=True)
-        return
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048, vocab_size=32000,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).eval().save_pretrained(folder)
-    # the model builder of onnxruntime-genai wants some tokenizer; no runner of this benchmark uses it
-    for file in (Path(__import__("actgraph").__file__).parent / "data" / "stories260k").glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
+# --- one group ----------------------------------------------------------------------------------------------------------------
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second when summing an array much larger than the caches."""
-    import torch
+class Group:
+    """The runners of a group, opened; those that fail are left out with a line that says why."""
 
-    torch.set_num_threads(threads)
-    data = torch.ones(150_000_000)
-    best = 0.0
-    for _ in range(8):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - start))
-    return best
+    def __init__(
+        self, model: str, name: str, runners: list[Runner], folder: Path, args: argparse.Namespace, out: Output
+    ) -> None:
+        self.model, self.name, self.out = model, name, out
+        self.runners: dict[str, Runner] = {}
+        self._processes: dict[str, Process] = {}
+        waiting: dict[str, list[Runner]] = {}
+        for runner in runners:
+            waiting.setdefault(runner.process, []).append(runner)
+        jobs, vector = list(waiting.values()), make_vector(folder)
+        for begin in range(0, len(jobs), args.jobs):  # some at a time: exporting and compiling take a core each
+            started = []
+            for job in jobs[begin : begin + args.jobs]:
+                try:
+                    started.append((job, Process(python_of(job[0].env, args.env), job, folder, vector, args.threads)))
+                except (RuntimeError, OSError) as error:
+                    self._failed([runner.name for runner in job], str(error))
+            for _, process in started:
+                for opened, note, error in process.wait(OPEN_SECONDS):
+                    if error:
+                        self._failed([opened], error)
+                        continue
+                    self._processes[opened] = process
+                    self.runners[opened] = RUNNERS[opened]
+                    out.emit(model=model, group=name, runner=opened, note=note)
 
+    def _failed(self, names: Iterable[str], error: str, **more: Any) -> None:
+        for name in names:
+            self.out.emit(model=self.model, group=self.name, runner=name, **more, error=error)
 
-# --- runners ------------------------------------------------------------------------------------------------------------------
+    def drop(self, runner: str, error: str, **more: Any) -> None:
+        self._failed([runner], error, **more)
+        self.runners.pop(runner, None)
 
-
-def open_actgraph(folder: Path, engine: str) -> Run:
-    import actgraph as ag
-
-    compiled = ag.compile(ag.run(ag.load(str(folder)), "kv_cache{last_logits=true}").program, engine)
-    if "stories" not in str(folder):
-        for graph in compiled.program:
-            graph.companions.tokenizer = None
-
-    def run(prompt: list[int], count: int) -> tuple[float, float]:
-        start = time.perf_counter()
-        steps = ag.stream(compiled, prompt, count, stop_at_end=False)
-        next(steps)
-        first = time.perf_counter()
-        made = 1 + sum(1 for _ in steps)
-        end = time.perf_counter()
-        assert made == count, f"{made} tokens instead of {count}"
-        return first - start, end - first
-
-    return run
-
-
-def open_transformers(folder: Path, compiled: bool) -> Run:
-    import torch
-    from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    class Clock:
-        """What ``generate`` calls with the prompt and each token."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    def run(prompt: list[int], count: int) -> tuple[float, float]:
-        options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        if compiled:
-            options["cache_implementation"] = "static"
-            options["compile_config"] = CompileConfig(fullgraph=False, mode="default")
-            options["compile_config"]._compile_all_devices = True
-        clock = Clock()
-        ids = torch.tensor([prompt])
-        start = time.perf_counter()
-        with torch.no_grad():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=clock,
-                generation_config=GenerationConfig(eos_token_id=None, **options),
-            )
-        assert len(clock.times) == count + 1
-        return clock.times[1] - start, clock.times[-1] - clock.times[1]
-
-    return run
-
-
-def open_genai(folder: Path) -> tuple[Run, str]:
-    import numpy as np
-    import onnxruntime_genai as genai
-
-    def opened(source: Path) -> Run:
-        model = genai.Model(str(source))
-
-        def run(prompt: list[int], count: int) -> tuple[float, float]:
-            options = genai.GeneratorParams(model)
-            options.set_search_options(max_length=len(prompt) + count, min_length=len(prompt) + count, do_sample=False)
-            start = time.perf_counter()
-            generator = genai.Generator(model, options)
-            generator.append_tokens(np.array([prompt], np.int32))
-            generator.generate_next_token()
-            generator.get_next_tokens()
-            first = time.perf_counter()
-            for _ in range(count - 1):
-                generator.generate_next_token()
-                generator.get_next_tokens()
-            return first - start, time.perf_counter() - first
-
-        return run
-
-    own = folder / "genai-builder"
-    try:
-        build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(own)]
-        build += ["-p", "fp32", "-e", "cpu", "-c", str(folder / "cache")]
-        built = subprocess.run(build, capture_output=True, text=True)
-        if built.returncode:
-            raise RuntimeError(f"the model builder failed: {built.stderr.strip().splitlines()[-1]}")
-        run = opened(own)
-        run([3, 4, 5], 2)
-        return run, "the file of its model builder"
-    except Exception as error:  # what it cannot run is found out by running it
-        import actgraph as ag
-        from actgraph.formats.genai import save_genai
-
-        reason = str(error).strip().splitlines()[-1]
-        save_genai(ag.run(ag.load(str(folder)), "kv_cache{graphs=combined}").graph, folder / "genai-actgraph")
-        return opened(folder / "genai-actgraph"), f"a file of actgraph; on that of its model builder: {reason}"
-
-
-def serve(connection: Connection, runner: str, folder: Path, threads: int) -> None:
-    """The process of one runner: opens it, then answers requests."""
-    try:
-        import torch
-
-        torch.set_num_threads(threads)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # others print as they build
-        note = ""
-        if runner == "genai":
-            run, note = open_genai(folder)
-        elif runner.startswith("transformers"):
-            run = open_transformers(folder, runner.endswith("compiled"))
-        else:
-            kind = runner.removeprefix("actgraph-")
-            run = open_actgraph(folder, "torch.compile" if kind == "compile" else kind)
-        connection.send(("ready", note))
-        while True:
-            prompt, count = connection.recv()
-            connection.send(("done", run(prompt, count)))
-    except EOFError:
-        pass
-    except Exception as error:
-        connection.send(("failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"))
-
-
-class Runner:
-    """A runner in its process."""
-
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
-        self.name = name
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, name, folder, threads), daemon=True)
-        self._process.start()
-        other.close()
-        self.note = self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            kind, value = self._connection.recv()
-        except EOFError:
-            raise RuntimeError("the process ended") from None
-        if kind == "failed":
-            raise RuntimeError(value)
-        return value
-
-    def run(self, prompt: list[int], count: int) -> tuple[float, float]:
-        self._connection.send((prompt, count))
-        first, rest = self._answer()
-        return first, rest
+    def run(self, runner: str, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
+        return self._processes[runner].run(runner, prompt, count, RUN_SECONDS)
 
     def close(self) -> None:
-        self._connection.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.terminate()
+        for process in set(self._processes.values()):
+            process.close()
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------------------
-
-
-def measure(model: str, args: argparse.Namespace, bandwidth: float) -> None:
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / model
-        make_model(model, folder)
-        config = json.loads((folder / "config.json").read_text())
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        runners = []
-        for name in args.runners:
+def compare(
+    group: Group, context: int, prompt: list[int], args: argparse.Namespace, config: dict[str, Any], bandwidth: float
+) -> None:
+    """Rounds of all runners of a group on one prompt, and what comes out of them."""
+    count = min(args.tokens, config["max_position_embeddings"] - context)
+    where = {"model": group.model, "group": group.name, "context": context}
+    rates: dict[str, list[float]] = {name: [] for name in group.runners}
+    prefill: dict[str, list[float]] = {name: [] for name in group.runners}
+    tokens: dict[str, list[int]] = {}
+    for round in range(-args.warmup, args.rounds):  # the first ones warm up: compiled runners compile, twice where sizes change
+        for name in list(group.runners):
             try:
-                runners.append(Runner(name, folder, args.threads))
-                if runners[-1].note:
-                    emit(model=model, runner=name, note=runners[-1].note)
+                first, rest, tokens[name] = group.run(name, prompt, count)
             except RuntimeError as error:
-                emit(model=model, runner=name, error=str(error))
-        try:
-            for context in args.contexts or CONTEXTS[model]:
-                tokens = min(args.tokens, config["max_position_embeddings"] - context)
-                head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-                entry = (
-                    2
-                    * 4
-                    * config["num_hidden_layers"]
-                    * config.get("num_key_value_heads", config["num_attention_heads"])
-                    * head
-                )
-                read = weights + entry * (context + tokens / 2)
-                prompt = np.random.default_rng(0).integers(3, config["vocab_size"], context).tolist()
-                compare(model, context, tokens, prompt, runners, args.rounds, bandwidth / read)
-        finally:
-            for runner in runners:
-                runner.close()
-
-
-def compare(model: str, context: int, tokens: int, prompt: list[int], runners: list[Runner], rounds: int, limit: float) -> None:
-    rates: dict[str, list[float]] = {runner.name: [] for runner in runners}
-    prefill: dict[str, list[float]] = {runner.name: [] for runner in runners}
-    for round in range(-2, rounds):  # the first two warm up: compiled runners compile, twice where sizes change
-        for runner in runners:
-            if runner.name not in rates:
-                continue
-            try:
-                first, rest = runner.run(prompt, tokens)
-            except RuntimeError as error:
-                emit(model=model, context=context, runner=runner.name, error=str(error))
-                del rates[runner.name]
+                group.drop(name, str(error), context=context)
                 continue
             if round >= 0:
-                rates[runner.name].append((tokens - 1) / rest)
-                prefill[runner.name].append(first)
+                rates[name].append((count - 1) / rest)
+                prefill[name].append(first)
+    references = {steered: tokens.get(name) or args.references.get((context, steered)) for steered, name in REFERENCES.items()}
+    for steered, found in references.items():
+        if found is not None:
+            args.references[context, steered] = found
+            args.known |= set() if steered else {context}
+    rates = {name: found for name, found in rates.items() if name in group.runners}
     for name, found in rates.items():
-        median = statistics.median(found)
-        emit(
-            model=model, context=context, runner=name, unit="tokens/s", value=round_to(median), least=round_to(min(found)),
-            most=round_to(max(found)), rounds=rounds, tokens=tokens,
+        runner, median = RUNNERS[name], statistics.median(found)
+        limit = bandwidth / bytes_per_token(config, runner.bits, runner.gated, context + count / 2)
+        agrees = agreement(tokens[name], references[runner.steered])
+        group.out.emit(
+            **where, runner=name, unit="tokens/s", value=round_to(median), least=round_to(min(found)),
+            most=round_to(max(found)), rounds=len(found), tokens=count,
             first_token_seconds=round_to(statistics.median(prefill[name])),
-            physical_limit=round_to(limit), of_limit=round_to(median / limit),
+            physical_limit=round_to(limit), of_limit=round_to(median / limit), agrees=agrees,
         )  # fmt: skip
-    for engine, peer, goal in GOALS[model]:
-        for ours in ENGINES[engine]:
-            if ours in rates and peer in rates:
-                ratio = statistics.median(a / b for a, b in zip(rates[ours], rates[peer], strict=True))
-                emit(
-                    model=model,
-                    context=context,
-                    ratio=f"{ours} / {peer}",
-                    value=round_to(ratio),
-                    goal=round_to(goal),
-                    met=ratio >= goal,
-                )
+        if runner.bits == 32 and not runner.gated and agrees is not None and agrees < count:
+            note = f"its greedy tokens differ from those of {REFERENCES[runner.steered]} from token {agrees + 1} on"
+            group.out.emit(**where, runner=name, note=note)
+    if group.name == "steer":
+        steering(group, where, rates)
+    else:
+        ratios(group, where, rates)
 
 
-def round_to(value: float) -> float:
-    return float(f"{value:.4g}")
+def agreement(tokens: list[int], reference: list[int] | None) -> int | None:
+    """How many tokens two texts begin with in common; ``None`` without a reference."""
+    if reference is None:
+        return None
+    differ = (place for place, (a, b) in enumerate(zip(tokens, reference, strict=True)) if a != b)
+    return next(differ, len(tokens))
+
+
+def ratios(group: Group, where: dict[str, Any], rates: dict[str, list[float]]) -> None:
+    """Ours of each engine beside the best peer, all peers of the same width being dense."""
+    peers = [name for name in rates if not RUNNERS[name].ours]
+    if not peers:
+        return
+    peer = max(peers, key=lambda name: statistics.median(rates[name]))
+    for kind, goal in GOALS[group.name]:
+        made = {}
+        for engine, ways in ENGINES.items():
+            ours = [f"actgraph-{way}-{kind}" for way in ways if f"actgraph-{way}-{kind}" in rates]
+            if ours:
+                made[engine] = max(ours, key=lambda name: statistics.median(rates[name]))
+        values = {name: ratio(rates[name], rates[peer]) for name in made.values()}
+        for name, value in values.items():
+            best = value == max(values.values())
+            more = {"met": value >= goal} if best else {}  # the better engine is what the goal is for
+            group.out.emit(**where, ratio=f"{name} / {peer}", value=round_to(value), goal=goal, better_engine=best, **more)
+    if group.name == "f32":  # each engine beside what runs on it
+        for a, b in (("torch", "transformers-eager-f32"), ("torch", "transformers-compiled-f32"), ("onnxruntime", "genai-f32")):
+            for way in ENGINES[a]:
+                name = f"actgraph-{way}-f32"
+                if name in rates and b in rates:
+                    value = ratio(rates[name], rates[b])
+                    group.out.emit(**where, ratio=f"{name} / {b}", value=round_to(value), goal=1.0, met=value >= 1.0)
+
+
+def steering(group: Group, where: dict[str, Any], rates: dict[str, list[float]]) -> None:
+    """Each steered runner beside the same one without a vector."""
+    for name in rates:
+        if not RUNNERS[name].steered:
+            continue
+        plain = name.removesuffix("-steer") if RUNNERS[name].ours else REFERENCES[False]
+        if plain not in rates:
+            continue
+        value = ratio(rates[name], rates[plain])
+        more = {"goal": STEER_GOAL, "met": value >= STEER_GOAL} if RUNNERS[name].ours else {}
+        group.out.emit(**where, ratio=f"{name} / {plain}", value=round_to(value), **more)
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+# --- all ----------------------------------------------------------------------------------------------------------------------
+
+
+def measure(model: str, args: argparse.Namespace, out: Output, folder: Path) -> None:
+    import numpy as np
+
+    contexts = args.contexts or CONTEXTS[model]
+    args.references, args.known = {}, set()
+    for name in args.groups:
+        wanted = [context for context in contexts if not out.is_done(model, name, context)]
+        runners = chosen(name, args)
+        if not wanted or not runners:
+            continue
+        if not (folder / "config.json").exists():
+            make_model(model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        reads = Bandwidth(args.threads)
+        group = Group(model, name, runners, folder, args, out)
+        try:
+            bandwidth = reads.measure(5)
+            out.emit(
+                figure="read bandwidth", model=model, group=name, value=round_to(bandwidth / 1e9), unit="GB/s", how=reads.how,
+                threads=args.threads, processor=common.processor(),
+            )  # fmt: skip
+            del reads
+            prompts = {c: np.random.default_rng(0).integers(3, config["vocab_size"], c).tolist() for c in wanted}
+            if not (args.no_reference or REFERENCES[False] in group.runners or set(prompts) <= args.known):
+                refer(model, prompts, folder, args, config, out)
+            for context, prompt in prompts.items():
+                compare(group, context, prompt, args, config, bandwidth)
+                out.emit(figure="group done", model=model, group=name, context=context)
+        finally:
+            group.close()
+
+
+def refer(
+    model: str, prompts: dict[int, list[int]], folder: Path, args: argparse.Namespace, config: dict[str, Any], out: Output
+) -> None:
+    """The tokens of the reference where it is not among the runners."""
+    runner = RUNNERS[REFERENCES[False]]
+    process = Process(python_of("", args.env), [runner], folder, folder, args.threads)
+    try:
+        error = next(iter(process.wait(OPEN_SECONDS)))[2]
+        for context, prompt in () if error else prompts.items():
+            count = min(args.tokens, config["max_position_embeddings"] - context)
+            args.references[context, False] = process.run(runner.name, prompt, count, RUN_SECONDS)[2]
+            args.known.add(context)
+    except RuntimeError as failure:
+        error = str(failure)
+    finally:
+        process.close()
+    if error:
+        out.emit(model=model, runner=runner.name, error=f"no reference: {error}")
+
+
+def chosen(group: str, args: argparse.Namespace) -> list[Runner]:
+    """The runners of a group that were asked for."""
+    names = GROUPS[group]
+    if args.runners is not None:
+        asked = [ALIASES.get(name, name) for name in args.runners]
+        bits = {32: "f32", 16: "bf16", 8: "int8", 4: "int4"}
+        return [RUNNERS[n] for n in asked if n in names or (bits[RUNNERS[n].bits] == group and not RUNNERS[n].steered)]
+    if args.peers is not None:
+        names = [name for name in names if RUNNERS[name].ours or name in args.peers or RUNNERS[name].env in args.peers]
+    return [RUNNERS[name] for name in names]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(CONTEXTS), default=list(CONTEXTS))
-    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=list(RUNNERS))
-    parser.add_argument("--contexts", nargs="+", type=int, help="prompt lengths; default: 32, 256 and 1000 (stories260k: 480)")
+    parser.add_argument("--models", nargs="+", choices=list(CONTEXTS), default=["llama110m"])
+    parser.add_argument("--groups", nargs="+", choices=[*GROUPS, "quality"], default=[*GROUPS, "quality"])
+    parser.add_argument("--runners", nargs="+", choices=[*RUNNERS, *ALIASES], metavar="NAME", help="these alone")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="all of ours, and of the others these (none: ours alone)")
+    parser.add_argument("--contexts", nargs="+", type=int, help="prompt lengths; default: 100")
     parser.add_argument("--tokens", type=int, default=32, help="tokens generated in a round (fewer where the context ends)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that open at the same time")
+    parser.add_argument("--env", type=Path, default=Path(".benchmarks"), help="folder of the environments of peers")
+    parser.add_argument("--folder", type=Path, help="where models are made, and found again; default: a temporary one")
+    parser.add_argument("--no-reference", action="store_true", help="leave `agrees` out where transformers is no runner")
+    parser.add_argument("--save", type=Path, help="append the lines to this file, and leave out the groups that it has")
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    bandwidth = read_bandwidth(args.threads)
-    emit(figure="read bandwidth", value=round_to(bandwidth / 1e9), unit="GB/s", threads=args.threads)
-    for model in args.models:
-        measure(model, args, bandwidth)
+    args.env = args.env.absolute()
+    quality = "quality" in args.groups
+    args.groups = [group for group in args.groups if group != "quality"]
+    out = Output(args.save)
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in args.models:
+            measure(model, args, out, (args.folder or Path(scratch)).absolute() / model)
+    if quality and args.runners is None and not out.is_done("", "quality", 0):
+        from quality import measure as measure_quality
+
+        measure_quality(out.emit)
+        out.emit(figure="group done", model="", group="quality", context=0)
 
 
 if __name__ == "__main__":

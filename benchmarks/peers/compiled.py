@@ -37,7 +37,9 @@ class Step:
 
     def restart(self) -> None:
         if self.cache is None:
-            self.cache = StaticCache(config=self.model.config, max_cache_len=min(2048, self.model.config.max_position_embeddings))
+            self.cache = StaticCache(
+                config=self.model.config, max_cache_len=min(2048, self.model.config.max_position_embeddings)
+            )
         else:
             self.cache.reset()
         self.length = 0

@@ -89,10 +89,8 @@ class Step:
 
 
 def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
-    if options.get("qdq"):
-        path = exported(folder, options["qdq"], "qdq")
-    else:
-        path = exported(folder, "", "float32")
+    passes = options.get("qdq", "")
+    path = exported(folder, passes, "qdq" if passes else "float32")
     if "bits" in options:
         path = matmul_nbits(path, options["bits"])
     run = greedy(Step(path, threads))

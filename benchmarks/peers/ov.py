@@ -49,7 +49,9 @@ def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
         if bits == 8:
             how = {"quantization_config": OVWeightQuantizationConfig(bits=8, sym=True)}
         elif bits == 4:  # every matrix, as for the others
-            how = {"quantization_config": OVWeightQuantizationConfig(bits=4, sym=True, group_size=32, ratio=1.0, all_layers=True)}
+            how = {
+                "quantization_config": OVWeightQuantizationConfig(bits=4, sym=True, group_size=32, ratio=1.0, all_layers=True)
+            }
         OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, **how).save_pretrained(path)
     settings = {
         "PERFORMANCE_HINT": "LATENCY",

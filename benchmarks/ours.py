@@ -1,0 +1,56 @@
+"""The side of actgraph: a pipeline, run once, opened in one or more engines. See ``peers/protocol.py``.
+
+options: ``engine``, ``pipeline`` (text), ``calibrate`` (whether some pass looks at data).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import common  # noqa: F401  # finds actgraph
+from peers.protocol import Run, serve, versions
+
+
+@functools.cache
+def program_of(folder: Path, pipeline: str, calibrate: bool) -> Any:
+    import numpy as np
+
+    import actgraph as ag
+
+    graph = ag.load(str(folder))
+    if "stories" not in folder.name:
+        graph.companions.tokenizer = None  # tokens mean nothing here, and have no text
+    corpus = None
+    if calibrate and graph.companions.tokenizer is None:
+        rows = np.random.default_rng(7).integers(3, graph.companions.config["vocab_size"], (8, 1, 64))
+        corpus = [{"input_ids": row} for row in rows]
+    return ag.run(graph, pipeline, corpus, parity="none", verify="boundary", reproducer=False).program
+
+
+def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
+    import torch
+
+    import actgraph as ag
+
+    torch.set_num_threads(threads)
+    program = program_of(folder, options["pipeline"], options["calibrate"])
+    compiled = ag.compile(program, options["engine"], **options.get("compile", {}))
+
+    def run(prompt: list[int], count: int) -> tuple[float, float, list[int]]:
+        start = time.perf_counter()
+        steps = ag.stream(compiled, prompt, count, stop_at_end=False)
+        tokens = [next(steps).token]
+        first = time.perf_counter()
+        tokens += [step.token for step in steps]
+        end = time.perf_counter()
+        return first - start, end - first, [token for token in tokens if token is not None]
+
+    run.note = f"{options['pipeline']}; {versions('torch', 'onnxruntime')}"  # type: ignore[attr-defined]
+    return run
+
+
+if __name__ == "__main__":
+    serve(open_runner)
