@@ -112,9 +112,24 @@ def steerings() -> None:
         steering.gate(x, vector, keep="x>=")
 
 
+def small() -> None:
+    """Sizes of 1, which Triton makes constants of, and sizes that nothing divides."""
+    for tokens, inputs, outputs in ((1, 1, 1), (3, 37, 5), (20, 1, 1), (20, 37, 5)):
+        x, weight, kept = torch.zeros(tokens, inputs), torch.zeros(outputs, inputs), torch.ones(tokens, outputs)
+        linear.linear(x, weight, None, None, torch.zeros(outputs), None, None, kept)
+        linear.linear(x, weight.T.contiguous(), keep="abs>", threshold=1.0, layout="in_out")
+        feed_forward.feed_forward(x, weight, weight, weight, sparse="act")
+        steering.shift(x, torch.ones(inputs), norm="restore")
+        steering.lowrank_map(x, torch.ones(inputs, 1), torch.ones(1, 1))
+        steering.channel_scale(x, torch.ones(inputs), torch.ones(tokens))
+        steering.clip(x, torch.ones(inputs))
+        steering.gate(x, torch.ones(inputs))
+
+
 if __name__ == "__main__":
     driver.set_active(NoDevice(int(sys.argv[1])))
     compile_launches()
     linears()
     feed_forwards()
     steerings()
+    small()

@@ -258,6 +258,18 @@ def test_weights_of_masked_outputs_are_not_read(form: str, layout: str) -> None:
 
 
 @traced
+@pytest.mark.parametrize("tokens", [3, 30])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_outputs_that_nothing_keeps_cost_nothing(layout: str, tokens: int) -> None:
+    """Neither the weight nor the input is read for them."""
+    x, kept = torch.randn(tokens, 70), torch.zeros(tokens, 64)
+    stored, attributes = weight_of("float", layout, 64, 70, torch.float32)
+    with reads(stored[0]) as weights, reads(x) as inputs:
+        got = KERNELS["linear"].implementation(x, *stored, None, None, None, kept, **attributes)
+    assert not weights.any() and not inputs.any() and not got.any()
+
+
+@traced
 @pytest.mark.parametrize("form", ["float", "u4"])
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -316,6 +328,29 @@ def test_weights_of_dropped_neurons_are_not_read(sparse: str) -> None:
     assert (gates == 1).all()
     assert np.array_equal(ups, np.broadcast_to(active[:, None] if sparse == "act" else 1, ups.shape))
     assert np.array_equal(downs, np.broadcast_to(active[:, None], downs.shape))
+
+
+@pytest.mark.parametrize("tokens", [2, 12])
+def test_a_dropped_activation_silences_whatever_up_is(tokens: int) -> None:
+    """0 times infinity is not computed: the product is +0.0 by the word of the op."""
+    operands, _ = block_of("float", True, (38, 74, 26))
+    x, infinite = torch.randn(tokens, 38, generator=torch.Generator().manual_seed(0)) * 0.1, torch.zeros(74)
+    sizes = torch.nn.functional.silu(x @ operands[2].T).abs().amax(0)
+    infinite[sizes.argmin()] = torch.inf
+    arguments = [x, *operands, infinite]
+    attributes = {"sparse": "act", "threshold": float(sizes.sort().values[:2].mean())}
+    want = get_op("feed_forward").reference(*arguments, **attributes)
+    assert want.isfinite().all() and not get_op("feed_forward").reference(*arguments).isfinite().any()
+    agree(KERNELS["feed_forward"].implementation(*on_device(arguments), **attributes), want, 20.0)
+
+
+def test_shift_by_nothing_and_of_nothing() -> None:
+    """Norms of 0 do not divide."""
+    x, zeros = torch.randn(3, 40), torch.zeros(40)
+    for norm in ("relative", "restore"):
+        for h in (x, torch.zeros(3, 40)):
+            got = KERNELS["shift"].implementation(*on_device([h, zeros]), norm=norm)
+            agree(got, h)
 
 
 # --- registration -------------------------------------------------------------------------------------------------------------
@@ -412,8 +447,28 @@ def test_nothing_needs_triton_without_cuda(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         assert register.install() is False
     assert found == ["triton"]  # asked for by the last one alone, and not there
+    register.triton_kernels.cache_clear()
     with pytest.raises(ImportError):
         register.triton_kernels()
+
+
+@pytest.mark.skipif(CUDA, reason="the kernels may be installed already")
+def test_installing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatcher has the kernels for CUDA, and the registry knows them; once."""
+    known: list[Any] = []
+    monkeypatch.setattr(register, "_LIBRARY", None)
+    monkeypatch.setattr(register, "usable", lambda: True)
+    monkeypatch.setattr(register, "register_kernel", known.append)
+
+    def there() -> list[bool]:
+        return [torch._C._dispatch_has_kernel_for_dispatch_key(f"actgraph::{name}", "CUDA") for name in KERNELS]
+
+    assert register.install() and register.install()
+    try:
+        assert all(there()) and [k.op for k in known] == list(KERNELS)
+    finally:
+        register._LIBRARY._destroy()
+    assert not any(there())
 
 
 @pytest.fixture(scope="module")

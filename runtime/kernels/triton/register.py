@@ -93,7 +93,7 @@ def _dispatch(op: OpDef, kernel: Kernel) -> Callable[..., Any]:
 
     @functools.wraps(op.reference)
     def implementation(*operands: Any, **attributes: Any) -> Any:
-        key = (*[t if t is None else (t.dtype, t.shape, t.stride()) for t in operands], *map(str, attributes.items()))
+        key = (*[t if t is None else (t.device, t.dtype, t.shape, t.stride()) for t in operands], *map(str, attributes.items()))
         form = forms.get(key)
         if form is None:
             if len(forms) >= 4096:
@@ -124,4 +124,5 @@ def _examine(op: OpDef, kernel: Kernel, operands: Sequence[Any], attributes: dic
     bare = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in operands]
     result = op.reference(*bare, **attributes)
     assert not isinstance(result, tuple)
-    return _Form(kernel.claims(types, complete), result.stride())
+    together = len({t.device for t in operands if t is not None}) == 1  # torch takes numbers from the CPU, kernels do not
+    return _Form(together and kernel.claims(types, complete), result.stride())
