@@ -113,7 +113,8 @@ def make_vector(folder: Path) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    path = folder / "vector.safetensors"
+    path = folder / "steering" / "vector.safetensors"
+    path.parent.mkdir(exist_ok=True)
     size = json.loads((folder / "config.json").read_text())["hidden_size"]
     save_file({"vector": np.random.default_rng(1).standard_normal(size).astype(np.float32) / 2}, path)
     return path

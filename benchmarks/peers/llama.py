@@ -21,7 +21,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     """The Llama of a Hugging Face folder as GGUF, as convert_hf_to_gguf lays it out."""
     config = json.loads((folder / "config.json").read_text())
     weights: dict[str, np.ndarray] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         weights |= load_file(file)
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
@@ -84,7 +84,8 @@ class Step:
 def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
     path = folder / f"{options['type']}.gguf"
     if not path.exists():
-        write_gguf(folder, path, options["type"])
+        write_gguf(folder, path.with_suffix(".part"), options["type"])
+        path.with_suffix(".part").rename(path)
     config = json.loads((folder / "config.json").read_text())
     run = greedy(Step(path, config, threads, options.get("flash", False)))
     run.note = versions("llama-cpp-python", "gguf")  # type: ignore[attr-defined]
