@@ -115,9 +115,13 @@ def check_contents(contents: Mapping[str, Array], slots: Sequence[Slot], count: 
             raise InputError(f"slot {name} would have {array.shape[TOKENS]} tokens, not {count}", "give as many")
 
 
+#: Places of a new buffer. Memory that has never been written costs nothing; copying what has been does.
+FIRST_ROOM = 1024
+
+
 def room_for(needed: int, room: int, limit: int | None) -> int:
     """Places of a buffer that grows: twice as many as before, so that all copying together is linear in the length."""
-    more = max(64, 2 * room)
+    more = max(FIRST_ROOM, 2 * room)
     return max(needed, more if limit is None else min(more, limit))
 
 

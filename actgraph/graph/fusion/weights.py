@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +47,21 @@ class Placed:
     zero: Value | None
     block: int
     packed: str
+
+
+@dataclass(frozen=True)
+class _Centre:
+    """Unsigned codes around a zero point in the middle of their range, as the signed ones without one that they are."""
+
+    centre: int
+    packed: str
+    signed: Callable[[Array], Array]
+
+
+_CENTRES = {
+    "u4": _Centre(8, "i4", lambda codes: codes ^ np.uint8(0x88)),
+    "u8": _Centre(128, "", lambda codes: (codes ^ np.uint8(0x80)).view(np.int8)),
+}
 
 
 def matrix_of(linear: Linear) -> Matrix | str:
@@ -113,6 +129,10 @@ def place(rewriter: Rewriter, matrix: Matrix, layout: str) -> Placed:
     elif not weight.is_parameter:
         weight = rewriter.stored(weight, layout, lambda data: data)
     turn = matrix.block > 0 and matrix.scale_axis != axis
+    flip = _CENTRES.get(packed or str(weight.dtype))
+    if flip is not None and matrix.zero is not None and (evaluate(matrix.zero.graph, matrix.zero) == flip.centre).all():
+        weight, packed = rewriter.stored(weight, "signed", flip.signed), flip.packed
+        matrix = replace(matrix, zero=None)
     scale, zero = (_laid(rewriter, value, layout, turn) for value in (matrix.scale, matrix.zero))
     return Placed(weight, scale, zero, matrix.block, packed)
 
