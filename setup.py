@@ -4,16 +4,19 @@ It is optional: where there is no C compiler the package installs without it, an
 references.
 """
 
+import sys
+
 from setuptools import Extension, setup
 
 setup(
     ext_modules=[
         Extension(
             "actgraph.runtime.native.actgraph_native",
-            sources=["runtime/native/pool.c", "runtime/native/plugin.c"],
-            depends=["runtime/native/kernel.h", "runtime/native/ort_api.h"],
+            sources=[f"runtime/native/{name}.c" for name in ("pool", "plugin", "convert", "infer")],
+            depends=[f"runtime/native/{name}.h" for name in ("kernel", "ort_api", "plugin")],
             extra_compile_args=["-O2", "-fvisibility=hidden"],
-            extra_link_args=["-pthread"],
+            # Engines close the libraries of closed sessions; the threads and the memory of threads of this one outlive them.
+            extra_link_args=["-pthread", *(["-Wl,-z,nodelete"] if sys.platform == "linux" else [])],
             optional=True,
         )
     ]

@@ -7,7 +7,8 @@ A kernel is a few functions over a frame, an array of 64-bit words that holds ev
     3  spare
     4 + 12 i       tensor i (inputs, then outputs): address (0: absent), ONNX element type, rank, 8 sizes
     4 + 12 T + j   attribute j: an integer, the bits of a double, or the index of a string among its choices
-Every function is called as f(frame, part, nparts) and returns 0, or the number of an error text of its op. */
+Every function is called as f(frame, part, nparts) and returns 0, or the number of an error text of its op. `shape` looks at
+types, ranks, sizes, attributes and at which inputs are present, never at what is in a tensor. */
 #ifndef ACTGRAPH_KERNEL_H
 #define ACTGRAPH_KERNEL_H
 #include <stddef.h>
@@ -17,6 +18,11 @@ Every function is called as f(frame, part, nparts) and returns 0, or the number 
 #define AG_EXPORT __declspec(dllexport)
 #else
 #define AG_EXPORT __attribute__((visibility("default")))
+#endif
+#if defined(AG_ALONE) /* a library of its own shows engines what they look up, and nothing else */
+#define AG_SHARED
+#else
+#define AG_SHARED AG_EXPORT
 #endif
 
 enum { AG_HEAD = 4, AG_TENSOR = 12, AG_RANK = 8, AG_TENSORS = 24, AG_ATTRIBUTES = 24, AG_STAGES = 6, AG_KEY = 8 };
@@ -38,14 +44,16 @@ typedef struct {
   int64_t kind;                 /* 0: integer, 1: float, 2: string */
   int64_t fallback;             /* its value where the node has none, as in the frame */
   const char *choices;          /* of a string, separated by | */
+  int64_t required;             /* 1: a node must have it */
 } ag_attribute;
 
 typedef struct {
   const char *name;
-  int64_t inputs, outputs, attributes, keys;
-  int64_t input_type[AG_TENSORS];     /* ONNX element type; 0: any */
+  int64_t inputs, outputs, attributes;
+  int64_t input_type[AG_TENSORS];     /* ONNX element type that kernels take; 0: several */
   int64_t optional[AG_TENSORS];
-  int64_t output_type[AG_TENSORS];
+  int64_t output_type[AG_TENSORS];    /* ONNX element type that kernels write */
+  int64_t follows;                    /* 1: input 0 may be any float but float64, and the outputs are rounded to its type */
   int64_t key_input[AG_KEY], key_inputs;
   int64_t key_attribute[AG_KEY], key_attributes;
   const ag_attribute *attribute;

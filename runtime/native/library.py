@@ -38,6 +38,7 @@ class Attribute(ctypes.Structure):
         ("kind", ctypes.c_int64),
         ("fallback", ctypes.c_int64),
         ("choices", ctypes.c_char_p),
+        ("required", ctypes.c_int64),
     )
 
 
@@ -49,10 +50,10 @@ class Op(ctypes.Structure):
         ("inputs", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
         ("attributes", ctypes.c_int64),
-        ("keys", ctypes.c_int64),
         ("input_type", ctypes.c_int64 * MOST_TENSORS),
         ("optional", ctypes.c_int64 * MOST_TENSORS),
         ("output_type", ctypes.c_int64 * MOST_TENSORS),
+        ("follows", ctypes.c_int64),
         ("key_input", ctypes.c_int64 * KEY),
         ("key_inputs", ctypes.c_int64),
         ("key_attribute", ctypes.c_int64 * KEY),

@@ -2,24 +2,13 @@
 
 Ops and their kernels come from a table: filled through ag_add_op and ag_add_variant (by Python, with functions that numba has
 compiled), or compiled in (by `actgraph build-plugin`). Nothing here knows what an op computes. */
-#include "kernel.h"
-#include "ort_api.h"
+#include "plugin.h"
 
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-enum { MAX_OPS = 128, MAX_VARIANTS = 128 };
-
-typedef struct {
-  OrtCustomOp face; /* first: onnxruntime hands it back */
-  ag_op op;
-  ag_variant variants[MAX_VARIANTS];
-  atomic_int count;
-} Entry;
 
 static struct {
   pthread_mutex_t lock;
@@ -27,15 +16,9 @@ static struct {
   int count;
 } table = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-static const OrtApi *api;
+const OrtApi *ag_api;
 static atomic_long runs;        /* kernels run so far, for tests and profiles */
 static atomic_long parts_wanted;
-
-#define TRY(call)                    \
-  do {                               \
-    OrtStatus *failed_ = (call);     \
-    if (failed_) return failed_;     \
-  } while (0)
 
 /* One node of a session. */
 typedef struct {
@@ -43,6 +26,9 @@ typedef struct {
   _Atomic(const ag_variant *) variant;
   int64_t template[AG_WORDS]; /* attributes, and the inputs that never change */
   char constant[AG_TENSORS];
+  void *converted[AG_TENSORS]; /* constants in the element type of the kernel */
+  int64_t types[AG_TENSORS];   /* the element types in which the kernel reads its inputs */
+  int64_t type;                /* of input 0 where the outputs follow it, else 0 */
 } Node;
 
 static OrtStatus *fail(const Entry *entry, const char *text) {
@@ -69,7 +55,22 @@ static OrtStatus *describe(const Entry *entry, const OrtValue *value, int64_t *t
   return NULL;
 }
 
-static OrtStatus *read_attribute(const OrtKernelInfo *info, const ag_attribute *attribute, int64_t *word) {
+int64_t ag_choice(const char *choices, const char *text, size_t length) {
+  for (int64_t place = 0;; place++) {
+    size_t size = strcspn(choices, "|");
+    if (size == length && !strncmp(text, choices, length)) return place;
+    if (!choices[size]) return -1;
+    choices += size + 1;
+  }
+}
+
+static OrtStatus *bad_attribute(const Entry *entry, const ag_attribute *attribute, const char *text) {
+  char message[160];
+  snprintf(message, sizeof message, "attribute %s %s", attribute->name, text);
+  return fail(entry, message);
+}
+
+static OrtStatus *read_attribute(const Entry *entry, const OrtKernelInfo *info, const ag_attribute *attribute, int64_t *word) {
   *word = attribute->fallback;
   OrtStatus *status;
   if (attribute->kind == 0) {
@@ -85,62 +86,127 @@ static OrtStatus *read_attribute(const OrtKernelInfo *info, const ag_attribute *
     char text[64];
     size_t size = sizeof text;
     if (!(status = KernelInfoGetAttribute_string(api)(info, attribute->name, text, &size))) {
-      int64_t index = 0;
-      for (const char *choice = attribute->choices;; index++) {
-        size_t length = strcspn(choice, "|");
-        if (strlen(text) == length && !strncmp(text, choice, length)) {
-          *word = index;
-          return NULL;
-        }
-        if (!choice[length]) return CreateStatus(api)(ORT_INVALID_ARGUMENT, "actgraph: an attribute has a value that is no choice");
-        choice += length + 1;
-      }
+      *word = ag_choice(attribute->choices, text, strlen(text));
+      if (*word < 0) return bad_attribute(entry, attribute, "has a value that is no choice");
     }
   }
-  if (status) ReleaseStatus(api)(status); /* the node does not have it */
+  if (!status) return NULL;
+  ReleaseStatus(api)(status); /* the node does not have it */
+  return attribute->required ? bad_attribute(entry, attribute, "is missing") : NULL;
+}
+
+/* The element type of an input of a node; 0: absent. */
+static int64_t type_of(const OrtKernelInfo *info, int64_t input) {
+  OrtTypeInfo *about = NULL;
+  const OrtShape *tensor = NULL;
+  int type = 0;
+  OrtStatus *status = KernelInfo_GetInputTypeInfo(api)(info, (size_t)input, &about);
+  if (!status) status = CastTypeInfoToTensorInfo(api)(about, &tensor);
+  if (!status && tensor) status = GetTensorElementType(api)(tensor, &type);
+  if (status) ReleaseStatus(api)(status);
+  if (about) ReleaseTypeInfo(api)(about);
+  return type;
+}
+
+static int64_t elements_of(const int64_t *tensor) {
+  int64_t count = 1;
+  for (int64_t axis = 0; axis < tensor[2]; axis++) count *= tensor[3 + axis];
+  return count;
+}
+
+static void destroy(void *kernel) {
+  Node *node = kernel;
+  for (int i = 0; i < AG_TENSORS; i++) free(node->converted[i]);
+  free(node);
+}
+
+/* Keeps a constant, in the element type in which kernels read it. */
+static OrtStatus *keep(Node *node, int64_t input, const OrtValue *value, int64_t wanted) {
+  int64_t *tensor = tensor_of(node->template, input);
+  TRY(describe(node->entry, value, tensor));
+  node->constant[input] = 1;
+  if (tensor[1] == wanted) return NULL;
+  int64_t count = elements_of(tensor);
+  void *memory = malloc(4 * (size_t)count + 4);
+  if (!memory) return CreateStatus(api)(ORT_FAIL, "actgraph: no memory");
+  node->converted[input] = memory;
+  if (!ag_convert((const void *)(intptr_t)tensor[0], tensor[1], memory, wanted, count)) return fail(node->entry, "an input has a type that no kernel takes");
+  tensor[0] = (int64_t)(intptr_t)memory, tensor[1] = wanted;
   return NULL;
 }
 
-static OrtStatus *create(const OrtCustomOp *face, const OrtApi *unused, const OrtKernelInfo *info, void **made) {
-  (void)unused;
-  Entry *entry = (Entry *)face;
-  Node *node = calloc(1, sizeof *node);
-  if (!node) return CreateStatus(api)(ORT_FAIL, "actgraph: no memory");
-  node->entry = entry;
+static OrtStatus *fill(Node *node, const OrtKernelInfo *info, int64_t *types) {
+  Entry *entry = node->entry;
   const ag_op *op = &entry->op;
-  OrtStatus *status = NULL;
-  int64_t *attributes = node->template + AG_HEAD + AG_TENSOR * (op->inputs + op->outputs);
-  for (int64_t i = 0; i < op->attributes && !status; i++) status = read_attribute(info, op->attribute + i, attributes + i);
-  for (int64_t i = 0; i < op->inputs && !status; i++) {
+  int64_t *attributes = attributes_of(op, node->template);
+  for (int64_t i = 0; i < op->attributes; i++) TRY(read_attribute(entry, info, op->attribute + i, attributes + i));
+  int64_t frame[AG_WORDS] = {0};
+  memcpy(attributes_of(op, frame), attributes, sizeof(int64_t) * (size_t)op->attributes);
+  for (int64_t i = 0; i < op->inputs; i++) {
+    int64_t *tensor = tensor_of(frame, i);
+    tensor[0] = tensor[1] = types[i] = type_of(info, i); /* absent where the type is 0 */
+  }
+  const ag_variant *variant = ag_find(entry, frame);
+  if (!variant) return fail(entry, "there is no kernel for these types and attributes");
+  atomic_store(&node->variant, variant);
+  for (int64_t i = 0; i < op->inputs; i++) {
     int constant = 0;
     const OrtValue *value = NULL;
     OrtStatus *absent = KernelInfoGetConstantInput(api)(info, (size_t)i, &constant, &value);
-    if (absent) {
-      ReleaseStatus(api)(absent);
-    } else if (constant && value) {
-      node->constant[i] = 1;
-      status = describe(entry, value, node->template + AG_HEAD + AG_TENSOR * i);
-    }
+    if (absent) ReleaseStatus(api)(absent);
+    else if (constant && value) TRY(keep(node, i, value, tensor_of(frame, i)[1]));
+    types[i] = tensor_of(frame, i)[1];
   }
-  if (status) free(node);
+  return NULL;
+}
+
+static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *unused, const OrtKernelInfo *info, void **made) {
+  (void)unused;
+  const Face *face = (const Face *)custom;
+  if (face->entry->op.follows && face->type == FLOAT64)
+    return fail(face->entry, "its kernels do not compute in float64; save the file with this op inlined, or open it without the plugin");
+  Node *node = calloc(1, sizeof *node);
+  if (!node) return CreateStatus(api)(ORT_FAIL, "actgraph: no memory");
+  node->entry = face->entry, node->type = face->entry->op.follows ? face->type : 0;
+  OrtStatus *status = fill(node, info, node->types);
+  if (status) destroy(node);
   else *made = node;
   return status;
 }
 
-static const ag_variant *find(const Entry *entry, const int64_t *frame) {
+/* The kernel for the element types that stand in a frame. */
+static const ag_variant *exactly(const Entry *entry, int64_t *frame) {
   const ag_op *op = &entry->op;
   int64_t key[AG_KEY] = {0};
   int64_t used = 0;
-  const int64_t *attributes = frame + AG_HEAD + AG_TENSOR * (op->inputs + op->outputs);
   for (int64_t i = 0; i < op->key_inputs; i++) {
-    const int64_t *tensor = frame + AG_HEAD + AG_TENSOR * op->key_input[i];
+    const int64_t *tensor = tensor_of(frame, op->key_input[i]);
     key[used++] = tensor[0] ? tensor[1] : 0;
   }
-  for (int64_t i = 0; i < op->key_attributes; i++) key[used++] = attributes[op->key_attribute[i]];
+  for (int64_t i = 0; i < op->key_attributes; i++) key[used++] = attributes_of(op, frame)[op->key_attribute[i]];
   int count = atomic_load(&entry->count);
   for (int i = 0; i < count; i++)
     if (!memcmp(key, entry->variants[i].key, sizeof key)) return entry->variants + i;
   return NULL;
+}
+
+const ag_variant *ag_find(const Entry *entry, int64_t *frame) {
+  const ag_op *op = &entry->op;
+  char chooses[AG_TENSORS] = {0};
+  for (int64_t i = 0; i < op->key_inputs; i++) chooses[op->key_input[i]] = 1;
+  for (int64_t i = 0; i < op->inputs; i++) {
+    int64_t *tensor = tensor_of(frame, i);
+    if (!tensor[0] || chooses[i]) continue;
+    tensor[1] = ag_read_as(op, i, tensor[1]);
+    if (op->input_type[i] && tensor[1] != op->input_type[i]) return NULL;
+  }
+  const ag_variant *found = exactly(entry, frame);
+  if (found) return found;
+  for (int64_t i = 0; i < op->key_inputs; i++) {
+    int64_t *tensor = tensor_of(frame, op->key_input[i]);
+    if (tensor[0]) tensor[1] = ag_read_as(op, op->key_input[i], tensor[1]);
+  }
+  return exactly(entry, frame);
 }
 
 typedef struct {
@@ -170,39 +236,12 @@ static OrtStatus *failed_with(const Entry *entry, int64_t error) {
   return fail(entry, error >= 1 && error <= entry->op.errors ? entry->op.error[error - 1] : "the kernel failed");
 }
 
-static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
-  Node *node = kernel;
-  Entry *entry = node->entry;
-  const ag_op *op = &entry->op;
-  int64_t frame[AG_WORDS];
-  memcpy(frame, node->template, sizeof(int64_t) * (size_t)(AG_HEAD + AG_TENSOR * (op->inputs + op->outputs) + op->attributes));
-  size_t given;
-  TRY(KernelContext_GetInputCount(api)(context, &given));
-  for (int64_t i = 0; i < op->inputs && i < (int64_t)given; i++) {
-    if (node->constant[i]) continue;
-    const OrtValue *value = NULL;
-    TRY(KernelContext_GetInput(api)(context, (size_t)i, &value));
-    if (value) TRY(describe(entry, value, frame + AG_HEAD + AG_TENSOR * i));
-  }
-  const ag_variant *variant = atomic_load(&node->variant);
-  if (!variant) {
-    if (!(variant = find(entry, frame))) return fail(entry, "there is no kernel for these types and attributes");
-    atomic_store(&node->variant, variant);
-  }
-  int64_t failed = variant->shape(frame, 0, 1);
-  if (failed) return failed_with(entry, failed);
-  for (int64_t i = 0; i < op->outputs; i++) {
-    int64_t *tensor = frame + AG_HEAD + AG_TENSOR * (op->inputs + i);
-    OrtValue *value = NULL;
-    TRY(KernelContext_GetOutput(api)(context, (size_t)i, tensor + 3, (size_t)tensor[2], &value));
-    if (value) TRY(describe(entry, value, tensor));
-  }
-  frame[1] = parts();
-  if (variant->scratch) {
-    frame[0] = (int64_t)(intptr_t)ag_scratch((size_t)variant->scratch(frame, 0, 1));
-    if (!frame[0]) return fail(entry, "no memory");
-  }
-  for (int64_t i = 0; i < variant->stages; i++) {
+static int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Runs a kernel over a frame whose tensors all have their memory. */
+static OrtStatus *run_stages(const Entry *entry, OrtKernelContext *context, const ag_variant *variant, int64_t *frame) {
+  int64_t failed = 0;
+  for (int64_t i = 0; i < variant->stages && !failed; i++) {
     if (variant->parallel[i] && frame[1] > 1) {
       Job job = {variant->stage[i], frame, frame[1], 0};
       TRY(KernelContext_ParallelFor(api)(context, run_part, (size_t)frame[1], (size_t)frame[1], &job));
@@ -210,24 +249,82 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     } else {
       failed = variant->stage[i](frame, 0, 1);
     }
-    if (failed) return failed_with(entry, failed);
+  }
+  return failed ? failed_with(entry, failed) : NULL;
+}
+
+static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
+  Node *node = kernel;
+  const Entry *entry = node->entry;
+  const ag_op *op = &entry->op;
+  const ag_variant *variant = node->variant;
+  int64_t frame[AG_WORDS], stored[AG_TENSORS] = {0}, wanted = 0; /* stored: the type of a tensor that is converted */
+  memcpy(frame, node->template, sizeof(int64_t) * (size_t)(AG_HEAD + AG_TENSOR * (op->inputs + op->outputs) + op->attributes));
+  size_t given;
+  TRY(KernelContext_GetInputCount(api)(context, &given));
+  for (int64_t i = 0; i < op->inputs && i < (int64_t)given; i++) {
+    if (node->constant[i]) continue;
+    const OrtValue *value = NULL;
+    int64_t *tensor = tensor_of(frame, i);
+    TRY(KernelContext_GetInput(api)(context, (size_t)i, &value));
+    if (!value) continue;
+    TRY(describe(entry, value, tensor));
+    if (tensor[1] == node->types[i]) continue;
+    stored[i] = tensor[1], tensor[1] = node->types[i];
+    wanted += rounded_up(4 * elements_of(tensor));
+  }
+  int64_t failed = variant->shape(frame, 0, 1);
+  if (failed) return failed_with(entry, failed);
+  void *results[AG_TENSORS] = {0};
+  for (int64_t i = 0; i < op->outputs; i++) {
+    int64_t place = op->inputs + i, *tensor = tensor_of(frame, place);
+    OrtValue *value = NULL;
+    TRY(KernelContext_GetOutput(api)(context, (size_t)i, tensor + 3, (size_t)tensor[2], &value));
+    if (value) TRY(describe(entry, value, tensor));
+    if (!value || tensor[1] == op->output_type[i]) continue;
+    results[i] = (void *)(intptr_t)tensor[0], stored[place] = tensor[1], tensor[1] = op->output_type[i];
+    wanted += rounded_up(4 * elements_of(tensor));
+  }
+  frame[1] = parts();
+  int64_t own = variant->scratch ? rounded_up(variant->scratch(frame, 0, 1)) : 0;
+  if (own + wanted) {
+    frame[0] = (int64_t)(intptr_t)ag_scratch((size_t)(own + wanted));
+    if (!frame[0]) return fail(entry, "no memory");
+  }
+  int64_t next = frame[0] + own;
+  for (int64_t i = 0; wanted && i < op->inputs + op->outputs; i++) {
+    if (!stored[i]) continue;
+    int64_t *tensor = tensor_of(frame, i);
+    void *memory = (void *)(intptr_t)next;
+    if (i < op->inputs && !ag_convert((const void *)(intptr_t)tensor[0], stored[i], memory, tensor[1], elements_of(tensor)))
+      return fail(entry, "an input has another type than the model says");
+    tensor[0] = next, next += rounded_up(4 * elements_of(tensor));
+  }
+  TRY(run_stages(entry, context, variant, frame));
+  for (int64_t i = 0; wanted && i < op->outputs; i++) {
+    const int64_t *tensor = tensor_of(frame, op->inputs + i);
+    if (results[i] && !ag_convert((const void *)(intptr_t)tensor[0], tensor[1], results[i], stored[op->inputs + i], elements_of(tensor)))
+      return fail(entry, "an output has a type that no kernel writes");
   }
   atomic_fetch_add_explicit(&runs, 1, memory_order_relaxed);
   return NULL;
 }
 
-static void destroy(void *kernel) { free(kernel); }
-static const char *name(const OrtCustomOp *face) { return ((const Entry *)face)->op.name; }
-static const char *provider(const OrtCustomOp *face) { return (void)face, NULL; }
-static size_t inputs(const OrtCustomOp *face) { return (size_t)((const Entry *)face)->op.inputs; }
-static size_t outputs(const OrtCustomOp *face) { return (size_t)((const Entry *)face)->op.outputs; }
-static int input_type(const OrtCustomOp *face, size_t i) { return (int)((const Entry *)face)->op.input_type[i]; }
-static int output_type(const OrtCustomOp *face, size_t i) { return (int)((const Entry *)face)->op.output_type[i]; }
-static int input_optional(const OrtCustomOp *face, size_t i) { return ((const Entry *)face)->op.optional[i] ? 1 : 0; }
-static int required(const OrtCustomOp *face, size_t i) { return (void)face, (void)i, 0; }
-static int zero(const OrtCustomOp *face) { return (void)face, 0; }
-static int one(const OrtCustomOp *face) { return (void)face, 1; }
-static int newest(const OrtCustomOp *face) { return (void)face, INT32_MAX; }
+static const ag_op *op_of(const OrtCustomOp *custom) { return &((const Face *)custom)->entry->op; }
+static const char *name(const OrtCustomOp *custom) { return op_of(custom)->name; }
+static const char *provider(const OrtCustomOp *custom) { return (void)custom, NULL; }
+static size_t inputs(const OrtCustomOp *custom) { return (size_t)op_of(custom)->inputs; }
+static size_t outputs(const OrtCustomOp *custom) { return (size_t)op_of(custom)->outputs; }
+static int input_optional(const OrtCustomOp *custom, size_t i) { return op_of(custom)->optional[i] ? 1 : 0; }
+/* All inputs but the first may be of any type: what kernels do not read is converted or refused. */
+static int input_type(const OrtCustomOp *custom, size_t i) { return i ? 0 : (int)((const Face *)custom)->type; }
+static int output_type(const OrtCustomOp *custom, size_t i) {
+  return (int)(op_of(custom)->follows ? ((const Face *)custom)->type : op_of(custom)->output_type[i]);
+}
+static int required(const OrtCustomOp *custom, size_t i) { return (void)custom, (void)i, 0; }
+static int zero(const OrtCustomOp *custom) { return (void)custom, 0; }
+static int one(const OrtCustomOp *custom) { return (void)custom, 1; }
+static int newest(const OrtCustomOp *custom) { return (void)custom, INT32_MAX; }
 
 static Entry *lookup(const char *wanted) {
   for (int i = 0; i < table.count; i++)
@@ -235,21 +332,28 @@ static Entry *lookup(const char *wanted) {
   return NULL;
 }
 
+static Face face_of(Entry *entry, int64_t type) {
+  return (Face){
+      .custom = {.version = ORT_API_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type,
+                 .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = outputs, .KernelDestroy = destroy,
+                 .GetInputCharacteristic = input_optional, .GetOutputCharacteristic = required, .GetInputMemoryType = required,
+                 .GetVariadicInputMinArity = zero, .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = zero,
+                 .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create, .KernelComputeV2 = compute,
+                 .InferOutputShapeFn = ag_infer, .GetStartVersion = one, .GetEndVersion = newest},
+      .entry = entry, .type = type};
+}
+
 /* Adds an op, whose texts must stay where they are. Returns 0, or 1 when there is no room. */
-AG_EXPORT int64_t ag_add_op(const ag_op *op) {
+AG_SHARED int64_t ag_add_op(const ag_op *op) {
+  static const int64_t floats[] = {FLOAT32, FLOAT16, BFLOAT16, FLOAT64}; /* a schema of ours hides the body: see create */
   pthread_mutex_lock(&table.lock);
   int64_t full = 0;
   if (!lookup(op->name)) {
     Entry *entry = table.count < MAX_OPS ? calloc(1, sizeof *entry) : NULL;
     if (entry) {
       entry->op = *op;
-      entry->face = (OrtCustomOp){
-          .version = ORT_API_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type,
-          .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = outputs, .KernelDestroy = destroy,
-          .GetInputCharacteristic = input_optional, .GetOutputCharacteristic = required, .GetInputMemoryType = required,
-          .GetVariadicInputMinArity = zero, .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = zero,
-          .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create, .KernelComputeV2 = compute, .GetStartVersion = one,
-          .GetEndVersion = newest};
+      entry->faces_count = op->follows ? MAX_FACES : 1;
+      for (int i = 0; i < entry->faces_count; i++) entry->faces[i] = face_of(entry, op->follows ? floats[i] : op->input_type[0]);
       table.entries[table.count++] = entry;
     }
     full = !entry;
@@ -259,7 +363,7 @@ AG_EXPORT int64_t ag_add_op(const ag_op *op) {
 }
 
 /* Adds a kernel to an op, in place of one with the same key. Returns 0, or 1 when there is no such op or no room. */
-AG_EXPORT int64_t ag_add_variant(const char *op, const ag_variant *variant) {
+AG_SHARED int64_t ag_add_variant(const char *op, const ag_variant *variant) {
   pthread_mutex_lock(&table.lock);
   Entry *entry = lookup(op);
   int64_t failed = 1;
@@ -279,10 +383,11 @@ AG_EXPORT int64_t ag_add_variant(const char *op, const ag_variant *variant) {
 }
 
 /* How many parts the parallel stages have; 0: one for each processor. */
-AG_EXPORT void ag_set_parts(int64_t wanted) { atomic_store(&parts_wanted, (long)wanted); }
+AG_SHARED void ag_set_parts(int64_t wanted) { atomic_store(&parts_wanted, (long)wanted); }
 AG_EXPORT int64_t ag_runs(void) { return atomic_load(&runs); }
 
-void ag_compiled_in(void) __attribute__((weak));
+/* Adds the kernels of this library for the processor that it runs on. Returns NULL, or why there are none. */
+const char *ag_compiled_in(void) __attribute__((weak));
 
 AG_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   const OrtApi *found = base->GetApi(ORT_API_VERSION);
@@ -290,13 +395,16 @@ AG_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiB
     const OrtApi *oldest = base->GetApi(1);
     return oldest ? CreateStatus(oldest)(ORT_FAIL, "actgraph: its kernels need onnxruntime 1.17 or newer") : NULL;
   }
-  api = found;
-  if (ag_compiled_in) ag_compiled_in();
+  ag_api = found;
+  const char *unfit = ag_compiled_in ? ag_compiled_in() : NULL;
+  if (unfit) return CreateStatus(api)(ORT_FAIL, unfit);
   OrtCustomOpDomain *domain;
   TRY(CreateCustomOpDomain(api)("actgraph", &domain));
   pthread_mutex_lock(&table.lock);
   OrtStatus *status = NULL;
-  for (int i = 0; i < table.count && !status; i++) status = CustomOpDomain_Add(api)(domain, &table.entries[i]->face);
+  for (int i = 0; i < table.count; i++)
+    for (int j = 0; j < table.entries[i]->faces_count && !status; j++)
+      status = CustomOpDomain_Add(api)(domain, &table.entries[i]->faces[j].custom);
   pthread_mutex_unlock(&table.lock);
   return status ? status : AddCustomOpDomain(api)(options, domain);
 }

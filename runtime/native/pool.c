@@ -92,7 +92,7 @@ static void grow(int64_t wanted) {
   pthread_attr_destroy(&attributes);
 }
 
-AG_EXPORT int64_t ag_parallel(ag_function f, int64_t *frame, int64_t nparts) {
+AG_SHARED int64_t ag_parallel(ag_function f, int64_t *frame, int64_t nparts) {
   if (nparts <= 1 || nparts > UINT32_MAX || pthread_mutex_trylock(&pool.busy)) { /* busy: by another thread's kernel */
     int64_t failure = 0;
     for (int64_t part = 0; part < nparts; part++) {
@@ -128,9 +128,9 @@ static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 static void make_key(void) { pthread_key_create(&scratch_key, free); }
 
 void *ag_scratch(size_t bytes) {
-  if (bytes <= scratch.size) return scratch.memory;
+  if (scratch.memory && bytes <= scratch.size) return scratch.memory;
   pthread_once(&scratch_once, make_key);
-  size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+  size_t size = (bytes + bytes / 4 + 4096) / 4096 * 4096;
   void *memory = NULL;
   if (posix_memalign(&memory, 64, size)) return NULL;
   free(scratch.memory);
@@ -140,7 +140,7 @@ void *ag_scratch(size_t bytes) {
 }
 
 /* For callers that have no engine: a frame whose outputs are allocated already. */
-AG_EXPORT int64_t ag_run(const ag_variant *variant, int64_t *frame, int64_t nparts) {
+AG_SHARED int64_t ag_run(const ag_variant *variant, int64_t *frame, int64_t nparts) {
   frame[1] = nparts;
   if (variant->scratch) {
     frame[0] = (int64_t)(intptr_t)ag_scratch((size_t)variant->scratch(frame, 0, 1));
@@ -153,5 +153,5 @@ AG_EXPORT int64_t ag_run(const ag_variant *variant, int64_t *frame, int64_t npar
   return 0;
 }
 
-AG_EXPORT int64_t ag_variant_size(void) { return (int64_t)sizeof(ag_variant); }
-AG_EXPORT int64_t ag_op_size(void) { return (int64_t)sizeof(ag_op); }
+AG_SHARED int64_t ag_variant_size(void) { return (int64_t)sizeof(ag_variant); }
+AG_SHARED int64_t ag_op_size(void) { return (int64_t)sizeof(ag_op); }
