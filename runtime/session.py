@@ -197,7 +197,8 @@ class Compiled:
                 assert isinstance(graph, FxGraph)
                 # prompts have every length, and are long enough for the overhead of eager calls not to count
                 fixed = len(graphs) == 1 or isinstance(graph.value("input_ids").shape[1], int)  # type: ignore[index]
-                held[name] = HeldGraph(graph, packed, compile=self.engine == "torch.compile" and fixed)
+                compile = self.engine == "torch.compile" and fixed
+                held[name] = HeldGraph(graph, packed, compile=compile, kernels=self.kernels)
             return held
         from actgraph.runtime.ort_held import HeldOnnx
 

@@ -14,7 +14,9 @@ from actgraph.graph.fx_types import array_of, tensor_of
 from actgraph.graph.graph import Array
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.ops.registry import single
+from actgraph.runtime.fusing import with_kernel_ops
 from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for, to_reset
+from actgraph.runtime.torch_kernels import register_torch_kernels
 from actgraph.runtime.torch_lowering import Lowering
 from actgraph.runtime.torch_packed import Packed
 
@@ -22,9 +24,16 @@ from actgraph.runtime.torch_packed import Packed
 class HeldGraph:
     """One graph of a program, rewritten. Immutable, so that sessions in several threads may run it with their own tensors."""
 
-    def __init__(self, graph: FxGraph, packed: Packed | None = None, *, compile: bool = False) -> None:
-        """packed: of the program. compile: through ``torch.compile``; the first calls then take a while."""
-        lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed())
+    def __init__(self, graph: FxGraph, packed: Packed | None = None, *, compile: bool = False, kernels: bool = False) -> None:
+        """packed: of the program. compile: through ``torch.compile``; the first calls then take a while.
+
+        kernels: run what has kernels with them.
+        """
+        if kernels:
+            graph = with_kernel_ops(graph)
+        if kernels and compile:
+            register_torch_kernels()
+        lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), kernels=kernels, compiled=compile)
         lowering.run()
         self.inputs = [value.name for value in graph.inputs()]
         self.defaults = {name: tensor_of(array) for name, array in graph.defaults.items()}

@@ -22,7 +22,9 @@ from actgraph.graph.fx import FxGraph
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.ops.registry import OpDef
 from actgraph.ops.torch_library import op_of
+from actgraph.runtime.kernels.registry import all_kernels
 from actgraph.runtime.state import TOKENS
+from actgraph.runtime.torch_kernels import KernelCall, kernel_call
 from actgraph.runtime.torch_packed import Packed, linear_packed, packs
 
 aten = torch.ops.aten
@@ -70,6 +72,8 @@ class Lowering:
     graph: FxGraph
     native: fx.Graph
     packed: Packed
+    kernels: bool = False
+    compiled: bool = False  # by torch.compile, which calls kernels through the dispatcher
     weights: list[torch.Tensor] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
 
@@ -92,9 +96,22 @@ class Lowering:
             if node.op != "call_function":
                 continue
             op = op_of(node.target)
-            node.target = _plain(op) if op is not None else _QUICK.get(node.target, node.target)
+            if op is None:
+                node.target = _QUICK.get(node.target, node.target)
+            elif not self.compiled:
+                self._call_kernel(node, op)
+            elif not self.kernels or op.name not in all_kernels():  # else torch.compile calls it through the dispatcher
+                node.target = _plain(op)
         self.native.eliminate_dead_code(_keep)
         self.native.lint()
+
+    def _call_kernel(self, node: fx.Node, op: OpDef) -> None:
+        """The op as a function: its kernel, where it has one."""
+        call = kernel_call(op, node.kwargs) if self.kernels else None
+        if call is None:
+            node.target = _plain(op)
+        else:
+            node.target, node.kwargs = _named(call, op.name), {}
 
     def _placeholder(self, name: str) -> fx.Node:
         with self.native.inserting_after(self._after):
@@ -203,6 +220,16 @@ def _may_view(node: fx.Node) -> bool:
         return True
     name = str(node.target)
     return "view" in name or any(value.alias_info is not None for value in node.target._schema.returns)
+
+
+def _named(call: KernelCall, name: str) -> Callable[..., Any]:
+    """``call`` as a function, which is what generated code can name."""
+
+    def kernel(*operands: torch.Tensor | None) -> Any:
+        return call(*operands)
+
+    kernel.__name__ = kernel.__qualname__ = f"{name}_kernel"
+    return kernel
 
 
 def _plain(op: OpDef) -> Callable[..., Any]:

@@ -132,12 +132,12 @@ def _define(library: torch.library.Library, op: OpDef) -> None:
 
     @functools.wraps(op.reference)
     def implementation(*operands: Any, **attributes: Any) -> Any:
-        _check_once(op, operands, attributes)
-        return _fresh(compute(*operands, **attributes), operands)
+        check_once(op, operands, attributes)
+        return fresh(compute(*operands, **attributes), operands)
 
     def fake(*operands: Any, **attributes: Any) -> Any:
         _check(op, operands, attributes)
-        return _fresh(op.reference(*operands, **attributes), operands)
+        return fresh(op.reference(*operands, **attributes), operands)
 
     library.impl(op.name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{DOMAIN}::{op.name}", fake, lib=library)
@@ -156,7 +156,8 @@ def _check(op: OpDef, operands: Sequence[Any], attributes: dict[str, Any]) -> No
 _CHECKED: set[Any] = set()
 
 
-def _check_once(op: OpDef, operands: Sequence[Any], attributes: dict[str, Any]) -> None:
+def check_once(op: OpDef, operands: Sequence[Any], attributes: dict[str, Any]) -> None:
+    """Refuse what the op's rules refuse; what passed before is not looked at again."""
     try:
         key = (op.name, *[t if t is None else (t.dtype, t.shape) for t in operands], *map(str, attributes.items()))
     except AttributeError:  # a list of tensors
@@ -169,10 +170,10 @@ def _check_once(op: OpDef, operands: Sequence[Any], attributes: dict[str, Any]) 
     return None
 
 
-def _fresh(result: Any, operands: Sequence[Any]) -> Any:
+def fresh(result: Any, operands: Sequence[Any]) -> Any:
     """``result`` with every tensor that may share memory with an operand copied: custom ops must not alias."""
     if isinstance(result, tuple):
-        return tuple(_fresh(r, operands) for r in result)
+        return tuple(fresh(r, operands) for r in result)
     tensors = [t for o in operands for t in (o if isinstance(o, (list, tuple)) else [o]) if t is not None]
     return result.clone() if result._is_view() or any(result is t for t in tensors) else result
 

@@ -1,0 +1,38 @@
+"""Graphs in the ops that have kernels, for sessions."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+from actgraph.graph.fusion import Chooser, fuse
+from actgraph.graph.graph import Graph
+
+#: Elements from which on it matters how a weight is read.
+_LARGE = 1 << 16
+
+AnyGraph = TypeVar("AnyGraph", bound=Graph)
+
+
+def with_kernel_ops(graph: AnyGraph, *, norms: bool = False) -> AnyGraph:
+    """A copy of ``graph`` in the ops that have kernels.
+
+    In a graph of single tokens these are all large linears. In others linears that are neither gated nor quantized stay the engine's,
+    whose product of many tokens is faster. norms: norms and rotary embeddings, too, where the engine has none of its own.
+    """
+    twin: AnyGraph = graph.clone()  # type: ignore[assignment]
+    tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)
+    single = tokens is not None and tokens.shape is not None and tokens.shape[-1] == 1
+    fuse(twin, norms=norms, rotary=norms, feed_forwards=False)
+    if single:
+        fuse(twin, dense=True, norms=False, rotary=False, feed_forwards=False, chosen=_large(twin))
+    return twin
+
+
+def _large(graph: Graph) -> Chooser:
+    """Linears whose weight is so large that reading it is what takes the time."""
+    sizes = {
+        linear.output: math.prod(size if isinstance(size, int) else 1 for size in linear.weight.shape or ())
+        for linear in graph.views.linears()
+    }
+    return lambda values, edges: any(sizes.get(value, 0) >= _LARGE for value in values)
