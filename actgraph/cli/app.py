@@ -10,6 +10,7 @@ import typer
 
 from actgraph.cli import (
     bisect,
+    build_plugin,
     demo,
     diff,
     export,
@@ -24,7 +25,7 @@ from actgraph.cli import (
 )
 from actgraph.errors import ActgraphError
 
-_VERBS = (sites, passes, run, inspect, diff, verify, export, generate, bisect, extract_vector, demo)
+_VERBS = (sites, passes, run, inspect, diff, verify, export, generate, bisect, extract_vector, build_plugin, demo)
 
 #: typer carries its own copy of click, or uses the installed one: either way the base class of its usage errors.
 _ClickException: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -11,7 +11,7 @@ import numpy as np
 from actgraph.errors import UnsupportedError
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import REQUIRED
-from actgraph.runtime.kernels.numba.kernel import OpKernels
+from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels
 from actgraph.runtime.native.library import KEY, MOST_TENSORS, Attribute, Op
 
 _KINDS = {"int": 0, "bool": 0, "float": 1, "str": 2}
@@ -92,3 +92,9 @@ def as_structure(table: OpTable) -> tuple[Op, list[Any]]:
     errors = (ctypes.c_char_p * max(len(table.errors), 1))(*(text.encode() for text in table.errors))
     op.attribute, op.error, op.errors = attributes, errors, len(table.errors)
     return op, [attributes, errors]
+
+
+def key_of(kernels: OpKernels, kernel: NumbaKernel) -> list[int]:
+    """``ag_variant.key``: the element types and the attribute values that a kernel is for."""
+    keys = [0 if kind is None else kind.onnx for kind in kernel.types]
+    return keys + [kernels.word(name, value) for name, value in zip(kernels.key_attributes, kernel.attributes, strict=True)]
