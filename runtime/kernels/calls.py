@@ -12,6 +12,7 @@ import numpy as np
 from actgraph.errors import InputError
 from actgraph.graph.graph import Array
 from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.objects import loaded
 from actgraph.runtime.native.library import HEAD, RANK, TENSOR, Variant, library, words
@@ -66,7 +67,7 @@ def call(kernels: OpKernels, operands: Sequence[Array | None], attributes: dict[
     arrays = [None if operand is None else np.ascontiguousarray(operand) for operand in operands]
     arrays = [*arrays, *[None] * (len(op.inputs) - len(arrays))]
     complete = op.complete(attributes)
-    types = [None if array is None else DType.of(array.dtype) for array in arrays]
+    types = [None if array is None else TensorType(DType.of(array.dtype), array.shape) for array in arrays]
     kernel = kernels.find(types, complete)
     if kernel is None:
         raise InputError(f"{op.qualified_name} has no kernel for {', '.join(map(str, types))}")

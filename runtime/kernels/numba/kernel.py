@@ -8,8 +8,11 @@ from typing import Any
 
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import OpDef, get_op
+from actgraph.ops.shapes import TensorType
+from actgraph.runtime.native.library import RANK
 
 Function = Callable[..., Any]
+Claims = Callable[[Sequence[TensorType | None], dict[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class OpKernels:
     """The kernels of one op.
 
     key_operands, key_attributes: what a kernel is chosen by. errors: the texts of the numbers that functions return, from 1 on.
-    operands: the element type of each operand that is always the same (``None``: any). result: the type of the outputs.
+    operands: the element type of each operand that is always the same (``None``: any). result: the type of the output.
+    claims: ``(types of all operands, complete attributes) -> whether it is for them``, where more than the key decides.
     """
 
     op: str
@@ -50,22 +54,33 @@ class OpKernels:
     errors: tuple[str, ...]
     operands: tuple[DType | None, ...]
     result: DType = DType.F32
+    claims: Claims | None = None
     kernels: list[NumbaKernel] = field(default_factory=list)
 
     @property
     def definition(self) -> OpDef:
         return get_op(self.op)
 
-    def find(self, types: Sequence[DType | None], attributes: dict[str, Any]) -> NumbaKernel | None:
-        """The kernel for operands of these element types (``None``: absent) and complete attributes, or ``None``."""
+    def find(self, types: Sequence[TensorType | None], attributes: dict[str, Any]) -> NumbaKernel | None:
+        """The kernel for operands of these types (``None``: absent) and complete attributes, or ``None``."""
         types = [*types, *[None] * (len(self.operands) - len(types))]
-        for kind, wanted in zip(types, self.operands, strict=True):
+        kinds = [None if kind is None else kind.dtype for kind in types]
+        for kind, wanted in zip(kinds, self.operands, strict=True):
             if kind is not None and wanted is not None and kind is not wanted:
                 return None
-        key = tuple(types[i] for i in self.key_operands), tuple(attributes[name] for name in self.key_attributes)
+        if any(kind is not None and kind.rank is not None and kind.rank > RANK for kind in types):
+            return None
+        if self.claims is not None and not self.claims(types, attributes):
+            return None
+        key = tuple(kinds[i] for i in self.key_operands), tuple(attributes[name] for name in self.key_attributes)
         return next((kernel for kernel in self.kernels if (kernel.types, kernel.attributes) == key), None)
 
     def word(self, name: str, value: Any) -> int:
-        """An attribute as it stands in frames, except for floats: an integer, or the place of a string among its choices."""
+        """An attribute as it stands in frames, except for floats: an integer, or the place of a string among its choices.
+
+        Lists do not stand in frames: kernels are for one value of them (see ``claims``).
+        """
         attribute = next(a for a in self.definition.attributes if a.name == name)
+        if attribute.kind in ("ints", "floats"):
+            return 0
         return attribute.choices.index(value) if attribute.kind == "str" else int(value)

@@ -153,10 +153,14 @@ def _chosen_at(frame, token):
 
 
 @njit(**OPTIONS)
+def out_in_bytes(tokens, inputs, chosen):
+    """Scratch memory of a linear of these sizes. chosen: how many outputs a token's list of kept ones may have."""
+    return 1024 + tokens * (TOKEN + padded(inputs) * 4 + _code_bytes(inputs) + chosen * 8)
+
+
+@njit(**OPTIONS)
 def out_in_scratch(frame, part, nparts):
-    tokens, inputs = rows(frame, X), inputs_of(frame)
-    chosen = tokens * outputs_of(frame) * 8 if address(frame, KEPT) != 0 else 0
-    return 1024 + tokens * (TOKEN + padded(inputs) * 4 + _code_bytes(inputs)) + chosen
+    return out_in_bytes(rows(frame, X), inputs_of(frame), outputs_of(frame) if address(frame, KEPT) != 0 else 0)
 
 
 @njit(**OPTIONS)
@@ -264,7 +268,7 @@ def plain_sum(frame, kind, packed, token, n):
 # --- preparation: once a call -----------------------------------------------------------------------------------------------
 
 
-def _prepare(kind: int, packed: int) -> Any:
+def preparation(kind: int, packed: int) -> Any:
     codes_a_byte = 2 if packed else 1 if kind in (U8, I8) else 0
     offset = 8 if packed == PACKED_I4 else 128 if kind == I8 and not packed else 0
 
@@ -351,7 +355,7 @@ def _zero(at, n):
     return code_at(at[ZEROS], at[ZERO_TYPE], 0, n if at[MANY_ZEROS] != 0 else 0) if at[ZEROS] != 0 else np.int64(0)
 
 
-def _float_products(load: Any, kind: int, width: int) -> Any:
+def float_products(load: Any, kind: int, width: int) -> Any:
     product = dot.dot_floats(load, kind, width)
 
     @njit(**OPTIONS)
@@ -371,7 +375,7 @@ def _float_products(load: Any, kind: int, width: int) -> Any:
     return products
 
 
-def _code_products(kind: int, packed: int) -> Any:
+def code_products(kind: int, packed: int) -> Any:
     flip, codes_a_byte = (packed == PACKED_I4) if packed else kind == I8, 2 if packed else 1
     offset, chunk = (8 if packed else 128) if flip else 0, 64 * codes_a_byte
     by_channel = dot.dot_bytes(flip)
@@ -437,8 +441,8 @@ for _dtype, _kind, _load, _width in FLOATS:
             shape=_SHAPE,
             scratch=_SCRATCH,
             stages=(
-                Stage("linear_prepare_float", _prepare(F32, 0)),
-                Stage(f"linear_out_in_{_dtype}", _main(_float_products(_load, _kind, _width)), parallel=True),
+                Stage("linear_prepare_float", preparation(F32, 0)),
+                Stage(f"linear_out_in_{_dtype}", _main(float_products(_load, _kind, _width)), parallel=True),
             ),
         )
     )
@@ -450,8 +454,8 @@ for _dtype, _kind, _packed, _name in CODES:
             shape=_SHAPE,
             scratch=_SCRATCH,
             stages=(
-                Stage(f"linear_prepare_{_name or _dtype}", _prepare(_kind, _packed)),
-                Stage(f"linear_out_in_{_name or _dtype}", _main(_code_products(_kind, _packed)), parallel=True),
+                Stage(f"linear_prepare_{_name or _dtype}", preparation(_kind, _packed)),
+                Stage(f"linear_out_in_{_name or _dtype}", _main(code_products(_kind, _packed)), parallel=True),
             ),
         )
     )

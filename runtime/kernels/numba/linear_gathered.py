@@ -14,7 +14,7 @@ from numba import njit
 
 from actgraph.runtime.kernels.numba import gather
 from actgraph.runtime.kernels.numba.codes import code, inverse_of, low_byte, step_of
-from actgraph.runtime.kernels.numba.frame import address, elements, integer, rows, share
+from actgraph.runtime.kernels.numba.frame import address, elements, integer, parts, rows, share
 from actgraph.runtime.kernels.numba.gather import TILE
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, Stage
 from actgraph.runtime.kernels.numba.linear import (
@@ -83,10 +83,14 @@ def _part_at(frame, part):
 
 
 @njit(**OPTIONS)
+def in_out_bytes(tokens, inputs, outputs, nparts):
+    """Scratch memory of a linear of these sizes."""
+    return 1024 + tokens * (TOKEN + padded(inputs) * 4 + _list_bytes(inputs) + nparts * _sum_bytes(outputs))
+
+
+@njit(**OPTIONS)
 def in_out_scratch(frame, part, nparts):
-    tokens, inputs = rows(frame, 0), inputs_of(frame)
-    lists = tokens * (TOKEN + padded(inputs) * 4 + _list_bytes(inputs))
-    return 1024 + lists + i64s(frame)[1] * _sum_bytes(outputs_of(frame)) * tokens
+    return in_out_bytes(rows(frame, 0), inputs_of(frame), outputs_of(frame), parts(frame))
 
 
 @njit(**OPTIONS)
@@ -146,7 +150,7 @@ def _list_quads(frame, token, step):
     return count // 4
 
 
-def _prepare(codes: bool) -> Any:
+def listing(codes: bool) -> Any:
     @njit(**OPTIONS)
     def prepare(frame, part, nparts):
         inputs = inputs_of(frame)
@@ -218,7 +222,7 @@ def _plain(frame, kind, packed, token, part, nparts, y, listed):
         out[n] = total
 
 
-def _float_main(load: Any, kind: int, width: int) -> Any:
+def float_main(load: Any, kind: int, width: int) -> Any:
     add = gather.add_floats(load, kind, width)
 
     @njit(**OPTIONS)
@@ -245,7 +249,7 @@ def _float_main(load: Any, kind: int, width: int) -> Any:
     return main
 
 
-def _code_main(kind: int, packed: int) -> Any:
+def code_main(kind: int, packed: int) -> Any:
     flip, halves = (packed == PACKED_I4) if packed else kind == I8, bool(packed)
     offset, codes_a_byte = (8 if packed else 128) if flip else 0, 2 if packed else 1
     add, take, chunk = gather.add_codes(flip, halves), gather.take_sums(halves), 64 * codes_a_byte
@@ -329,8 +333,8 @@ for _dtype, _kind, _load, _width in FLOATS:
             shape=_SHAPE,
             scratch=_SCRATCH,
             stages=(
-                Stage("linear_list_values", _prepare(False)),
-                Stage(f"linear_in_out_{_dtype}", _float_main(_load, _kind, _width), parallel=True),
+                Stage("linear_list_values", listing(False)),
+                Stage(f"linear_in_out_{_dtype}", float_main(_load, _kind, _width), parallel=True),
                 Stage("linear_in_out_finish", finish),
             ),
         )
@@ -343,8 +347,8 @@ for _dtype, _kind, _packed, _name in CODES:
             shape=_SHAPE,
             scratch=_SCRATCH,
             stages=(
-                Stage("linear_list_quads", _prepare(True)),
-                Stage(f"linear_in_out_{_name or _dtype}", _code_main(_kind, _packed), parallel=True),
+                Stage("linear_list_quads", listing(True)),
+                Stage(f"linear_in_out_{_name or _dtype}", code_main(_kind, _packed), parallel=True),
                 Stage("linear_in_out_finish", finish),
             ),
         )

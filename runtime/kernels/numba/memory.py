@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 #: Options of every function of a kernel: no checks, no exceptions.
@@ -28,6 +29,17 @@ def pointer(typing: Any, address: Any) -> Any:
 def bits_as_f32(typing: Any, bits: Any) -> Any:
     """The float32 with the bits of a 32-bit integer."""
     return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def sqrt(typing: Any, value: Any) -> Any:
+    """The square root of a float32, rounded once; NaN below 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.f32"), args)
+
+    return types.float32(types.float32), generate
 
 
 @njit(**OPTIONS)

@@ -1,0 +1,204 @@
+"""The numba kernels of ``linear``: its samples, and a grid of formats, layouts, groups, gates and odd sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actgraph.errors import InputError
+from actgraph.graph.graph import Array
+from actgraph.ops.dtypes import DType
+from actgraph.ops.registry import get_op
+from actgraph.runtime.kernels.calls import call
+from actgraph.runtime.kernels.registry import all_kernels
+from actgraph.runtime.native.library import available
+from tests.conformance.harness import Case
+from tests.runtime.kernel_cases import THREADS, agree, claimed, float32_cases, reference, run_as_operator
+
+pytestmark = pytest.mark.skipif(not available(), reason="the kernels' library was not built")
+
+OP = get_op("linear")
+LINEAR = all_kernels()["linear"]
+CASES = float32_cases(["linear"])
+FLOATS = ("f32", "bf16", "f16", "f8e4m3", "f8e5m2")
+CODES = ("i8", "u8", "i4", "u4")
+#: tokens, inputs, outputs: none of them, one, whole vectors, and what is left of them.
+SIZES = ((1, 768, 256), (3, 200, 37), (1, 128, 5), (2, 64, 130), (0, 128, 8), (1, 1, 1), (2, 1152, 66))
+
+
+def check(got: Array, want: Array, operands: Sequence[Array | None], attributes: dict[str, Any]) -> None:
+    """Next to integer weights activations are rounded to 16 bits: five standard deviations of that, and of float32 sums."""
+    x, weight, scale, zero = (*operands, None, None)[:4]
+    assert x is not None and weight is not None
+    if weight.dtype.kind not in "iu":
+        return agree(got, want, 1e-5)
+    form = {key: attributes[key] for key in ("layout", "block_size", "packed")}
+    inputs = np.eye(x.shape[-1], dtype=np.float32)
+    columns = np.linalg.norm(reference(OP, [inputs, weight, scale, zero], OP.complete(form)), axis=0)
+    largest = np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max(initial=0)
+    agree(got, want, 5e-5, largest * columns.max(initial=0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conforms(case: Case) -> None:
+    assert claimed(case)
+    operands, attributes = case.operands(), case.attributes
+    want = reference(OP, operands, attributes)
+    for threads in THREADS:
+        check(call(LINEAR, operands, attributes, threads), want, operands, attributes)
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_conforms_in_onnxruntime(case: Case) -> None:
+    operands, attributes = case.operands(), case.attributes
+    want = reference(OP, operands, attributes)
+    for threads in THREADS:
+        (got,) = run_as_operator(OP, operands, attributes, threads)
+        check(got, want, operands, attributes)
+
+
+def drawn(
+    kind: str, layout: str, sizes: tuple[int, int, int], block: int = 0, seed: int = 1
+) -> tuple[list[Array | None], dict[str, Any]]:
+    """Operands and attributes of a linear with weights of ``kind``; one zero point where there are no groups."""
+    tokens, inputs, outputs = sizes
+    rng = np.random.default_rng(seed)
+    packed = kind if kind in ("i4", "u4") else ""
+    rows, columns = (outputs, inputs) if layout == "out_in" else (inputs, outputs)
+    shape = (rows, columns // 2) if packed else (rows, columns)
+    if packed or kind == "u8":
+        weight: Array = rng.integers(0, 256, shape).astype(np.uint8)
+    elif kind == "i8":
+        weight = rng.integers(-128, 128, shape).astype(np.int8)
+    else:
+        weight = rng.standard_normal(shape).astype(DType(kind).numpy)
+    groups = -(-inputs // block) if block else 0
+    scales = (outputs,) if not block else (outputs, groups) if layout == "out_in" else (groups, outputs)
+    coded = kind in CODES or kind.startswith("f8")
+    scale = rng.uniform(0.5, 1, scales).astype(np.float32) if coded else None
+    zero = {"u8": np.array(120, np.uint8), "u4": np.array(8, np.uint8)}.get(kind) if not block else None
+    bias = rng.standard_normal(outputs).astype(np.float32)
+    x = rng.standard_normal((tokens, inputs)).astype(np.float32)
+    return [x, weight, scale, zero, bias], {"layout": layout, "block_size": block, "packed": packed}
+
+
+def gates(inputs: int) -> list[dict[str, Any]]:
+    return [{}, {"keep": "abs>", "threshold": 0.6}, {"keep": "top_k", "k": inputs // 3 + 1}]
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("kind", [*FLOATS, *CODES])
+def test_formats(kind: str, layout: str) -> None:
+    """Every format by channel and by groups of 32, 64 and 128, dense and gated, at odd sizes."""
+    ran = 0
+    for sizes in SIZES:
+        for block in (0, 32, 64, 128):
+            if kind in ("i4", "u4") and (sizes[1] % 2 or sizes[2] % 2):
+                continue
+            if block and kind in ("f32", "bf16", "f16"):
+                continue
+            operands, form = drawn(kind, layout, sizes, block)
+            for keep in gates(sizes[1]):
+                want = reference(OP, operands, OP.complete(form | keep))
+                for threads in THREADS if block in (0, 32) else (2,):
+                    check(call(LINEAR, operands, form | keep, threads), want, operands, form)
+                ran += 1
+    assert ran >= 12
+
+
+@pytest.mark.parametrize("kind", ["f32", "i8", "u4", "f8e4m3"])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_special_values(kind: str, layout: str) -> None:
+    """NaN and infinity among the inputs reach every output of their token, as IEEE arithmetic has it; others do not feel it."""
+    operands, form = drawn(kind, layout, (4, 128, 64), 32 if kind == "u4" else 0)
+    x = operands[0]
+    assert x is not None
+    x[0, 3], x[2, 100], x[3] = np.nan, -np.inf, 0.0
+    x[3, 5] = -0.0
+    for keep in ({}, {"keep": "abs>", "threshold": 0.6}, {"keep": "x>=", "threshold": 0.1}, {"keep": "top_k", "k": 9}):
+        want = reference(OP, operands, OP.complete(form | keep))
+        for threads in THREADS:
+            check(call(LINEAR, operands, form | keep, threads), want, operands, form)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "f8e4m3", "f8e5m2", "i8", "u4"])
+def test_dropped_rows_are_not_read(kind: str) -> None:
+    """Weights of dropped inputs may be NaN where they are rows: a kernel that read them would spread it."""
+    operands, form = drawn(kind, "in_out", (1, 256, 200), 32 if kind in ("i8", "u4") else 0)
+    x, weight, scale = operands[:3]
+    assert x is not None and weight is not None
+    x[0, ::2] = 0.01 * x[0, ::2] / np.abs(x[0, ::2]).max()
+    x[0, 96:160] = 0.0  # whole groups, whose scales are not used either
+    keep = {"keep": "abs>", "threshold": 0.02}
+    want = reference(OP, operands, OP.complete(form | keep))
+    dropped, sound = np.abs(x[0]) <= 0.02, [None if a is None else a.copy() for a in operands]
+    if kind in CODES:
+        assert scale is not None
+        scale[3:5] = np.nan
+        weight[dropped] ^= 0x55
+    else:
+        weight[dropped] = np.nan
+    for threads in THREADS:
+        check(call(LINEAR, operands, form | keep, threads), want, sound, form)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f8e4m3", "i8", "i4"])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_kept_outputs(kind: str, layout: str) -> None:
+    """Outputs outside of the mask are 0 without bias, whatever their weights are; NaN in a mask keeps."""
+    operands, form = drawn(kind, layout, (3, 192, 70))
+    rng = np.random.default_rng(5)
+    for kept in (rng.random((3, 70)) < 0.3, np.zeros((3, 70), bool), rng.choice(np.float32([0, 0.5, np.nan]), (3, 70))):
+        given = [*operands, None, None, kept]
+        want = reference(OP, given, OP.complete(form))
+        assert (want[kept == 0] == 0).all()
+        if kind == "f32" and layout == "out_in":
+            weight = operands[1].copy()
+            weight[(kept == 0).all(0)] = np.nan
+            given[1] = weight
+        for threads in THREADS:
+            got = call(LINEAR, given, form, threads)
+            check(got, want, operands, form)
+            assert (got[kept == 0] == 0).all() and not np.signbit(got[kept == 0]).any()
+
+
+def test_results_depend_on_nothing_else() -> None:
+    """The same numbers twice give the same bits, and rows of a batch are what they are alone."""
+    for layout in ("out_in", "in_out"):
+        for kind in ("f32", "i8"):
+            operands, form = drawn(kind, layout, (3, 200, 300))
+            first = call(LINEAR, operands, form, 2)
+            np.testing.assert_array_equal(first, call(LINEAR, operands, form, 2))
+            alone = [operands[0][1:2], *operands[1:]]
+            np.testing.assert_array_equal(first[1:2], call(LINEAR, alone, form, 2))
+
+
+def test_refusals() -> None:
+    operands, form = drawn("f32", "out_in", (1, 8, 4))
+    with pytest.raises(InputError, match="input axis"):
+        call(LINEAR, [np.zeros((1, 9), np.float32), *operands[1:]], form)
+    listed = [*operands, None, np.array([1, 8])]
+    with pytest.raises(InputError, match="beyond the channels"):
+        call(LINEAR, listed, form | {"keep": "listed"})
+    with pytest.raises(InputError, match="bias"):
+        call(LINEAR, [*operands[:4], np.zeros(5, np.float32)], form)
+    with pytest.raises(InputError, match="no kernel"):
+        call(LINEAR, [operands[0].astype(np.float16), *operands[1:]], form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["x86-64-v3", "x86-64"])
+def test_lesser_processors(processor: str, tmp_path: Path) -> None:
+    """All of this file with code for processors without AVX-512 and VNNI, and without AVX and FMA."""
+    features = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2" if processor == "x86-64-v3" else "+sse2"
+    environment = os.environ | {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features, "ACTGRAPH_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
