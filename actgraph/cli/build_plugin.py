@@ -21,8 +21,8 @@ def build_plugin(
         str,
         typer.Option(
             metavar="LEVEL",
-            help="x86-64-v2, x86-64-v3, x86-64-v4, x86-64-v4+vnni; all: these four, and the host chooses among them when it loads "
-            "the library; host: the highest that this processor has.",
+            help="x86-64-v2, x86-64-v3, x86-64-v4, x86-64-v4+vnni; all: these four, of which the library takes one when it is "
+            "loaded; host: the highest that this processor has.",
         ),
     ] = "all",
     op: Annotated[

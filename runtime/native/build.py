@@ -1,6 +1,6 @@
-"""A plugin: the kernels compiled ahead of time, with everything that they need, as one shared library for hosts without Python.
+"""A plugin: kernels compiled ahead of time, with everything that they need, as one shared library for hosts without Python.
 
-Each processor level is compiled in a process of its own, the objects come from the same cache as those of this process, and the C
+Each processor level is compiled in a process of its own, objects come from the same cache as those of this process, and the C
 compiler links them with a table of what there is. The library needs the C library, and nothing else.
 """
 
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,42 +109,28 @@ def c_compiler() -> list[str]:
 
 
 def _compile(levels: Sequence[Level], folder: Path, ops: Sequence[str], only: Sequence[str], each: int, said: Progress) -> None:
-    """The objects of all levels, two or more levels at a time where there are processors for them."""
-    lock, done, failures = threading.Lock(), [0], list[str]()
-    waiting = list(levels)
+    """The objects of all levels, several levels at a time where there are processors for them."""
+    lock, done = threading.Lock(), [0]
 
-    def work() -> None:
-        while True:
-            with lock:
-                if not waiting or failures:
-                    return
-                level = waiting.pop(0)
-            arguments = [*(f"--only={name}" for name in only), str(folder), level.tag, *ops]
+    def work(level: Level) -> None:
+        arguments = [*(f"--only={name}" for name in only), str(folder), level.tag, *ops]
+        with (folder / f"{level.tag}.log").open("w+", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "actgraph.runtime.native.compile_objects", *arguments],
-                env=_environment(level), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=_environment(level), stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
-            assert process.stdout is not None and process.stderr is not None
-            complaints: list[str] = []
-            reader = threading.Thread(target=lambda: complaints.extend(process.stderr or ()))
-            reader.start()
+            assert process.stdout is not None
             for _ in process.stdout:
                 with lock:
                     done[0] += 1
                     said(done[0], each * len(levels))
-            reader.join()
             if process.wait():
-                why = next((line.strip() for line in reversed(complaints) if line.strip()), "no reason was given")
-                with lock:
-                    failures.append(f"the kernels do not compile for {level.name}: {why}")
+                log.seek(0)
+                why = next((line.strip() for line in reversed(log.readlines()) if line.strip()), "no reason was given")
+                raise UnsupportedError(f"the kernels do not compile for {level.name}: {why}")
 
-    threads = [threading.Thread(target=work) for _ in range(min(len(levels), os.cpu_count() or 1))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise UnsupportedError(failures[0])
+    with ThreadPoolExecutor(min(len(levels), os.cpu_count() or 1)) as pool:
+        list(pool.map(work, levels))
 
 
 def _environment(level: Level) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Compiles kernels for the processor that NUMBA_CPU_NAME names: ``python -m ... FOLDER TAG [--only STAGE ...] OP ...``.
 
-In a process of its own, because numba generates code for one processor in a process. Prints the name of each object as it is done.
+In a process of its own, because numba generates code for one processor in a process. Prints each name as its object is done.
 """
 
 from __future__ import annotations

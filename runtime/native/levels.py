@@ -15,7 +15,7 @@ _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 
 @dataclass(frozen=True)
 class Level:
-    """tag: part of the names of its functions. cpu, features: as LLVM calls them. test: C code that is true on such a processor."""
+    """tag: part of its functions' names. cpu, features: as LLVM calls them. test: C code that is true on such processors."""
 
     name: str
     tag: str
