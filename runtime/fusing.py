@@ -17,8 +17,8 @@ AnyGraph = TypeVar("AnyGraph", bound=Graph)
 def with_kernel_ops(graph: AnyGraph, *, norms: bool = False) -> AnyGraph:
     """A copy of ``graph`` in the ops that have kernels.
 
-    In a graph of single tokens these are all large linears. In others linears that are neither gated nor quantized stay the engine's,
-    whose product of many tokens is faster. norms: norms and rotary embeddings, too, where the engine has none of its own.
+    In a graph of single tokens these are all large linears. In others linears that are neither gated nor quantized stay the
+    engine's, whose product of many tokens is faster. norms: norms and rotary embeddings too, for engines that have none.
     """
     twin: AnyGraph = graph.clone()  # type: ignore[assignment]
     tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)

@@ -20,10 +20,11 @@ from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.slots import Slot, initial, slots_of
 from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.shapes import TensorType
+from actgraph.runtime.claims import Claims
 from actgraph.runtime.fusing import with_kernel_ops
 from actgraph.runtime.ort_engine import array_of_value, first_line, open_graph, value_of, view_of_value
 from actgraph.runtime.ort_fused import feeds, fuse
-from actgraph.runtime.ort_kernels import Claims, claim
+from actgraph.runtime.ort_kernels import claim
 from actgraph.runtime.state import by_token, check_contents, entries, filled, room_for, to_reset
 
 #: Bytes of weights below which one token is computed sooner by one thread than several threads have found each other.
@@ -66,6 +67,11 @@ class HeldOnnx:
             if self._plain is None:
                 self._plain = Opened(self.graph, self.graph, kernels=self._kernels)
             return self._plain
+
+    @property
+    def claims(self) -> Claims:
+        """Of the graph that runs without padding, where there is one."""
+        return (self.fused or self.plain).claims
 
     def sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         """The sizes of the named dimensions in ``inputs``."""

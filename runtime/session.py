@@ -24,6 +24,7 @@ from actgraph.runtime.state import TOKENS, ExplicitState, State, without_slots
 from actgraph.runtime.tokens import FILLED, Tokens
 
 if TYPE_CHECKING:
+    from actgraph.runtime.claims import Claims
     from actgraph.runtime.prefix import PrefixCache
 
 #: Each engine and the dialect of the graphs that it runs.
@@ -84,7 +85,20 @@ def compile(
         if reason:
             raise UnsupportedError(f"{program.name} cannot reuse prefixes: {reason}", "compile it without prefixes")
     compiled.open()
+    if require_kernels:
+        _require_kernels(compiled)
     return compiled
+
+
+def _require_kernels(compiled: Compiled) -> None:
+    """Raise UnsupportedError for a node of ours that runs without a kernel, or where there are none at all."""
+    if not compiled.kernels:
+        raise UnsupportedError("the kernels' library was not built", "install actgraph where there is a C compiler")
+    if compiled.claims is None:
+        raise UnsupportedError(f"{compiled.program.name} runs without kernels: its slots are {compiled.lowering}")
+    for stage, claims in compiled.claims.items():
+        for node, reason in claims.unclaimed.items():
+            raise UnsupportedError(f"{node} of the graph {stage!r} has no kernel: {reason}")
 
 
 def _exported(graph: Graph) -> Graph:
@@ -158,6 +172,12 @@ class Compiled:
         if self._held_graphs() is None:
             for stage in self.program.graphs:
                 self.runner(stage)
+
+    @property
+    def claims(self) -> dict[str, Claims] | None:
+        """The kernels of each graph's nodes; ``None`` where the engine runs the graphs as they are."""
+        held = self._held_graphs()
+        return None if held is None else {name: graph.claims for name, graph in held.items()}
 
     def state(self, batch: int) -> State:
         """New slots for ``batch`` rows."""

@@ -37,7 +37,7 @@ class HeldGraph:
         lowering.run()
         self.inputs = [value.name for value in graph.inputs()]
         self.defaults = {name: tensor_of(array) for name, array in graph.defaults.items()}
-        self.outputs = lowering.outputs
+        self.outputs, self.claims = lowering.outputs, lowering.claims
         self.slots = {slot.output: slot for slot in slots_of(graph).values()}
         self.weights = tuple(lowering.weights)
         module = fx.GraphModule(nn_root(graph), lowering.native)

@@ -22,6 +22,7 @@ from actgraph.graph.fx import FxGraph
 from actgraph.graph.slots import Slot, slots_of
 from actgraph.ops.registry import OpDef
 from actgraph.ops.torch_library import op_of
+from actgraph.runtime.claims import Claims, find_kernels
 from actgraph.runtime.kernels.registry import all_kernels
 from actgraph.runtime.state import TOKENS
 from actgraph.runtime.torch_kernels import KernelCall, kernel_call
@@ -74,10 +75,12 @@ class Lowering:
     packed: Packed
     kernels: bool = False
     compiled: bool = False  # by torch.compile, which calls kernels through the dispatcher
+    claims: Claims = field(default_factory=Claims)
     weights: list[torch.Tensor] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
 
     def run(self) -> None:
+        found = find_kernels(self.graph)[0] if self.kernels else Claims()
         self.order = {node: place for place, node in enumerate(self.native.nodes)}
         placeholders = [node for node in self.native.nodes if node.op == "placeholder"]
         self.by_name = dict(zip([value.name for value in self.graph.inputs()], placeholders, strict=True))
@@ -103,6 +106,7 @@ class Lowering:
             elif not self.kernels or op.name not in all_kernels():  # else torch.compile calls it through the dispatcher
                 node.target = _plain(op)
         self.native.eliminate_dead_code(_keep)
+        self.claims = found.only(node.name for node in self.native.nodes)
         self.native.lint()
 
     def _call_kernel(self, node: fx.Node, op: OpDef) -> None:

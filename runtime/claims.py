@@ -1,0 +1,53 @@
+"""Which nodes of a graph have kernels, and why others have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from actgraph.graph.graph import Graph, Node
+from actgraph.ops.registry import DOMAIN, get_op
+from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels
+from actgraph.runtime.kernels.registry import kernel_for
+
+#: Ops that compute positions, sizes and masks.
+_SMALL = frozenset({"length", "positions", "ring_positions", "position_mask", "valid_positions", "recent"})
+
+
+@dataclass
+class Claims:
+    """What became of the actgraph nodes of a graph.
+
+    claimed: the kernel of each node that has one, by the node's name. unclaimed: why a node has none. small: nodes that need
+    none, for they compute positions, sizes and masks.
+    """
+
+    claimed: dict[str, str] = field(default_factory=dict)
+    unclaimed: dict[str, str] = field(default_factory=dict)
+    small: dict[str, str] = field(default_factory=dict)
+
+    def only(self, names: Iterable[str]) -> Claims:
+        """Those of the nodes ``names``: what is executed in the end."""
+        kept = set(names)  # type: ignore[call-overload]
+        return Claims(
+            *({name: text for name, text in found.items() if name in kept} for found in (self.claimed, self.unclaimed))
+        )
+
+
+def find_kernels(graph: Graph) -> tuple[Claims, dict[Node, tuple[OpKernels, NumbaKernel]]]:
+    """The kernel for each actgraph node of ``graph`` that has one."""
+    claims, found = Claims(), {}
+    for node in graph.nodes():
+        op = node.op.removeprefix(f"{DOMAIN}.")
+        if op == node.op:
+            continue
+        types = [None if operand is None else operand.type for operand in node.operands]
+        chosen = kernel_for(op, types, dict(get_op(op).complete(node.attributes)))
+        if chosen is None and op in _SMALL:
+            claims.small[node.name] = op
+        elif chosen is None:
+            claims.unclaimed[node.name] = f"{op} has no kernel for {', '.join('-' if t is None else str(t) for t in types)}"
+        else:
+            found[node] = chosen
+            claims.claimed[node.name] = chosen[1].stages[-1].name
+    return claims, found
