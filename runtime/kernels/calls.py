@@ -64,7 +64,7 @@ def describe(frame: Array, tensor: int, address: int, kind: int, shape: Sequence
 def call(kernels: OpKernels, operands: Sequence[Array | None], attributes: dict[str, Any], threads: int = 1) -> Array:
     """Run the kernel of an op on arrays. Raises InputError for inputs that it refuses, or that have no kernel."""
     op = kernels.definition
-    arrays = [None if operand is None else np.ascontiguousarray(operand) for operand in operands]
+    arrays = [None if operand is None else np.asarray(operand, order="C") for operand in operands]
     arrays = [*arrays, *[None] * (len(op.inputs) - len(arrays))]
     complete = op.complete(attributes)
     types = [None if array is None else TensorType(DType.of(array.dtype), array.shape) for array in arrays]

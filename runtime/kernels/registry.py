@@ -15,15 +15,20 @@ def all_kernels() -> Mapping[str, OpKernels]:
     """The kernels of each op that has some, by the name of the op."""
     from actgraph.runtime.kernels.numba import linear_gathered  # noqa: F401  # it adds to those of linear
     from actgraph.runtime.kernels.numba.attention import ATTENTION
+    from actgraph.runtime.kernels.numba.chosen import INDEX_GATE, TOPK_GATE
+    from actgraph.runtime.kernels.numba.elementwise import CLIP, GATE
     from actgraph.runtime.kernels.numba.feed_forward import FEED_FORWARD
     from actgraph.runtime.kernels.numba.linear import LINEAR
     from actgraph.runtime.kernels.numba.norms import LAYER_NORM, RMS_NORM
+    from actgraph.runtime.kernels.numba.quantization import DEQUANTIZE, QUANTIZE, TOKEN_SCALE
     from actgraph.runtime.kernels.numba.rotary import ROTARY
     from actgraph.runtime.kernels.numba.steering import CHANNEL_SCALE, SHIFT
     from actgraph.runtime.kernels.numba.subspace import LOWRANK_MAP, TARGET_ANGLE
 
+    fused = (LINEAR, FEED_FORWARD, ATTENTION, RMS_NORM, LAYER_NORM, ROTARY)
     steering = (SHIFT, CHANNEL_SCALE, LOWRANK_MAP, TARGET_ANGLE)
-    return {kernels.op: kernels for kernels in (LINEAR, ATTENTION, FEED_FORWARD, RMS_NORM, LAYER_NORM, ROTARY, *steering)}
+    rest = (CLIP, GATE, TOPK_GATE, INDEX_GATE, QUANTIZE, DEQUANTIZE, TOKEN_SCALE)
+    return {kernels.op: kernels for kernels in (*fused, *steering, *rest)}
 
 
 def kernel_for(op: str, types: Sequence[TensorType | None], attributes: dict[str, Any]) -> tuple[OpKernels, NumbaKernel] | None:

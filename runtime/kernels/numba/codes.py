@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from actgraph.runtime.kernels.numba.functions import round_even
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s, i32s
 
 STEPS = 32639  # 127 * 256 + 127
@@ -29,7 +30,7 @@ def step_of(h, count):
 @njit(**OPTIONS)
 def code(value, inverse):
     """A value in steps, as an integer."""
-    return np.int32(np.rint(value * inverse))
+    return np.int32(round_even(value * inverse))
 
 
 @njit(**OPTIONS)

@@ -15,6 +15,7 @@ from actgraph.runtime.kernels.numba.memory import OPTIONS, bits_as_f32
 
 _F = np.float32
 _MAGIC = _F(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds what is below 2^22 to an integer, half to even
+_WHOLE = _F(8388608.0)  # 2^23: floats from here on are integers
 _LOG2E, _LN2_HIGH, _LN2_LOW = _F(1.44269504), _F(0.693359375), _F(-2.12194440e-4)
 _LOWEST, _HIGHEST = _F(-104.0), _F(89.0)
 _ONE, _HALF, _TWO, _ZERO = _F(1), _F(0.5), _F(2), _F(0)
@@ -24,6 +25,15 @@ _ONE, _HALF, _TWO, _ZERO = _F(1), _F(0.5), _F(2), _F(0)
 def round_even(x):
     """The nearest integer of |x| < 2^22, half to even."""
     return (x + _MAGIC) - _MAGIC
+
+
+@njit(**OPTIONS)
+def rint(x):
+    """The nearest integer, half to even; infinity and NaN stay. Not every processor has an instruction for it."""
+    size = abs(x)
+    near = (size + _WHOLE) - _WHOLE
+    near = -near if x < _ZERO else near
+    return near if size < _WHOLE else x
 
 
 @njit(**OPTIONS)
@@ -125,7 +135,7 @@ def sine_cosine(x):
         e += 1
     if e > 0:
         v *= _POWERS[e]
-    n = np.floor(v * 0.6366197723675814 + 0.5)
+    n = np.float64(np.int64(v * 0.6366197723675814 + 0.5))
     r = ((v - n * _P1) - n * _P2) - n * _P3
     z = r * r
     s = r * (1 + z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880 - z / 39916800)))))

@@ -63,8 +63,9 @@ def shift(frame, part, nparts):
     x, y, v = f32s(source), f32s(target), f32s(added)
     first, last = share(tokens_of(frame, 0, axis), 1, part, nparts)
     length, shared = _ZERO, rank(frame, 1) <= 1
+    numbers = channels if step != 0 else 1  # the norm of the vector is that of what is there
     if norm == RELATIVE and shared:
-        length = norm_of(added, 0, step, channels)
+        length = norm_of(added, 0, step, numbers)
     for token in range(first, last):
         at = token_start(token, channels, inner)
         c = token_number(frame, 2, 0, axis, token) * scale
@@ -78,7 +79,7 @@ def shift(frame, part, nparts):
             size_ = norm_of(source, at, inner, channels)
         if norm == RELATIVE:
             if not shared:
-                length = norm_of(added, start, step, channels)
+                length = norm_of(added, start, step, numbers)
             ratio = size_ / (_TINY if length < _TINY else length)
         if inner == 1 and step == 1:
             for i in range(channels):

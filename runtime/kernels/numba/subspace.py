@@ -52,7 +52,11 @@ def _shape(axis_at: int, angle: bool) -> Any:
                 return 2
             if unfit_tokens(frame, OTHER, rank(frame, OTHER), 0, X, axis) and elements(frame, OTHER) != 1:
                 return 3
-        elif rank(frame, OTHER) != 2 or size(frame, OTHER, 0) != size(frame, BASIS, 1) or size(frame, OTHER, 1) != size(frame, BASIS, 1):
+        elif (
+            rank(frame, OTHER) != 2
+            or size(frame, OTHER, 0) != size(frame, BASIS, 1)
+            or size(frame, OTHER, 1) != size(frame, BASIS, 1)
+        ):
             return 2
         if unfit_tokens(frame, MASK, rank(frame, MASK), 0, X, axis):
             return 3

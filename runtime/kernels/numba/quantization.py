@@ -1,0 +1,234 @@
+"""The ops ``quantize`` (to int8), ``dequantize`` (to float32) and ``token_scale``: how caches of 8 bits are written and read.
+
+A part has some of the tokens: indices over all axes but the one of the scales.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from actgraph.ops.dtypes import DType
+from actgraph.runtime.kernels.numba.frame import (
+    address,
+    element_type,
+    elements,
+    integer,
+    rank,
+    rows,
+    set_shape_like,
+    set_size,
+    share,
+    size,
+)
+from actgraph.runtime.kernels.numba.functions import rint
+from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
+from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s
+from actgraph.runtime.kernels.numba.operands import inner_of, place_of, token_start, tokens_of
+from actgraph.runtime.kernels.numba.weights import code_at
+
+X, SCALE, ZERO, Y = range(4)
+TENSORS = 4
+DTYPE, AXIS, BLOCK, PACKED = range(4)
+_F = np.float32
+_ONE, _LOW, _HIGH = _F(1), _F(-128), _F(127)
+
+
+@njit(**OPTIONS)
+def _wrong(frame, tensor, axis, block):
+    """Whether scales (zero points) are not one number, one per index of the axis of y, or one per block."""
+    if address(frame, tensor) == 0:
+        return False
+    if block == 0:
+        if rank(frame, tensor) == 0:
+            return False
+        if axis < 0 or rank(frame, tensor) != 1:
+            return True
+        return size(frame, tensor, 0) != 1 and size(frame, tensor, 0) != size(frame, Y, axis)
+    if axis < 0 or block < 0 or rank(frame, tensor) != rank(frame, Y):
+        return True
+    for place in range(rank(frame, Y)):
+        wanted = size(frame, Y, place)
+        if size(frame, tensor, place) != ((wanted + block - 1) // block if place == axis else wanted):
+            return True
+    return False
+
+
+@njit(**OPTIONS)
+def shape(frame, part, nparts):
+    set_shape_like(frame, Y, X)
+    axis, block = place_of(frame, X, integer(frame, TENSORS, AXIS)), integer(frame, TENSORS, BLOCK)
+    if _wrong(frame, SCALE, axis, block) or _wrong(frame, ZERO, axis, block):
+        return 1
+    return 0
+
+
+@njit(**OPTIONS)
+def unpacked_shape(frame, part, nparts):
+    set_shape_like(frame, Y, X)
+    if integer(frame, TENSORS, PACKED) != 0:
+        if rank(frame, X) < 1:
+            return 2
+        set_size(frame, Y, -1, 2 * size(frame, X, -1))
+    axis, block = place_of(frame, X, integer(frame, TENSORS, AXIS)), integer(frame, TENSORS, BLOCK)
+    if _wrong(frame, SCALE, axis, block) or _wrong(frame, ZERO, axis, block):
+        return 1
+    return 0
+
+
+@njit(**OPTIONS)
+def _zero(frame, index):
+    """The zero point at ``index``, of one number that one; 0 where there is none."""
+    if address(frame, ZERO) == 0:
+        return np.int64(0)
+    return code_at(address(frame, ZERO), element_type(frame, ZERO), 0, index if elements(frame, ZERO) > 1 else 0)
+
+
+@njit(**OPTIONS)
+def _code(v, scale, zero):
+    steps = rint(v / scale) + zero
+    steps = _LOW if steps < _LOW else steps
+    steps = _HIGH if steps > _HIGH else steps
+    return np.int8(np.int32(steps) if steps == steps else np.int32(0))
+
+
+@njit(**OPTIONS)
+def _start(token, start, length, block, inner):
+    """The scale of the block that begins at channel ``start`` of a token, and how far apart the scales of blocks are."""
+    blocks = (length + block - 1) // block
+    return (token // inner * blocks + start // block) * inner + token % inner
+
+
+def _through(run: Any) -> Any:
+    """A stage that calls ``run(frame, start, stop, step, scale, zero)`` for runs of elements that have one scale."""
+
+    @njit(**OPTIONS)
+    def stage(frame, part, nparts):
+        axis, block, scales = (
+            place_of(frame, Y, integer(frame, TENSORS, AXIS)),
+            integer(frame, TENSORS, BLOCK),
+            elements(frame, SCALE),
+        )
+        scale = f32s(address(frame, SCALE))
+        if scales == 1 and block == 0 and (address(frame, ZERO) == 0 or elements(frame, ZERO) == 1):
+            first, last = share(elements(frame, Y), 16, part, nparts)
+            run(frame, first, last - first, 1, scale[0], _zero(frame, 0))
+            return 0
+        length, inner = size(frame, Y, axis), inner_of(frame, Y, axis)
+        tokens = tokens_of(frame, Y, axis)
+        if block > 0:
+            first, last = share(tokens, 1, part, nparts)
+            for token in range(first, last):
+                for start in range(0, length, block):
+                    index = _start(token, start, length, block, inner)
+                    at = token_start(token, length, inner) + start * inner
+                    run(frame, at, min(block, length - start), inner, scale[index], _zero(frame, index))
+            return 0
+        if inner == 1:
+            first, last = share(tokens, 1, part, nparts)
+            for token in range(first, last):
+                for i in range(length):
+                    run(frame, token * length + i, 1, 1, scale[i if scales > 1 else 0], _zero(frame, i))
+            return 0
+        first, last = share(tokens // inner * length, 1, part, nparts)
+        for row in range(first, last):
+            i = row % length
+            run(frame, row * inner, inner, 1, scale[i if scales > 1 else 0], _zero(frame, i))
+        return 0
+
+    return stage
+
+
+@njit(**OPTIONS)
+def _quantize(frame, start, count, step, scale, zero):
+    x, q, middle = f32s(address(frame, X)), i8s(address(frame, Y)), _F(zero)
+    if step == 1:
+        for i in range(start, start + count):
+            q[i] = _code(x[i], scale, middle)
+    else:
+        for i in range(count):
+            q[start + i * step] = _code(x[start + i * step], scale, middle)
+
+
+@njit(**OPTIONS)
+def _dequantize(frame, start, count, step, scale, zero):
+    q, y, kind, packed = address(frame, X), f32s(address(frame, Y)), element_type(frame, X), integer(frame, TENSORS, PACKED)
+    if step == 1 and packed == 0 and kind == 3:
+        codes, middle = i8s(q), _F(zero)
+        for i in range(start, start + count):
+            y[i] = (_F(codes[i]) - middle) * scale
+    else:
+        for i in range(count):
+            at = start + i * step
+            y[at] = _F(code_at(q, kind, packed, at) - zero) * scale
+
+
+@njit(**OPTIONS)
+def scale_shape(frame, part, nparts):
+    if rank(frame, 0) < 1:
+        return 1
+    set_shape_like(frame, 1, 0)
+    set_size(frame, 1, -1, 1)
+    return 0
+
+
+@njit(**OPTIONS)
+def token_scale(frame, part, nparts):
+    channels = size(frame, 0, -1)
+    first, last = share(rows(frame, 0), 1, part, nparts)
+    scale = f32s(address(frame, 1))
+    for token in range(first, last):
+        x, largest = f32s(address(frame, 0) + 4 * token * channels), _F(0)
+        for i in range(channels):
+            largest = max(largest, abs(x[i]))
+        found = largest / _HIGH
+        scale[token] = found if found > _F(0) else _ONE
+    return 0
+
+
+_ZEROS = (None, DType.I8, DType.U8, DType.I32)
+_ERRORS = ("scale or zero_point does not fit", "packed codes need an axis")
+
+
+def _zero_of(types: Any) -> Any:
+    return None if types[ZERO] is None else types[ZERO].dtype
+
+
+QUANTIZE = OpKernels(
+    op="quantize",
+    key_operands=(),
+    key_attributes=("dtype",),
+    errors=_ERRORS,
+    operands=(DType.F32, DType.F32, None),
+    result=DType.I8,
+    claims=lambda types, attributes: _zero_of(types) in _ZEROS,
+    kernels=[
+        NumbaKernel((), ("i8",), Stage("quantize_shape", shape), (Stage("quantize", _through(_quantize), parallel=True),))
+    ],
+)
+DEQUANTIZE = OpKernels(
+    op="dequantize",
+    key_operands=(),
+    key_attributes=("dtype",),
+    errors=_ERRORS,
+    operands=(None, DType.F32, None),
+    claims=lambda types, attributes: types[X].dtype in (DType.I8, DType.U8) and _zero_of(types) in _ZEROS,
+    kernels=[
+        NumbaKernel(
+            (),
+            ("f32",),
+            Stage("dequantize_shape", unpacked_shape),
+            (Stage("dequantize", _through(_dequantize), parallel=True),),
+        )
+    ],
+)
+TOKEN_SCALE = OpKernels(
+    op="token_scale",
+    key_operands=(),
+    key_attributes=(),
+    errors=("x needs a last axis",),
+    operands=(DType.F32,),
+    kernels=[NumbaKernel((), (), Stage("token_scale_shape", scale_shape), (Stage("token_scale", token_scale, parallel=True),))],
+)
