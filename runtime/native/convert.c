@@ -1,7 +1,7 @@
 /* Element types that no kernel reads as they are stored.
 
-Ops compute float16 and bfloat16 in float32 and round once, and read their other operands in float32 as well, so converting at the
-door of a kernel is what the op says. Integers of 16 and 4 bits become int32. */
+Ops compute float16 and bfloat16 in float32 and round once, and read their other operands in float32 as well, so converting at
+the door of a kernel is what the op says. Integers of 16 and 4 bits become int32. */
 #include "plugin.h"
 
 #include <string.h>

@@ -1,9 +1,11 @@
 /* Shapes of outputs before anything runs, symbolic sizes kept.
 
-The shape function of a kernel computes sizes from sizes. It is called twice, with other numbers in place of the unknown sizes:
-an output size that stays is known, one that is the number of an unknown size both times is that size, all others are unknown. */
+The shape function of a kernel computes sizes from sizes. It is called twice, with other numbers in place of the unknown
+sizes: an output size that stays is known, one that is the number of an unknown size both times is that size, all others are
+unknown. */
 #include "plugin.h"
 
+#include <stdio.h>
 #include <string.h>
 
 enum { MOST = AG_TENSORS * AG_RANK };
@@ -46,7 +48,8 @@ static int describe(const OrtShape *shape, int64_t *frames[2], int64_t input, Un
   for (int round = 0; round < 2; round++) {
     int64_t *tensor = tensor_of(frames[round], input);
     tensor[0] = (int64_t)(intptr_t)there, tensor[1] = type, tensor[2] = (int64_t)rank;
-    for (size_t axis = 0; axis < rank; axis++) tensor[3 + axis] = sizes[axis] < 0 ? stand_in(places[axis], round) : sizes[axis];
+    for (size_t axis = 0; axis < rank; axis++)
+      tensor[3 + axis] = sizes[axis] < 0 ? stand_in(places[axis], round) : sizes[axis];
   }
   return 1;
 }
@@ -73,16 +76,22 @@ static void read_attribute(const OrtShapeInferContext *context, const ag_attribu
   if (status) ReleaseStatus(api)(status); /* the node does not have it; a wrong one is refused when the kernel is made */
 }
 
-static OrtStatus *set_output(OrtShapeInferContext *context, size_t output, int64_t type, int64_t *frames[2], int64_t tensor, const Unknown *unknown) {
+static OrtStatus *set_output(OrtShapeInferContext *context, size_t output, int64_t type, int64_t *frames[2], int64_t tensor,
+                             const Unknown *unknown) {
   const int64_t *first = tensor_of(frames[0], tensor), *second = tensor_of(frames[1], tensor);
+  static atomic_uint made_up; /* onnxruntime takes a size without a name for the number -1, so each gets a name of its own */
   int64_t sizes[AG_RANK];
   const char *names[AG_RANK];
+  char own[AG_RANK][32];
   for (int64_t axis = 0; axis < first[2]; axis++) {
     int64_t size = first[3 + axis];
     int known = size == second[3 + axis];
     sizes[axis] = known ? size : -1, names[axis] = "";
     for (int place = 0; !known && place < unknown->count; place++)
       if (size == stand_in(place, 0) && second[3 + axis] == stand_in(place, 1)) names[axis] = unknown->name[place];
+    if (known || *names[axis]) continue;
+    snprintf(own[axis], sizeof own[axis], "actgraph_%u", atomic_fetch_add(&made_up, 1));
+    names[axis] = own[axis];
   }
   OrtShape *made;
   TRY(CreateShape(api)(&made));

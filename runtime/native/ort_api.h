@@ -1,6 +1,6 @@
 /* The part of onnxruntime's C API that the plugin uses, by place in its function table.
 
-The table only ever grows, so one binary serves every onnxruntime from 1.17 on, and no header of onnxruntime is needed to build. */
+The table only ever grows, so one binary serves every onnxruntime from 1.17 on, and no header of onnxruntime is needed. */
 #ifndef ACTGRAPH_ORT_API_H
 #define ACTGRAPH_ORT_API_H
 #include <stddef.h>

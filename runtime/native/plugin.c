@@ -130,7 +130,8 @@ static OrtStatus *keep(Node *node, int64_t input, const OrtValue *value, int64_t
   void *memory = malloc(4 * (size_t)count + 4);
   if (!memory) return CreateStatus(api)(ORT_FAIL, "actgraph: no memory");
   node->converted[input] = memory;
-  if (!ag_convert((const void *)(intptr_t)tensor[0], tensor[1], memory, wanted, count)) return fail(node->entry, "an input has a type that no kernel takes");
+  if (!ag_convert((const void *)(intptr_t)tensor[0], tensor[1], memory, wanted, count))
+    return fail(node->entry, "an input has a type that no kernel takes");
   tensor[0] = (int64_t)(intptr_t)memory, tensor[1] = wanted;
   return NULL;
 }
@@ -164,7 +165,8 @@ static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *unused, const 
   (void)unused;
   const Face *face = (const Face *)custom;
   if (face->entry->op.follows && face->type == FLOAT64)
-    return fail(face->entry, "its kernels do not compute in float64; save the file with this op inlined, or open it without the plugin");
+    return fail(face->entry, "its kernels do not compute in float64; save the file with this op inlined, or open it without "
+                             "the plugin");
   Node *node = calloc(1, sizeof *node);
   if (!node) return CreateStatus(api)(ORT_FAIL, "actgraph: no memory");
   node->entry = face->entry, node->type = face->entry->op.follows ? face->type : 0;
@@ -302,8 +304,9 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   }
   TRY(run_stages(entry, context, variant, frame));
   for (int64_t i = 0; wanted && i < op->outputs; i++) {
-    const int64_t *tensor = tensor_of(frame, op->inputs + i);
-    if (results[i] && !ag_convert((const void *)(intptr_t)tensor[0], tensor[1], results[i], stored[op->inputs + i], elements_of(tensor)))
+    const int64_t *tensor = tensor_of(frame, op->inputs + i), wanted_type = stored[op->inputs + i];
+    const void *from = (const void *)(intptr_t)tensor[0];
+    if (results[i] && !ag_convert(from, tensor[1], results[i], wanted_type, elements_of(tensor)))
       return fail(entry, "an output has a type that no kernel writes");
   }
   atomic_fetch_add_explicit(&runs, 1, memory_order_relaxed);
@@ -335,8 +338,9 @@ static Entry *lookup(const char *wanted) {
 static Face face_of(Entry *entry, int64_t type) {
   return (Face){
       .custom = {.version = ORT_API_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type,
-                 .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = outputs, .KernelDestroy = destroy,
-                 .GetInputCharacteristic = input_optional, .GetOutputCharacteristic = required, .GetInputMemoryType = required,
+                 .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = outputs,
+                 .KernelDestroy = destroy, .GetInputCharacteristic = input_optional, .GetOutputCharacteristic = required,
+                 .GetInputMemoryType = required,
                  .GetVariadicInputMinArity = zero, .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = zero,
                  .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create, .KernelComputeV2 = compute,
                  .InferOutputShapeFn = ag_infer, .GetStartVersion = one, .GetEndVersion = newest},
@@ -353,7 +357,8 @@ AG_SHARED int64_t ag_add_op(const ag_op *op) {
     if (entry) {
       entry->op = *op;
       entry->faces_count = op->follows ? MAX_FACES : 1;
-      for (int i = 0; i < entry->faces_count; i++) entry->faces[i] = face_of(entry, op->follows ? floats[i] : op->input_type[0]);
+      for (int i = 0; i < entry->faces_count; i++)
+        entry->faces[i] = face_of(entry, op->follows ? floats[i] : op->input_type[0]);
       table.entries[table.count++] = entry;
     }
     full = !entry;

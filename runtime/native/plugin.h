@@ -7,7 +7,7 @@
 #include <stdatomic.h>
 
 enum { MAX_OPS = 128, MAX_VARIANTS = 128, MAX_FACES = 4 };
-enum { FLOAT32 = 1, UINT8 = 2, INT8 = 3, UINT16 = 4, INT16 = 5, INT32 = 6, FLOAT16 = 10, FLOAT64 = 11, BFLOAT16 = 16, UINT4 = 21, INT4 = 22 };
+enum { FLOAT32 = 1, UINT16 = 4, INT16 = 5, INT32 = 6, FLOAT16 = 10, FLOAT64 = 11, BFLOAT16 = 16, UINT4 = 21, INT4 = 22 };
 
 struct Entry;
 
