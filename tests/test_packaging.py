@@ -112,7 +112,9 @@ def test_wheel_and_sdist_hold_everything(distributions: tuple[Path, Path], clone
     modules = [m if m.startswith("actgraph/") else f"actgraph/{m}" for m in modules]
     data = [p.relative_to(clone).as_posix() for p in (clone / "actgraph" / "data").rglob("*") if p.is_file()]
     assert any(name.endswith("model.safetensors") for name in data)
-    for name in [*modules, *data, "actgraph/py.typed"]:
+    sources = [f"actgraph/{p.relative_to(clone).as_posix()}" for p in (clone / "runtime" / "native").glob("*.[ch]")]
+    assert {"actgraph/runtime/native/plugin.c", "actgraph/runtime/native/kernel.h"} <= set(sources)  # for build-plugin
+    for name in [*modules, *data, *sources, "actgraph/py.typed"]:
         assert name in in_wheel, name
         assert name in in_sdist, name
     assert {name.partition("/")[0] for name in in_wheel} == {
