@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from actgraph.graph.graph import Graph, Node
 from actgraph.ops.registry import DOMAIN, get_op
+from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels
 from actgraph.runtime.kernels.registry import kernel_for
 
 #: Ops that compute positions, sizes and masks.
 _SMALL = frozenset({"length", "positions", "ring_positions", "position_mask", "valid_positions", "recent"})
+#: Tokens of a query up to which the attention kernel, which reads keys once for each, is the faster one.
+_FEW_TOKENS = 4
+
+
+def _left(op: str, types: Sequence[TensorType | None]) -> str:
+    """Why the engine is to run a node itself, empty where it is not."""
+    if op in _SMALL:
+        return f"{op} reads no more than sizes and positions"
+    if op == "attention" and types[0] is not None and types[0].shape is not None:
+        tokens = types[0].shape[2]
+        if not isinstance(tokens, int) or tokens > _FEW_TOKENS:
+            return f"attention of {tokens} tokens is a product of matrices"
+    return ""
 
 
 @dataclass
 class Claims:
     """What became of the actgraph nodes of a graph.
 
-    claimed: the kernel of each node that has one, by the node's name. unclaimed: why a node has none. small: nodes that need
-    none, for they compute positions, sizes and masks.
+    claimed: the kernel of each node that has one, by the node's name. unclaimed: why a node has none. left: nodes
+    that the engine is to run itself, and why.
     """
 
     claimed: dict[str, str] = field(default_factory=dict)
     unclaimed: dict[str, str] = field(default_factory=dict)
-    small: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     def only(self, names: Iterable[str]) -> Claims:
         """Those of the nodes ``names``: what is executed in the end."""
@@ -43,8 +57,9 @@ def find_kernels(graph: Graph) -> tuple[Claims, dict[Node, tuple[OpKernels, Numb
             continue
         types = [None if operand is None else operand.type for operand in node.operands]
         chosen = kernel_for(op, types, dict(get_op(op).complete(node.attributes)))
-        if chosen is None and op in _SMALL:
-            claims.small[node.name] = op
+        reason = _left(op, types)
+        if reason:
+            claims.left[node.name] = reason
         elif chosen is None:
             claims.unclaimed[node.name] = f"{op} has no kernel for {', '.join('-' if t is None else str(t) for t in types)}"
         else:

@@ -80,7 +80,7 @@ class Lowering:
     outputs: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        found = find_kernels(self.graph)[0] if self.kernels else Claims()
+        self.claims = find_kernels(self.graph)[0] if self.kernels else Claims()
         self.order = {node: place for place, node in enumerate(self.native.nodes)}
         placeholders = [node for node in self.native.nodes if node.op == "placeholder"]
         self.by_name = dict(zip([value.name for value in self.graph.inputs()], placeholders, strict=True))
@@ -106,12 +106,12 @@ class Lowering:
             elif not self.kernels or op.name not in all_kernels():  # else torch.compile calls it through the dispatcher
                 node.target = _plain(op)
         self.native.eliminate_dead_code(_keep)
-        self.claims = found.only(node.name for node in self.native.nodes)
+        self.claims = self.claims.only(node.name for node in self.native.nodes)
         self.native.lint()
 
     def _call_kernel(self, node: fx.Node, op: OpDef) -> None:
         """The op as a function: its kernel, where it has one."""
-        call = kernel_call(op, node.kwargs) if self.kernels else None
+        call = kernel_call(op, node.kwargs) if node.name in self.claims.claimed else None
         if call is None:
             node.target = _plain(op)
         else:

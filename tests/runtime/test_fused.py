@@ -24,6 +24,8 @@ from actgraph.runtime.ort_fused import fuse
 from actgraph.runtime.ort_held import HeldOnnx
 from tests import zoo
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 LENGTH = 22
 TOKENS = np.random.default_rng(2).integers(3, zoo.VOCAB, (2, LENGTH))
 #: One call; a prompt and single tokens; pieces shorter and longer than Gemma's window of 4.

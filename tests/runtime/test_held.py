@@ -21,6 +21,8 @@ from tests import zoo
 
 #: Gemma 3 has windows of 4 in its first layers, and its last sees all.
 WINDOW = 4
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 GROWING, STATIC, RING = (f"form={form} graphs=combined" for form in ("growing", "static", "ring"))
 COMBINED = (GROWING, STATIC, RING)
 STORED = (
