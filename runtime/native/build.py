@@ -30,7 +30,7 @@ _SOURCES = ("plugin.c", "convert.c", "infer.c", "pool.c")
 _EXPORTS = "{ global: RegisterCustomOps; ag_runs; local: *; };\n"
 
 #: Ops whose kernels decline calls that the library makes fit: operands of other element types, which it converts.
-TOTAL = frozenset({"linear"})
+TOTAL = frozenset({"linear", "attention", "channel_scale", "lowrank_map", "target_angle"})
 
 Progress = Callable[[int, int], None]
 

@@ -50,10 +50,10 @@ typedef struct {
 typedef struct {
   const char *name;
   int64_t inputs, outputs, attributes;
-  int64_t input_type[AG_TENSORS];     /* ONNX element type that kernels take; 0: several */
+  int64_t input_type[AG_TENSORS];     /* ONNX element type that kernels read; 0: several */
   int64_t optional[AG_TENSORS];
   int64_t output_type[AG_TENSORS];    /* ONNX element type that kernels write */
-  int64_t follows;                    /* 1: input 0 may be any float but float64, and the outputs are rounded to its type */
+  int64_t follows;                    /* 1: outputs are rounded to the type of input 0 */
   int64_t key_input[AG_KEY], key_inputs;
   int64_t key_attribute[AG_KEY], key_attributes;
   const ag_attribute *attribute;

@@ -28,7 +28,6 @@ typedef struct {
   char constant[AG_TENSORS];
   void *converted[AG_TENSORS]; /* constants in the element type of the kernel */
   int64_t types[AG_TENSORS];   /* the element types in which the kernel reads its inputs */
-  int64_t type;                /* of input 0 where the outputs follow it, else 0 */
 } Node;
 
 static OrtStatus *fail(const Entry *entry, const char *text) {
@@ -164,12 +163,12 @@ static OrtStatus *fill(Node *node, const OrtKernelInfo *info, int64_t *types) {
 static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *unused, const OrtKernelInfo *info, void **made) {
   (void)unused;
   const Face *face = (const Face *)custom;
-  if (face->entry->op.follows && face->type == FLOAT64)
+  if (face->type == FLOAT64)
     return fail(face->entry, "its kernels do not compute in float64; save the file with this op inlined, or open it without "
                              "the plugin");
   Node *node = calloc(1, sizeof *node);
   if (!node) return CreateStatus(api)(ORT_FAIL, "actgraph: no memory");
-  node->entry = face->entry, node->type = face->entry->op.follows ? face->type : 0;
+  node->entry = face->entry;
   OrtStatus *status = fill(node, info, node->types);
   if (status) destroy(node);
   else *made = node;
@@ -356,9 +355,9 @@ AG_SHARED int64_t ag_add_op(const ag_op *op) {
     Entry *entry = table.count < MAX_OPS ? calloc(1, sizeof *entry) : NULL;
     if (entry) {
       entry->op = *op;
-      entry->faces_count = op->follows ? MAX_FACES : 1;
+      entry->faces_count = op->input_type[0] == FLOAT32 ? MAX_FACES : 1;
       for (int i = 0; i < entry->faces_count; i++)
-        entry->faces[i] = face_of(entry, op->follows ? floats[i] : op->input_type[0]);
+        entry->faces[i] = face_of(entry, op->input_type[0] == FLOAT32 ? floats[i] : op->input_type[0]);
       table.entries[table.count++] = entry;
     }
     full = !entry;

@@ -10,7 +10,8 @@ import numpy as np
 
 from actgraph.errors import UnsupportedError
 from actgraph.ops.dtypes import DType
-from actgraph.ops.registry import REQUIRED
+from actgraph.ops.registry import REQUIRED, OpDef
+from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels
 from actgraph.runtime.native.library import KEY, MOST_TENSORS, Attribute, Op
 
@@ -56,12 +57,22 @@ def table_of(kernels: OpKernels) -> OpTable:
         input_types=tuple(0 if kind is None else kind.onnx for kind in kernels.operands),
         optional=tuple(int(operand.optional) for operand in definition.inputs),
         output_types=(kernels.result.onnx,) * len(definition.outputs),
-        follows=kernels.operands[0] is DType.F32 and kernels.result is DType.F32,
+        follows=kernels.operands[0] is DType.F32 and _result(definition, DType.F16) is DType.F16,
         key_inputs=kernels.key_operands,
         key_attributes=tuple(names.index(name) for name in kernels.key_attributes),
         attributes=tuple(_attribute(kernels, attribute) for attribute in definition.attributes),
         errors=kernels.errors,
     )
+
+
+def _result(definition: OpDef, kind: DType) -> DType | None:
+    """The element type of the first output of a call whose operands are ``kind`` where they can be."""
+    types = [
+        None if operand.optional else TensorType(kind if kind in operand.dtypes else min(operand.dtypes), None)
+        for operand in definition.inputs
+    ]
+    attributes = {a.name: a.choices[0] if a.choices else 1 for a in definition.attributes if a.default is REQUIRED}
+    return definition.infer(types, definition.complete(attributes))[0].dtype
 
 
 def _attribute(kernels: OpKernels, attribute: Any) -> AttributeTable:

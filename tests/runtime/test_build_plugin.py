@@ -26,6 +26,7 @@ from actgraph.runtime.native import build as module
 from actgraph.runtime.native.build import build, why_left_out
 from actgraph.runtime.native.levels import CHOICES, LEVELS, chosen, highest
 from actgraph.runtime.native.library import library
+from actgraph.runtime.native.tables import table_of
 from tests import zoo
 from tests.conformance.harness import Case, assert_conforms, feeds, run_torch, types_of
 from tests.conformance.harness import build as model_of
@@ -182,6 +183,19 @@ def test_what_cannot_be_in_a_plugin_is_said() -> None:
     assert not Path("never.so").exists()
 
 
+def test_what_c_is_told_of_result_types_is_what_the_ops_say() -> None:
+    """Over all samples in all types: outputs have the type of the first operand, or always that of the kernels."""
+    seen = set()
+    for case in _calls([op for op, kernels in all_kernels().items() if not why_left_out(kernels)]):
+        kernels = all_kernels()[case.op.name]
+        types = types_of(case.operands())
+        assert types[0] is not None
+        result = case.op.infer(types, case.attributes)[0].dtype
+        assert result is (types[0].dtype if table_of(kernels).follows else kernels.result), str(case)
+        seen.add((table_of(kernels).follows, types[0].dtype))
+    assert {(True, DType.F16), (False, DType.F16)} <= seen
+
+
 def test_failures_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "lib.so"
     target.write_bytes(b"old")
@@ -235,7 +249,7 @@ def test_every_call_of_every_op_of_a_plugin(whole: module.Plugin) -> None:
     for case in _calls(whole.ops):
         operands = case.operands()
         model = model_of(case.op, case.attributes, types_of(operands), 21)
-        if case.dtype is DType.F64 and case.op.infer(types_of(operands), case.attributes)[0].dtype is DType.F64:
+        if operands[0] is not None and operands[0].dtype == np.float64:
             with pytest.raises(Exception, match="its kernels do not compute in float64"):
                 session(model, whole.path)
             continue
