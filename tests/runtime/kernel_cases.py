@@ -10,12 +10,11 @@ import numpy as np
 import onnxruntime as ort
 
 from actgraph.graph.graph import Array
-from actgraph.graph.onnx import OnnxGraph
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import OpDef
 from actgraph.runtime.kernels.registry import all_kernels, kernel_for
 from actgraph.runtime.native.library import library
-from actgraph.runtime.ort_kernels import claim, register_library
+from actgraph.runtime.ort_kernels import register, register_library
 from tests.conformance.harness import Case, build, feeds, from_torch, to_torch, types_of
 
 THREADS = (1, 2, 3)
@@ -53,13 +52,10 @@ def _session(model: bytes) -> ort.InferenceSession:
 
 def run_as_operator(op: OpDef, operands: Sequence[Array | None], attributes: dict[str, Any], threads: int) -> list[Array]:
     """A model of this one call in onnxruntime, the op's function in the file; the kernel must be what ran."""
-    import onnx_ir as ir
-
-    model = build(op, attributes, types_of(operands), 21)
-    graph = OnnxGraph(ir.from_proto(model))
-    claims = claim(graph)
-    assert len(claims.claimed) == 1 and not claims.unclaimed
-    session = _session(ir.to_proto(graph.model).SerializeToString())
+    chosen = kernel_for(op.name, types_of(operands), op.complete(attributes))
+    assert chosen is not None
+    register(*chosen)
+    session = _session(build(op, attributes, types_of(operands), 21).SerializeToString())
     library().ag_set_parts(threads)
     try:
         before = library().ag_runs()

@@ -137,7 +137,9 @@ def _score(frame, query, key, scores, count, cap):
     line, s = 4 * width, f32s(scores)
     for t in range(0, count, 4):
         t1, t2, t3 = min(t + 1, count - 1), min(t + 2, count - 1), min(t + 3, count - 1)
-        s0, s1, s2, s3 = _dot(key + t * line, key + t1 * line, key + t2 * line, key + t3 * line, query, width)
+        r0, r1, r2, r3 = key + t * line, key + t1 * line, key + t2 * line, key + t3 * line
+        p0, p1, p2, p3 = r0 + dot.AHEAD, r1 + dot.AHEAD, r2 + dot.AHEAD, r3 + dot.AHEAD
+        s0, s1, s2, s3 = _dot(r0, r1, r2, r3, p0, p1, p2, p3, query, width)
         s[t], s[t1], s[t2], s[t3] = s0, s1, s2, s3
     if cap != _ZERO:
         for t in range(count):

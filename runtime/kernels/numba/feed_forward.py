@@ -216,22 +216,18 @@ def _drop(frame, h, start, stop):
 
 
 def _neurons_stage(products: Any) -> Any:
+    everything, some = linear.over_all(products), linear.over_chosen(products)
+
     @njit(**OPTIONS)
-    def dense(linear_frame, tokens, start, stop):
-        at, quarter = linear.read_once(linear_frame), (stop - start) // 4
-        for n in range(start, start + quarter):
-            for token in range(tokens):
-                products(linear_frame, at, token, n, n + quarter, n + 2 * quarter, n + 3 * quarter)
-        for n in range(start + 4 * quarter, stop):
-            for token in range(tokens):
-                products(linear_frame, at, token, n, n, n, n)
+    def dense(linear_frame, start, stop):
+        everything(linear_frame, linear.read_once(linear_frame), start, stop)
 
     @njit(**OPTIONS)
     def hidden(frame, part, nparts):
         tokens, sparse, activation = rows(frame, X), integer(frame, TENSORS, SPARSE), integer(frame, TENSORS, ACTIVATION)
         gated, up = address(frame, GATE) != 0, _up_frame(frame)
         start, stop = share(_neurons(frame), 4, part, nparts)
-        dense(_gate_frame(frame) if gated else up, tokens, start, stop)
+        dense(_gate_frame(frame) if gated else up, start, stop)
         for token in range(tokens):
             activate(_act_at(frame, token), start, stop, activation)
             if sparse == ON_ACT or (sparse != NO_GATE and not gated):
@@ -239,8 +235,9 @@ def _neurons_stage(products: Any) -> Any:
         if not gated:
             return 0
         if sparse != ON_ACT:
-            dense(up, tokens, start, stop)
-        chosen = i64s(_linear_at(frame) - (_neurons(frame) * 8 + 63) // 64 * 64)
+            dense(up, start, stop)
+        places = _linear_at(frame) - (_neurons(frame) * 8 + 63) // 64 * 64
+        chosen = i64s(places)
         at = linear.read_once(up)
         for token in range(tokens):
             act, value = f32s(_act_at(frame, token)), f32s(_up_at(frame, token))
@@ -249,10 +246,7 @@ def _neurons_stage(products: Any) -> Any:
                 for n in range(start, stop):
                     chosen[count] = n
                     count += act[n] != np.float32(0)
-                last = count - 1
-                for i in range(start, count, 4):
-                    n1, n2, n3 = chosen[min(i + 1, last)], chosen[min(i + 2, last)], chosen[min(i + 3, last)]
-                    products(up, at, token, chosen[i], n1, n2, n3)
+                some(up, at, token, places, start, count)
                 for i in range(start, count):
                     act[chosen[i]] *= value[chosen[i]]
             else:

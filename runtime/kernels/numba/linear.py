@@ -218,18 +218,24 @@ def scale_at(frame, index):
 
 
 #: What the loops need of a frame, read once: what they write could be the frame, for all that a compiler knows.
-INPUTS, OUTPUTS, WEIGHTS, SCALES, MANY_SCALES, ZEROS, MANY_ZEROS, ZERO_TYPE, BIASES, RESULT = range(10)
+INPUTS, OUTPUTS, WEIGHTS, SCALES, MANY_SCALES, ZEROS, MANY_ZEROS, ZERO_TYPE, BIASES, RESULT, LINE = range(11)
+
+
+@njit(**OPTIONS)
+def bytes_of(kind):
+    """The bytes of an element."""
+    return 4 if kind == F32 else 2 if kind in (F16, BF16) else 1
 
 
 @njit(**OPTIONS)
 def read_once(frame):
-    """The sizes and addresses in the order INPUTS, OUTPUTS .. RESULT."""
+    """The sizes and addresses in the order INPUTS, OUTPUTS .. LINE (the bytes of a row)."""
     scale, zero = address(frame, SCALE), address(frame, ZERO)
     return (
         inputs_of(frame), outputs_of(frame), address(frame, WEIGHT),
         scale, 1 if scale != 0 and elements(frame, SCALE) > 1 else 0,
         zero, 1 if zero != 0 and elements(frame, ZERO) > 1 else 0, element_type(frame, ZERO),
-        address(frame, BIAS), address(frame, Y),
+        address(frame, BIAS), address(frame, Y), size(frame, WEIGHT, 1) * bytes_of(element_type(frame, WEIGHT)),
     )  # fmt: skip
 
 
@@ -309,32 +315,62 @@ def preparation(kind: int, packed: int) -> Any:
 # --- the products: by parts -------------------------------------------------------------------------------------------------
 
 
+def over_all(products: Any) -> Any:
+    """A loop of ``products(frame, at, token, n0 .. n3, p0 .. p3)`` over outputs ``start`` to ``stop`` of all tokens.
+
+    at: see ``read_once``. Output n0 is computed while row p0 is prefetched, or what comes ``dot.AHEAD`` later where p0 is -1.
+    """
+
+    @njit(**OPTIONS)
+    def run(frame, at, start, stop):
+        tokens, quarter = rows(frame, X), (stop - start) // 4
+        for n in range(start, start + quarter):
+            for token in range(tokens):
+                products(frame, at, token, n, n + quarter, n + 2 * quarter, n + 3 * quarter, -1, -1, -1, -1)
+        for n in range(start + 4 * quarter, stop):
+            for token in range(tokens):
+                products(frame, at, token, n, n, n, n, -1, -1, -1, -1)
+
+    return run
+
+
+def over_chosen(products: Any) -> Any:
+    """As ``over_all``, for the outputs of a token that are at ``start`` to ``stop`` of the list at ``places``."""
+
+    @njit(**OPTIONS)
+    def run(frame, at, token, places, start, stop):
+        chosen, last, far = i64s(places), stop - 1, 4 * max(1, dot.AHEAD // max(at[LINE], 64))
+        for i in range(start, stop, 4):
+            n1, n2, n3, j = chosen[min(i + 1, last)], chosen[min(i + 2, last)], chosen[min(i + 3, last)], i + far
+            p0, p1, p2, p3 = chosen[min(j, last)], chosen[min(j + 1, last)], chosen[min(j + 2, last)], chosen[min(j + 3, last)]
+            products(frame, at, token, chosen[i], n1, n2, n3, p0, p1, p2, p3)
+
+    return run
+
+
 def _main(products: Any) -> Any:
-    """A stage that calls ``products(frame, at, token, n0, n1, n2, n3)`` for four outputs; ``at``: see ``read_once``."""
+    """The stage of ``products``."""
+    everything, some = over_all(products), over_chosen(products)
 
     @njit(**OPTIONS)
     def main(frame, part, nparts):
-        tokens, at = rows(frame, X), read_once(frame)
+        at = read_once(frame)
         if address(frame, KEPT) != 0:
-            for token in range(tokens):
-                chosen, count = i64s(_chosen_at(frame, token)), i64s(token_at(frame, token))[2]
-                start, stop = share(count, 4, part, nparts)
-                for i in range(start, stop, 4):
-                    last = stop - 1
-                    n1, n2, n3 = chosen[min(i + 1, last)], chosen[min(i + 2, last)], chosen[min(i + 3, last)]
-                    products(frame, at, token, chosen[i], n1, n2, n3)
+            for token in range(rows(frame, X)):
+                start, stop = share(i64s(token_at(frame, token))[2], 4, part, nparts)
+                some(frame, at, token, _chosen_at(frame, token), start, stop)
             return 0
         start, stop = share(at[OUTPUTS], 4, part, nparts)
-        quarter = (stop - start) // 4
-        for n in range(start, start + quarter):
-            for token in range(tokens):
-                products(frame, at, token, n, n + quarter, n + 2 * quarter, n + 3 * quarter)
-        for n in range(start + 4 * quarter, stop):
-            for token in range(tokens):
-                products(frame, at, token, n, n, n, n)
+        everything(frame, at, start, stop)
         return 0
 
     return main
+
+
+@njit(**OPTIONS)
+def _later(at, n, row):
+    """What to prefetch beside row ``n``: row ``row``, or what comes later where that is -1."""
+    return at[WEIGHTS] + n * at[LINE] + dot.AHEAD if row < 0 else at[WEIGHTS] + row * at[LINE]
 
 
 @njit(**OPTIONS)
@@ -359,15 +395,15 @@ def float_products(load: Any, kind: int, width: int) -> Any:
     product = dot.dot_floats(load, kind, width)
 
     @njit(**OPTIONS)
-    def products(frame, at, token, n0, n1, n2, n3):
+    def products(frame, at, token, n0, n1, n2, n3, p0, p1, p2, p3):
         if integer(frame, TENSORS, BLOCK) != 0 or at[ZEROS] != 0:
             for n in (n0, n1, n2, n3):
                 write(at, token, n, plain_sum(frame, kind, 0, token, n))
             return
-        weight, line = at[WEIGHTS], at[INPUTS] * width
-        y0, y1, y2, y3 = product(
-            weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line, gated_at(frame, token), at[INPUTS]
-        )
+        weight, line, x = at[WEIGHTS], at[INPUTS] * width, gated_at(frame, token)
+        r0, r1, r2, r3 = weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line
+        p0, p1, p2, p3 = _later(at, n0, p0), _later(at, n1, p1), _later(at, n2, p2), _later(at, n3, p3)
+        y0, y1, y2, y3 = product(r0, r1, r2, r3, p0, p1, p2, p3, x, at[INPUTS])
         if at[SCALES] != 0:
             y0, y1, y2, y3 = y0 * _scale(at, n0), y1 * _scale(at, n1), y2 * _scale(at, n2), y3 * _scale(at, n3)
         _four(at, token, n0, n1, n2, n3, y0, y1, y2, y3)
@@ -387,7 +423,7 @@ def code_products(kind: int, packed: int) -> Any:
         return np.float32(total - (_zero(at, n) + offset) * sum_of_codes) * step * _scale(at, n)
 
     @njit(**OPTIONS)
-    def products(frame, at, token, n0, n1, n2, n3):
+    def products(frame, at, token, n0, n1, n2, n3, p0, p1, p2, p3):
         info, inputs, weight = token_at(frame, token), at[INPUTS], at[WEIGHTS]
         step, form = f32s(info)[0], i64s(info)[3]
         if form == OTHER or step != step:
@@ -396,8 +432,9 @@ def code_products(kind: int, packed: int) -> Any:
             return
         line, codes = inputs // codes_a_byte, i64s(info)[4]
         r0, r1, r2, r3 = weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line
+        p0, p1, p2, p3 = _later(at, n0, p0), _later(at, n1, p1), _later(at, n2, p2), _later(at, n3, p3)
         if codes_a_byte == 1 and form == CHANNEL:
-            t0, t1, t2, t3 = by_channel(r0, r1, r2, r3, codes, codes + padded(inputs), inputs)
+            t0, t1, t2, t3 = by_channel(r0, r1, r2, r3, p0, p1, p2, p3, codes, codes + padded(inputs), inputs)
             sums = i64s(info)[1]
             y0, y1 = channel(at, n0, t0, step, sums), channel(at, n1, t1, step, sums)
             _four(at, token, n0, n1, n2, n3, y0, y1, channel(at, n2, t2, step, sums), channel(at, n3, t3, step, sums))
@@ -408,11 +445,11 @@ def code_products(kind: int, packed: int) -> Any:
         scale, row = at[SCALES], (inputs + block - 1) // block * 4
         s0, s1, s2, s3 = scale + n0 * row, scale + n1 * row, scale + n2 * row, scale + n3 * row
         if block * 4 == chunk:
-            y0, y1, y2, y3 = four(r0, r1, r2, r3, s0, s1, s2, s3, 1, codes, inputs)
+            y0, y1, y2, y3 = four(r0, r1, r2, r3, p0, p1, p2, p3, s0, s1, s2, s3, 1, codes, inputs)
         elif block * 2 == chunk:
-            y0, y1, y2, y3 = two(r0, r1, r2, r3, s0, s1, s2, s3, 1, codes, inputs)
+            y0, y1, y2, y3 = two(r0, r1, r2, r3, p0, p1, p2, p3, s0, s1, s2, s3, 1, codes, inputs)
         else:
-            y0, y1, y2, y3 = one(r0, r1, r2, r3, s0, s1, s2, s3, block // chunk, codes, inputs)
+            y0, y1, y2, y3 = one(r0, r1, r2, r3, p0, p1, p2, p3, s0, s1, s2, s3, block // chunk, codes, inputs)
         _four(at, token, n0, n1, n2, n3, y0 * step, y1 * step, y2 * step, y3 * step)
 
     return products
