@@ -13,7 +13,8 @@ compiled), or compiled in (by `actgraph build-plugin`). Nothing here knows what 
 static struct {
   pthread_mutex_t lock;
   Entry *entries[MAX_OPS];
-  int count;
+  int count, in_domain;
+  OrtCustomOpDomain *domain;
 } table = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 const OrtApi *ag_api;
@@ -390,6 +391,18 @@ AG_SHARED int64_t ag_add_variant(const char *op, const ag_variant *variant) {
 AG_SHARED void ag_set_parts(int64_t wanted) { atomic_store(&parts_wanted, (long)wanted); }
 AG_EXPORT int64_t ag_runs(void) { return atomic_load(&runs); }
 
+/* The domain of all ops so far, which no session ever gives back: another one only when there are more ops. */
+static OrtStatus *current_domain(void) {
+  if (table.domain && table.in_domain == table.count) return NULL;
+  OrtCustomOpDomain *made;
+  TRY(CreateCustomOpDomain(api)("actgraph", &made));
+  for (int i = 0; i < table.count; i++)
+    for (int j = 0; j < table.entries[i]->faces_count; j++)
+      TRY(CustomOpDomain_Add(api)(made, &table.entries[i]->faces[j].custom));
+  table.domain = made, table.in_domain = table.count;
+  return NULL;
+}
+
 /* Adds the kernels of this library for the processor that it runs on. Returns NULL, or why there are none. */
 const char *ag_compiled_in(void) __attribute__((weak));
 
@@ -402,13 +415,9 @@ AG_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiB
   ag_api = found;
   const char *unfit = ag_compiled_in ? ag_compiled_in() : NULL;
   if (unfit) return CreateStatus(api)(ORT_FAIL, unfit);
-  OrtCustomOpDomain *domain;
-  TRY(CreateCustomOpDomain(api)("actgraph", &domain));
   pthread_mutex_lock(&table.lock);
-  OrtStatus *status = NULL;
-  for (int i = 0; i < table.count; i++)
-    for (int j = 0; j < table.entries[i]->faces_count && !status; j++)
-      status = CustomOpDomain_Add(api)(domain, &table.entries[i]->faces[j].custom);
+  OrtStatus *status = current_domain();
+  if (!status) status = AddCustomOpDomain(api)(options, table.domain);
   pthread_mutex_unlock(&table.lock);
-  return status ? status : AddCustomOpDomain(api)(options, domain);
+  return status;
 }
