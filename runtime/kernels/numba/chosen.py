@@ -21,6 +21,7 @@ from actgraph.runtime.kernels.numba.gates import keep_largest
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i32s, i64s
 from actgraph.runtime.kernels.numba.operands import inner_of, place_of, token_index, token_start, tokens_of, unfit_tokens
+from actgraph.runtime.kernels.numba.small import small_kernel
 from actgraph.runtime.kernels.numba.weights import I32
 
 K, GROUP, TOP_AXIS = range(3)
@@ -124,5 +125,5 @@ INDEX_GATE = OpKernels(
     key_attributes=(),
     errors=("x has no such channel axis", "indices do not fit the tokens of x", "an index is beyond the channels of x"),
     operands=(DType.F32, None),
-    kernels=[NumbaKernel((), (), Stage("index_gate_shape", index_shape), (Stage("index_gate", index, parallel=True),))],
+    kernels=[small_kernel("index_gate", index_shape, index)],
 )

@@ -12,7 +12,7 @@ from numba import njit
 
 from actgraph.ops.dtypes import DType
 from actgraph.runtime.kernels.numba.frame import address, elements, integer, number, rank, set_shape_like, share, size
-from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
+from actgraph.runtime.kernels.numba.kernel import OpKernels
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s
 from actgraph.runtime.kernels.numba.operands import (
     channel_start,
@@ -23,6 +23,7 @@ from actgraph.runtime.kernels.numba.operands import (
     tokens_of,
     unfit_channels,
 )
+from actgraph.runtime.kernels.numba.small import small_kernel
 
 _ZERO = np.float32(0)
 X, LO, HI = range(3)
@@ -123,6 +124,6 @@ def gate(frame, part, nparts):
 
 _ERRORS = ("x has no such channel axis", "an operand does not fit the channels of x")
 CLIP = OpKernels("clip", (), (), _ERRORS, (DType.F32, DType.F32, DType.F32))
-CLIP.kernels.append(NumbaKernel((), (), Stage("clip_shape", _shape(3, CLIP_AXIS)), (Stage("clip", clip, parallel=True),)))
+CLIP.kernels.append(small_kernel("clip", _shape(3, CLIP_AXIS), clip))
 GATE = OpKernels("gate", (), (), _ERRORS, (DType.F32, DType.F32))
-GATE.kernels.append(NumbaKernel((), (), Stage("gate_shape", _shape(2, GATE_AXIS)), (Stage("gate", gate, parallel=True),)))
+GATE.kernels.append(small_kernel("gate", _shape(2, GATE_AXIS), gate))

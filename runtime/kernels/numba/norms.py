@@ -13,8 +13,9 @@ from numba import njit
 from actgraph.ops.dtypes import DType
 from actgraph.runtime.kernels.numba import simd
 from actgraph.runtime.kernels.numba.frame import address, elements, number, rank, rows, set_shape_like, share, size
-from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
+from actgraph.runtime.kernels.numba.kernel import OpKernels
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, sqrt
+from actgraph.runtime.kernels.numba.small import small_kernel
 
 _EPS, _OFFSET = 0, 1
 _F32, _ONE, _ZERO = np.float32, np.float32(1), np.float32(0)
@@ -105,8 +106,6 @@ def layer(frame, part, nparts):
 
 _ERRORS = ("x needs a channel axis", "weight and bias must be one number per channel of x")
 RMS_NORM = OpKernels("rms_norm", (), (), _ERRORS, (DType.F32, DType.F32))
-RMS_NORM.kernels.append(NumbaKernel((), (), Stage("rms_norm_shape", _shape(2)), (Stage("rms_norm", rms, parallel=True),)))
+RMS_NORM.kernels.append(small_kernel("rms_norm", _shape(2), rms))
 LAYER_NORM = OpKernels("layer_norm", (), (), _ERRORS, (DType.F32, DType.F32, DType.F32))
-LAYER_NORM.kernels.append(
-    NumbaKernel((), (), Stage("layer_norm_shape", _shape(3)), (Stage("layer_norm", layer, parallel=True),))
-)
+LAYER_NORM.kernels.append(small_kernel("layer_norm", _shape(3), layer))

@@ -24,9 +24,10 @@ from actgraph.runtime.kernels.numba.frame import (
     size,
 )
 from actgraph.runtime.kernels.numba.functions import rint
-from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
+from actgraph.runtime.kernels.numba.kernel import OpKernels
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s
 from actgraph.runtime.kernels.numba.operands import inner_of, place_of, token_start, tokens_of
+from actgraph.runtime.kernels.numba.small import small_kernel
 from actgraph.runtime.kernels.numba.weights import code_at
 
 X, SCALE, ZERO, Y = range(4)
@@ -204,9 +205,7 @@ QUANTIZE = OpKernels(
     operands=(DType.F32, DType.F32, None),
     result=DType.I8,
     claims=lambda types, attributes: _zero_of(types) in _ZEROS,
-    kernels=[
-        NumbaKernel((), ("i8",), Stage("quantize_shape", shape), (Stage("quantize", _through(_quantize), parallel=True),))
-    ],
+    kernels=[small_kernel("quantize", shape, _through(_quantize), ("i8",))],
 )
 DEQUANTIZE = OpKernels(
     op="dequantize",
@@ -215,14 +214,7 @@ DEQUANTIZE = OpKernels(
     errors=_ERRORS,
     operands=(None, DType.F32, None),
     claims=lambda types, attributes: types[X].dtype in (DType.I8, DType.U8) and _zero_of(types) in _ZEROS,
-    kernels=[
-        NumbaKernel(
-            (),
-            ("f32",),
-            Stage("dequantize_shape", unpacked_shape),
-            (Stage("dequantize", _through(_dequantize), parallel=True),),
-        )
-    ],
+    kernels=[small_kernel("dequantize", unpacked_shape, _through(_dequantize), ("f32",))],
 )
 TOKEN_SCALE = OpKernels(
     op="token_scale",
@@ -230,5 +222,5 @@ TOKEN_SCALE = OpKernels(
     key_attributes=(),
     errors=("x needs a last axis",),
     operands=(DType.F32,),
-    kernels=[NumbaKernel((), (), Stage("token_scale_shape", scale_shape), (Stage("token_scale", token_scale, parallel=True),))],
+    kernels=[small_kernel("token_scale", scale_shape, token_scale)],
 )

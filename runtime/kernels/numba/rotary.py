@@ -6,8 +6,9 @@ from numba import njit
 
 from actgraph.ops.dtypes import DType
 from actgraph.runtime.kernels.numba.frame import address, integer, rank, rows, set_shape_like, share, size
-from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
+from actgraph.runtime.kernels.numba.kernel import OpKernels
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s
+from actgraph.runtime.kernels.numba.small import small_kernel
 
 X, COS, SIN, Y = range(4)
 STYLE, WIDTH = range(2)
@@ -76,5 +77,5 @@ ROTARY = OpKernels(
         "cos and sin do not fit x",
     ),
     operands=(DType.F32, DType.F32, DType.F32),
-    kernels=[NumbaKernel((), (), Stage("rotary_shape", shape), (Stage("rotary", rotate, parallel=True),))],
+    kernels=[small_kernel("rotary", shape, rotate)],
 )

@@ -9,7 +9,7 @@ from numba import njit
 
 from actgraph.ops.dtypes import DType
 from actgraph.runtime.kernels.numba.frame import address, integer, number, rank, set_shape_like, share, size
-from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
+from actgraph.runtime.kernels.numba.kernel import OpKernels
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, sqrt
 from actgraph.runtime.kernels.numba.norms import squares
 from actgraph.runtime.kernels.numba.operands import (
@@ -24,6 +24,7 @@ from actgraph.runtime.kernels.numba.operands import (
     unfit_channels,
     unfit_tokens,
 )
+from actgraph.runtime.kernels.numba.small import small_kernel
 
 ERRORS = ("x has no such channel axis", "an operand does not fit the channels of x", "an operand does not fit the tokens of x")
 PLAIN, RESTORE, RELATIVE = range(3)
@@ -144,11 +145,9 @@ def scale(frame, part, nparts):
 
 
 SHIFT = OpKernels("shift", (), (), ERRORS, (DType.F32, DType.F32, DType.F32, None), claims=_shift_claims)
-SHIFT.kernels.append(NumbaKernel((), (), Stage("shift_shape", shift_shape), (Stage("shift", shift, parallel=True),)))
+SHIFT.kernels.append(small_kernel("shift", shift_shape, shift))
 CHANNEL_SCALE = OpKernels(
     "channel_scale", (), (), ERRORS, (DType.F32, DType.F32, None),
     claims=lambda types, attributes: types[2] is None or types[2].dtype in MASKS,
 )  # fmt: skip
-CHANNEL_SCALE.kernels.append(
-    NumbaKernel((), (), Stage("channel_scale_shape", scale_shape), (Stage("channel_scale", scale, parallel=True),))
-)
+CHANNEL_SCALE.kernels.append(small_kernel("channel_scale", scale_shape, scale))
