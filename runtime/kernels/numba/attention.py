@@ -28,6 +28,7 @@ from actgraph.runtime.kernels.numba.frame import (
 from actgraph.runtime.kernels.numba.functions import exp, tanh
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, u8s
+from actgraph.runtime.kernels.numba.norms import total
 from actgraph.runtime.kernels.numba.weights import F32
 
 QUERY, KEY, VALUE, MASK, Y = range(5)
@@ -199,15 +200,16 @@ def _block(frame, state, value, scores, count):
     """Scores of ``count`` keys into the state of a query."""
     s, known = f32s(scores), f32s(state)
     old = known[0]
-    largest = old
-    for t in range(count):
+    best, whole = simd.splat_f32(old), count // 16 * 16
+    for t in range(0, whole, 16):
+        best = simd.larger(simd.load_f32(scores + 4 * t), best)
+    largest = simd.largest_f32(best)
+    for t in range(whole, count):
         largest = s[t] if s[t] > largest else largest
     level = largest if largest > _LOWEST else _ZERO  # nothing seen yet: hidden scores become 0, NaN stays
-    added = _ZERO
     for t in range(count):
         s[t] = exp(s[t] - level)
-    for t in range(count):
-        added += s[t]
+    added = total(scores, count)
     factor = exp(old - level)
     known[0], known[1] = largest, known[1] * factor + added
     width = size(frame, VALUE, 3)

@@ -20,7 +20,7 @@ from actgraph.runtime.kernels.numba.target import target
 _I1, _I8, _I16, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
-class Vector(types.Type):
+class Vector(types.Type):  # type: ignore[misc]
     """A numba type whose values are LLVM vectors."""
 
     def __init__(self, name: str, element: Any, count: int) -> None:
@@ -33,7 +33,7 @@ class Vector(types.Type):
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, kind.llvm)
 
@@ -339,6 +339,26 @@ def sum_i32(typing: Any, vector: Any) -> Any:
         return _tree(builder, args[0], builder.add, _I32)
 
     return types.int32(vector), generate
+
+
+@intrinsic
+def larger(typing: Any, a: Any, b: Any) -> Any:
+    """Of each two floats the larger one; b where a is NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return F32(a, b), generate
+
+
+@intrinsic
+def largest_f32(typing: Any, vector: Any) -> Any:
+    """The largest of 16 floats, none of which is NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _tree(builder, args[0], lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y), _F32)
+
+    return types.float32(vector), generate
 
 
 def _tree(builder: Any, value: Any, combine: Any, element: Any) -> Any:
