@@ -42,10 +42,9 @@ class Claims:
 
     def only(self, names: Iterable[str]) -> Claims:
         """Those of the nodes ``names``: what is executed in the end."""
-        kept = set(names)  # type: ignore[call-overload]
-        return Claims(
-            *({name: text for name, text in found.items() if name in kept} for found in (self.claimed, self.unclaimed))
-        )
+        kept = set(names)
+        every = (self.claimed, self.unclaimed, self.left)
+        return Claims(*({name: text for name, text in found.items() if name in kept} for found in every))
 
 
 def find_kernels(graph: Graph) -> tuple[Claims, dict[Node, tuple[OpKernels, NumbaKernel]]]:

@@ -30,7 +30,7 @@ class HeldGraph:
         kernels: run what has kernels with them.
         """
         if kernels:
-            graph = with_kernel_ops(graph)
+            graph = with_kernel_ops(graph, norms=not compile)  # whose own code for them is as fast
         if kernels and compile:
             register_torch_kernels()
         lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), kernels=kernels, compiled=compile)

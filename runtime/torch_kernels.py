@@ -40,13 +40,20 @@ class _Frame:
     shape: tuple[int, ...] = ()
 
 
+class _Frames(threading.local):
+    """The frames of each thread."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[tuple[torch.dtype, int] | None, ...], _Frame | None] = {}
+
+
 class KernelCall:
     """Calls of one op with certain attributes. Thread-safe: each thread has its own frames."""
 
     def __init__(self, kernels: OpKernels, attributes: Mapping[str, Any]) -> None:
         self._kernels, self._definition = kernels, kernels.definition
         self._attributes = self._definition.complete(attributes)
-        self._own = threading.local()
+        self._own = _Frames()
         self._run = library().ag_run
         self._compute: Callable[..., Any] = self._definition.eager or self._definition.reference
 
@@ -54,9 +61,9 @@ class KernelCall:
         """The result, by the kernel, or by the reference where there is none for these types and shapes."""
         key = tuple([None if t is None else (t.dtype, t.dim()) for t in operands])
         try:
-            frame = self._own.__dict__[key]
+            frame = self._own.found[key]
         except KeyError:
-            frame = self._own.__dict__[key] = self._frame(operands)
+            frame = self._own.found[key] = self._frame(operands)
         if frame is None:
             return self._compute(*operands, **self._attributes)
         words, kept, changed = frame.words, operands, False
@@ -64,7 +71,7 @@ class KernelCall:
             if tensor is None:
                 continue
             if not tensor.is_contiguous():
-                kept = (*kept, tensor := tensor.contiguous())  # type: ignore[assignment]  # lives until the call is over
+                kept = (*kept, tensor := tensor.contiguous())  # lives until the call is over
             at = HEAD + TENSOR * place
             words[at] = tensor.data_ptr() or 1
             if tensor.shape != frame.sizes[place]:
@@ -119,10 +126,10 @@ def register_torch_kernels() -> torch.library.Library | None:
     if not available():
         return None
     register_all()
-    made = torch.library.Library(DOMAIN, "IMPL")
+    made = torch.library.Library(DOMAIN, "IMPL")  # type: ignore[no-untyped-call]
     for name in all_kernels():
         if len(get_op(name).outputs) == 1:
-            made.impl(name, functools.partial(_dispatched, name), "CPU")
+            made.impl(name, functools.partial(_dispatched, name), "CPU")  # type: ignore[no-untyped-call]
     return made
 
 
