@@ -342,6 +342,35 @@ def test_one_line_says_that_there_is_no_library() -> None:
         assert done.stderr.count("\n") == 1 and "everything runs without them" in done.stderr
 
 
+_WITHOUT = """
+import sys
+import actgraph as ag
+from actgraph.errors import UnsupportedError
+program = ag.run(ag.load("stories260k"), "quantize{weights=int8}, fuse, kv_cache", parity="none").rewritten
+for engine in ("torch", "onnxruntime"):
+    try:
+        ag.compile(program, engine=engine, require_kernels=True)
+        print("compiled")
+    except UnsupportedError as error:
+        print(error.message)
+    print(ag.generate(ag.compile(program, engine=engine), "Once", 5).tokens)
+"""
+
+
+@pytest.mark.slow
+def test_without_the_library_models_run_and_require_kernels_is_an_error() -> None:
+    """Both engines generate by bodies and references, to the same tokens."""
+    without = subprocess.run(
+        [sys.executable, "-c", _WITHOUT], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "ACTGRAPH_LIBRARY": ""},
+    )  # fmt: skip
+    assert without.returncode == 0, without.stderr
+    lines = without.stdout.splitlines()
+    assert lines[0] == lines[2] == "the kernels' library was not built"
+    assert lines[1] == lines[3] and lines[1].count(",") >= 4
+    assert without.stderr.count("everything runs without them") == 1
+
+
 # --- long runs --------------------------------------------------------------------------------------------------------------
 
 
