@@ -26,6 +26,15 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def _compiled_kernels() -> None:
+    """Kernels are compiled into the usual cache, which is chosen once in a process: not into the folder of a test that has a
+    cache of its own, where every kernel would be compiled again."""
+    from actgraph.runtime.kernels.numba import objects
+
+    objects._folder()
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """``golden(name, text)``: ``text`` equals the file ``tests/golden/<name>.txt`` (or becomes it, with --update-golden)."""

@@ -1,8 +1,9 @@
 """Tiny random models of many architectures, and the two real ones, for every test that needs a graph.
 
-``captured(name)`` is a graph captured from torch (a fresh clone at each call, so tests may edit it), ``model(name)`` the eager
-model, ``inputs(name)`` example inputs, ``stock_onnx(name)`` a file written by stock ``torch.onnx.export`` with all metadata
-stripped. Weights are scaled so that an edit anywhere moves the outputs by more than 1e-2.
+``captured(name)`` is a graph captured from torch (a fresh clone at each call, so tests may edit it), ``exported(name)`` the
+same in ONNX, ``model(name)`` the eager model, ``inputs(name)`` example inputs, ``stock_onnx(name)`` a file written by stock
+``torch.onnx.export`` with all metadata stripped. Weights are scaled so that an edit anywhere moves the outputs by more than
+1e-2.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from torch import nn
 
 from actgraph import formats
 from actgraph.formats.huggingface import Call, example_call
+from actgraph.formats.onnx_export import to_onnx
 from actgraph.formats.trace import eval_mode, trace
 from actgraph.graph.fx import FxGraph
+from actgraph.graph.onnx import OnnxGraph
 
 VOCAB, WIDTH, HIDDEN = 96, 32, 48
 _TEXT: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -360,6 +363,16 @@ def _captured(name: str) -> FxGraph:
 def captured(name: str) -> FxGraph:
     """The graph captured from torch; a clone, so that it may be edited."""
     return _captured(name).clone()
+
+
+@functools.cache
+def _exported(name: str) -> OnnxGraph:
+    return to_onnx(captured(name))
+
+
+def exported(name: str) -> OnnxGraph:
+    """What the captured graph exports to, for tests of anything but exporting; a clone."""
+    return _exported(name).clone()
 
 
 def stock_onnx(name: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 
 import actgraph as ag
 from actgraph.graph import Graph
+from tests import zoo
 
 Array = np.ndarray[Any, Any]
 
@@ -71,16 +72,6 @@ def _flattening() -> Graph:
     return ag.trace(Flattening().eval(), (ids, mask), dynamic={"input_ids": names, "attention_mask": names}, name="flattening")
 
 
-@functools.cache
-def _stories(dialect: str) -> Graph:
-    graph = ag.load("stories260k")
-    if dialect == "fx":
-        return graph
-    from actgraph.formats.onnx_export import to_onnx
-
-    return to_onnx(graph)
-
-
 def mlp() -> Graph:
     return _mlp().clone()
 
@@ -94,7 +85,7 @@ def flattening() -> Graph:
 
 
 def stories(dialect: str = "fx") -> Graph:
-    return _stories(dialect).clone()
+    return zoo.captured("stories260k") if dialect == "fx" else zoo.exported("stories260k")
 
 
 def padded(rows: list[list[int]], *, left: bool = False) -> dict[str, Array]:

@@ -14,6 +14,7 @@ import actgraph as ag
 from actgraph.cli import verify
 from actgraph.cli.verify import FLIPPED_CODES, activation_quantizers, check_exports, check_pipeline
 from actgraph.pipeline import ROUNDING, UNBOUNDED, Pass, PassContext, PassResult, registry
+from tests import zoo
 
 Cli = Callable[..., Any]
 
@@ -120,7 +121,7 @@ def test_flipped_codes_are_allowed_as_a_share_of_what_the_pass_declares(cli: Cli
 
 
 def test_only_quantizers_of_activations_loosen_the_comparison_of_exports(tmp_path: Path) -> None:
-    graph = ag.load("stories260k")
+    graph = zoo.captured("stories260k")
     weights = ag.run(graph, "quantize", parity="none").graph
     both = ag.run(graph, "quantize{activations=dynamic}", parity="none").graph
     assert activation_quantizers(graph) == activation_quantizers(weights) == 0 < activation_quantizers(both)

@@ -30,7 +30,7 @@ def test_equal_graphs_have_no_difference(name: str) -> None:
 
 
 def test_a_file_read_back_has_no_difference(tmp_path: Path) -> None:
-    graph = to_onnx(zoo.captured("gpt2"))
+    graph = zoo.exported("gpt2")
     graph.save(tmp_path / "model.onnx")
     assert not diff(graph, formats.load(tmp_path / "model.onnx"))
 
@@ -127,5 +127,5 @@ def test_across_dialects_a_difference_is_found() -> None:
     with right.edit("tap") as editor:
         editor.add_output(right.site("blocks.0.resid_post").value, "tapped", role=Role.TAP)
     assert [(c.kind, c.name, c.action) for c in diff(left, right) if c.kind != "dialect"] == [("output", "tapped", "added")]
-    other = diff(zoo.captured("llama"), to_onnx(zoo.captured("gpt2")))
+    other = diff(zoo.captured("llama"), zoo.exported("gpt2"))
     assert any(c.kind == "view" for c in other) and any(c.kind == "site" for c in other)

@@ -90,7 +90,7 @@ def test_compare_across_dialects_and_at_values() -> None:
 @pytest.mark.parametrize(("site", "factor"), [("blocks.0.resid_post", 1.01), ("blocks.1.attn.out", -1.0)])
 def test_a_wrong_scale_sign_or_place_is_found(site: str, factor: float) -> None:
     """The comparison has power: changes of one percent at one site fail a check of 1e-4."""
-    left, right = zoo.captured("llama"), to_onnx(zoo.captured("llama"))
+    left, right = zoo.captured("llama"), zoo.exported("llama")
     with right.edit("test") as editor:
         editor.insert_at(right.site(site), "mul", [np.float32(factor)])
     report = compare(left, right, [sample_inputs(left)], rtol=1e-4)

@@ -9,7 +9,6 @@ import pytest
 
 import actgraph as ag
 from actgraph.errors import InputError, VerifyError
-from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph
 from actgraph.graph.graph import Role
 from actgraph.graph.slots import Slot, advance, slots_of, with_initial_slots
@@ -19,7 +18,7 @@ from tests import zoo
 
 
 def cached(dialect: str, options: str = "") -> Graph:
-    graph = zoo.captured("llama") if dialect == "fx" else to_onnx(zoo.captured("llama"))
+    graph = zoo.captured("llama") if dialect == "fx" else zoo.exported("llama")
     return ag.run(graph, f"kv_cache{{graphs=combined {options}}}").graph
 
 

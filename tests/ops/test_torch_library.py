@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import pytest
 import torch
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 
 from actgraph.errors import VerifyError
 from actgraph.ops import DType, all_ops, get_op
@@ -44,6 +45,14 @@ def first_case(op) -> Case:  # type: ignore[no-untyped-def]
     return Case(op, 0, op.samples[0].dtypes[0] if op.samples[0].dtypes else DType.F32)
 
 
+@functools.cache
+def exported(name: str) -> tuple[Call, ExportedProgram]:
+    """A call of the op, and what export makes of it, with a dynamic leading axis where the op allows one."""
+    call = Call(first_case(get_op(name)))
+    shapes = None if call.shares_rows() else {"x": {0: Dim("batch")}}
+    return call, export(call, (call.first,), dynamic_shapes=shapes)
+
+
 def test_most_ops_are_tried_with_a_dynamic_axis() -> None:
     static = {op.name for op in all_ops() if Call(first_case(op)).shares_rows()}
     assert static <= {
@@ -55,9 +64,7 @@ def test_most_ops_are_tried_with_a_dynamic_axis() -> None:
 @pytest.mark.parametrize("op", all_ops(), ids=lambda op: op.name)
 def test_one_node_through_export(op) -> None:  # type: ignore[no-untyped-def]
     """With a dynamic leading axis the op stays one node, and reading the file back keeps it."""
-    call = Call(first_case(op))
-    static = call.shares_rows()
-    program = export(call, (call.first,), dynamic_shapes=None if static else {"x": {0: Dim("batch")}})
+    call, program = exported(op.name)
     program = program.run_decompositions({})
     assert [op_of(n.target) for n in program.graph.nodes if op_of(n.target) is not None] == [op]
     torch.testing.assert_close(program.module()(call.first), call(call.first), rtol=0, atol=0)
@@ -71,14 +78,12 @@ def test_one_node_through_export(op) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("op", all_ops(), ids=lambda op: op.name)
 def test_decomposes_to_aten(op) -> None:  # type: ignore[no-untyped-def]
     """After decomposition only ATen is left (a file that stock torch loads), dynamic, with the same numbers."""
-    call = Call(first_case(op))
-    static = call.shares_rows()
-    program = export(call, (call.first,), dynamic_shapes=None if static else {"x": {0: Dim("batch")}})
+    call, program = exported(op.name)
     program = program.run_decompositions(decomposition_table())
     targets = {n.target for n in program.graph.nodes if n.op == "call_function"}
     assert targets and all(getattr(t, "namespace", "aten") in ("aten", "_operator") for t in targets), targets
     torch.testing.assert_close(program.module()(call.first), call(call.first), rtol=1e-6, atol=1e-6)
-    if not static and op.name != "grouped_linear":  # whose offsets say how many rows there are
+    if not call.shares_rows() and op.name != "grouped_linear":  # whose offsets say how many rows there are
         double = torch.cat([call.first, call.first])
         torch.testing.assert_close(program.module()(double), call(double), rtol=1e-6, atol=1e-6)
 

@@ -47,8 +47,12 @@ def _tiny(dialect: str) -> Graph:
 
 @functools.cache
 def _stories(dialect: str) -> Graph:
-    graph = zoo.captured("stories260k")
-    return graph if dialect == "fx" else _as_onnx(graph)
+    return in_dialect("stories260k", dialect)
+
+
+def in_dialect(name: str, dialect: str) -> Graph:
+    """A model of the zoo as traced from torch, or as ONNX."""
+    return zoo.captured(name) if dialect == "fx" else zoo.exported(name)
 
 
 def as_dialect(graph: Graph, dialect: str) -> Graph:

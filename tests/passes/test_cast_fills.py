@@ -196,7 +196,7 @@ def test_verify_fails_a_file_that_does_not_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_rotary_angles_stay_in_single_precision(dialect: str, dtype: str) -> None:
     """At position 4097 neighbouring angles are one number in half precision."""
-    graph = zoo.captured("llama") if dialect == "fx" else to_onnx(zoo.captured("llama"))
+    graph = zoo.captured("llama") if dialect == "fx" else zoo.exported("llama")
     rewritten = ag.run(graph, f"cast{{dtype={dtype}}}", parity="none").graph
     turned = [node for node in rewritten.nodes() if node.prim is not None and node.prim.op in ("cos", "sin")]
     assert turned and all(node.operands[0] is not None and node.operands[0].dtype is DType.F32 for node in turned)

@@ -14,7 +14,7 @@ from actgraph.errors import PassError, SiteError
 from actgraph.graph import Graph
 from actgraph.graph.fusion import fuse
 from tests import zoo
-from tests.passes.conftest import apply, as_dialect, relative, run, tiny_inputs, token_inputs
+from tests.passes.conftest import apply, in_dialect, relative, run, tiny_inputs, token_inputs
 
 TEAL = "sparsify{method=teal threshold=0.05}"
 CATS = "sparsify{method=cats threshold=0.1}"
@@ -60,7 +60,7 @@ def test_other_architectures(name: str, dialect: str, pipeline: str) -> None:
     """Gemma has norms by 1 + weight and gelu_tanh, GPT-NeoX biases, layer norms, rotary of a part and no gate."""
     if name == "gpt_neox" and pipeline == CATS:
         pytest.skip("it has no gated feed-forward")
-    graph = as_dialect(zoo.captured(name), dialect)
+    graph = in_dialect(name, dialect)
     plain, fused = apply(graph, pipeline), apply(graph, f"{pipeline}, fuse{{dense=true}}")
     found, inputs = ops(fused), zoo.inputs(name)
     assert relative(run(plain, inputs), run(fused, inputs)) < 1e-5
@@ -222,7 +222,7 @@ def test_site_and_ignore_choose(stories: Graph) -> None:
 
 
 def test_a_fused_projection_of_gate_and_up_is_declined(dialect: str) -> None:
-    graph = as_dialect(zoo.captured("phi3"), dialect)
+    graph = in_dialect("phi3", dialect)
     report = ag.run(graph, f"{CATS}, fuse").report[-1]
     assert {d.reason.split(":")[0] for d in report.declined} == {"gate and up are one projection"}
 

@@ -226,7 +226,7 @@ def test_a_pattern_that_is_read_stays_readable() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_sites_and_views_are_what_they_were(name: str, dialect: str) -> None:
     """All but the masks that modules were given; a pattern can still be taken out of an attention."""
-    graph = zoo.captured(name) if dialect == "fx" else to_onnx(zoo.captured(name))
+    graph = zoo.captured(name) if dialect == "fx" else zoo.exported(name)
     cached = apply(graph, "kv_cache{graphs=combined}")
     before, after = ({site.name for site in g.sites()} for g in (graph, cached))
     assert after <= before and all(re.fullmatch(r"(model|transformer)(\..*)?:in\[\d\]", site) for site in before - after)

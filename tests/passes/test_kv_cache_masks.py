@@ -15,7 +15,7 @@ from actgraph.graph.graph import Array
 from actgraph.passes.cache import masks
 from actgraph.passes.cache.recurrence import unrolled_steps
 from tests import zoo
-from tests.passes.conftest import as_dialect
+from tests.passes.conftest import as_dialect, in_dialect
 from tests.passes.test_kv_cache import error
 
 LENGTH, PADDED = 11, 4
@@ -200,7 +200,7 @@ def test_a_window_wider_than_the_usual_look_is_no_causal_mask(dialect: str) -> N
 
 @pytest.mark.parametrize("source", ["fx", "onnx", "stock"])
 def test_an_unrolled_recurrence_is_named(source: str) -> None:
-    graph = ag.load(zoo.stock_onnx("mamba")) if source == "stock" else as_dialect(zoo.captured("mamba"), source)
+    graph = ag.load(zoo.stock_onnx("mamba")) if source == "stock" else in_dialect("mamba", source)
     with pytest.raises(PassError, match=r"no attention.*of a state-space model is unrolled in the graph \(8 steps\)"):
         ag.run(graph, "kv_cache")
 

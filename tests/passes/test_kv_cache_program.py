@@ -24,7 +24,7 @@ VECTOR = "[" + ", ".join(["0.2"] * 32) + "]"
 
 
 def variant(name: str, dialect: str) -> Graph:
-    return zoo.captured(name) if dialect == "fx" else to_onnx(zoo.captured(name))
+    return zoo.captured(name) if dialect == "fx" else zoo.exported(name)
 
 
 def inputs_of(graph: Graph, padding: str = "none") -> dict[str, Array]:

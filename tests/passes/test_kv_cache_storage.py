@@ -24,7 +24,7 @@ from actgraph.ops.dtypes import DType
 from actgraph.passes.cache import proof
 from actgraph.passes.cache.precision import in_float32
 from tests import zoo
-from tests.passes.conftest import apply, as_dialect
+from tests.passes.conftest import apply, as_dialect, in_dialect
 from tests.passes.test_kv_cache import LENGTH, Attends, error, left_padded, stepwise, tokens, whole
 
 FORMS = ("growing", "static", "ring")
@@ -54,7 +54,7 @@ class Rounding(DynamicCache):
 )
 def test_the_error_told_is_that_of_an_independent_reference(name: str, storage: str, dialect: str) -> None:
     """The same tokens, through transformers with a cache that rounds."""
-    graph = as_dialect(zoo.captured(name), dialect)
+    graph = in_dialect(name, dialect)
     result = ag.run(graph, f"kv_cache{{graphs=combined storage={storage}}}")
     told = proof.measure(graph, result.graph)
     relative, divergences, same = 0.0, [], []
@@ -88,7 +88,7 @@ def test_forms_and_chunks_agree(source: str, storage: str) -> None:
         graph: Graph = ag.load(zoo.stock_onnx("gemma3"))
         graph.companions = zoo.captured("gemma3").companions
     else:
-        graph = as_dialect(zoo.captured("gemma3"), source)
+        graph = in_dialect("gemma3", source)
     ids, mask = tokens(graph), left_padded()
     exact = whole(graph, ids, mask)
     valid = mask.astype(bool)
@@ -212,7 +212,7 @@ def test_after_other_passes(before: str, stories: Graph) -> None:
 )
 def test_graphs_in_half_precision(source: str, kind: str, storage: str) -> None:
     """The cache is shown to be right in float32, and what rounding in another order costs is told."""
-    graph = apply(as_dialect(zoo.captured("llama"), source), f"cast{{dtype={kind}}}")
+    graph = apply(in_dialect("llama", source), f"cast{{dtype={kind}}}")
     result = ag.run(graph, f"kv_cache{{graphs=combined storage={storage}}}")
     rows, cached = result.report[0], result.graph
     assert any(m.startswith(("computed in ", "stored in ")) for m in rows.messages)

@@ -11,7 +11,7 @@ from actgraph.graph import Graph
 from actgraph.graph.graph import Array
 from actgraph.passes.steer.where import Where
 from tests import zoo
-from tests.passes.conftest import as_dialect
+from tests.passes.conftest import in_dialect
 
 VECTOR = np.random.default_rng(11).normal(0, 0.5, zoo.WIDTH).astype(np.float32)
 LENGTH = 9
@@ -65,7 +65,7 @@ def padded() -> tuple[dict[str, Array], list[int]]:
 @pytest.mark.parametrize("clause", ["prompt", "generated", "3:", ":4", "2:5", "prompt & 1:"])
 def test_exactly_the_named_tokens_move(dialect: str, clause: str) -> None:
     """Seen at the site itself: the shift at tokens of the clause, and the others bit for bit as they were."""
-    graph = as_dialect(zoo.captured("llama"), dialect)
+    graph = in_dialect("llama", dialect)
     tap = "tap{site=blocks.1.resid_post}"
     inputs, counts = padded()
     before = ag.run(graph, tap).graph.run(inputs)["blocks.1.resid_post"]

@@ -11,7 +11,7 @@ from tests.pipeline import toys
 
 
 @pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folders(_compiled_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACTGRAPH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ACTGRAPH_REPRODUCERS", str(tmp_path / "reproducers"))
 

@@ -15,6 +15,7 @@ from actgraph.errors import InputError
 from actgraph.graph import Graph
 from actgraph.pipeline import Pass, Pipeline
 from actgraph.pipeline.bisect import Verdict, bisect, parity, perplexity_below, runs
+from tests import zoo
 from tests.pipeline import toys
 from tests.pipeline.toys import Crash, Measure, Scale, Tidy
 
@@ -135,7 +136,7 @@ def test_a_graph_that_cannot_be_saved_does_not_hide_the_report(tmp_path: Path, m
 
 
 def test_a_perplexity_bound_on_the_real_model() -> None:
-    graph = ag.load("stories260k")
+    graph = zoo.captured("stories260k")
     texts = ["Once upon a time there was a little girl named Lily. She loved to play outside in the park."]
     pipeline = "quantize, toy_scale{factor=0.2 site=blocks.2.mlp.out}, dce"
     good = perplexity_below(1e9, texts)(graph)

@@ -47,7 +47,7 @@ MODELS = sorted(EXPECTED)
 @functools.cache
 def _source(name: str, exporter: str) -> Graph:
     if exporter == "ours":
-        return to_onnx(zoo.captured(name))
+        return zoo.exported(name)
     graph = ag.load(zoo.stock_onnx(name))
     graph.companions = zoo.captured(name).companions
     return graph

@@ -13,7 +13,6 @@ import pytest
 
 import actgraph as ag
 from actgraph.errors import UnsupportedError
-from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph
 from actgraph.graph.context import graph_context
 from actgraph.ops.dtypes import DType
@@ -28,7 +27,7 @@ FORMS = ("growing graphs=combined", "static graphs=combined", "growing", "static
 
 @functools.cache
 def cached(dialect: str, form: str, before: str = "", name: str = "gpt2") -> Graph | ag.Program:
-    graph = zoo.captured(name) if dialect == "fx" else to_onnx(zoo.captured(name))
+    graph = zoo.captured(name) if dialect == "fx" else zoo.exported(name)
     result = ag.run(graph, f"{before}{', ' if before else ''}kv_cache{{form={form}}}")
     return result.program if "combined" not in form else result.graph
 

@@ -64,9 +64,9 @@ WHERE = ("prompt", "generated", "4:", ":4", "2:8", "generated & 5:9")
 CLAUSES = (*WHERE, *BY_HAND)
 
 
-#: GPT-2 in both dialects for every clause; Llama, which differs in its positions only, in one of them in turn.
-PAIRS = [(*pair, clause) for n, clause in enumerate(CLAUSES)
-         for pair in (("gpt2", "fx"), ("gpt2", "onnx"), ("llama", ("fx", "onnx")[n % 2]))]  # fmt: skip
+#: Every clause in both dialects and in both models: GPT-2 in one dialect, Llama in the other, in turn.
+PAIRS = [(name, ("fx", "onnx")[(n + other) % 2], clause) for n, clause in enumerate(CLAUSES)
+         for other, name in enumerate(("gpt2", "llama"))]  # fmt: skip
 
 
 def applies(clause: str, positions: Array, prompt: int, row: int) -> Array:
@@ -90,15 +90,13 @@ def steer(clause: str) -> Steer:
     return Steer(site="blocks.0.resid_post", vector=tuple(VECTOR.tolist()), where=clause)
 
 
-@functools.cache
 def _captured(name: str, dialect: str) -> Graph:
-    graph = zoo.captured(name)
-    return graph if dialect == "fx" else to_onnx(graph)
+    return zoo.captured(name) if dialect == "fx" else zoo.exported(name)
 
 
 @functools.cache
 def _steered(name: str, dialect: str, clause: str) -> Graph:
-    graph = _captured(name, dialect).clone()
+    graph = _captured(name, dialect)
     if clause not in BY_HAND:
         return run(graph, steer(clause)).graph
     with graph.edit("test") as editor:
@@ -176,7 +174,7 @@ def test_a_prompt_in_chunks_is_one_prompt() -> None:
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
 def test_a_step_is_not_a_place(dialect: str) -> None:
     """The step is one number for all tokens of a call: computed again at a later step, a token would be another one."""
-    graph = _captured("gpt2", dialect).clone()
+    graph = _captured("gpt2", dialect)
     with graph.edit("test") as editor:
         strength = editor.insert("cast", [graph_context(graph, editor, "step")], {"to": DType.F32}).output
         editor.insert_at(graph.site("blocks.0.resid_post"), "actgraph.shift", [VECTOR, strength])
