@@ -11,10 +11,14 @@ values), 90 where 4 key heads are shared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numba import njit
 
 from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba import dot, simd
 from actgraph.runtime.kernels.numba.frame import (
     address,
@@ -293,13 +297,19 @@ def finish(frame, part, nparts):
     return 0
 
 
+def _claims(types: Sequence[TensorType | None], attributes: dict[str, Any]) -> bool:
+    """Masks of the types that are read here."""
+    mask = types[MASK]
+    return mask is None or mask.dtype in (DType.F32, DType.BOOL)
+
+
 ATTENTION = OpKernels(
     op="attention",
     key_operands=(),
     key_attributes=(),
     errors=("query, key and value must have rank 4", "query, key and value do not fit each other", "the mask does not fit"),
     operands=(DType.F32, DType.F32, DType.F32, None),
-    claims=lambda types, attributes: types[MASK] is None or types[MASK].dtype in (DType.F32, DType.BOOL),
+    claims=_claims,
     kernels=[
         NumbaKernel(
             types=(),

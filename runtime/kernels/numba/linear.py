@@ -6,12 +6,14 @@ hold NaN or infinity, and codes whose groups or zero points fit no instruction, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numba import njit
 
 from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba import dot, gates, simd
 from actgraph.runtime.kernels.numba.codes import (
     BYTE_CHUNK,
@@ -455,12 +457,21 @@ def code_products(kind: int, packed: int) -> Any:
     return products
 
 
+def _claims(types: Sequence[TensorType | None], attributes: dict[str, Any]) -> bool:
+    """Zero points and masks of the types that are read here."""
+    zero, kept = types[ZERO], types[KEPT]
+    return (zero is None or zero.dtype in (DType.I8, DType.U8, DType.I32)) and (
+        kept is None or kept.dtype in (DType.F32, DType.BOOL)
+    )
+
+
 LINEAR = OpKernels(
     op="linear",
     key_operands=(WEIGHT,),
     key_attributes=("layout", "packed"),
     errors=ERRORS,
     operands=(DType.F32, None, DType.F32, None, DType.F32, DType.F32, None, None),
+    claims=_claims,
 )
 
 _SHAPE, _SCRATCH = Stage("linear_shape", shape), Stage("linear_out_in_scratch", out_in_scratch)

@@ -5,12 +5,14 @@ A part has some of the tokens: indices over all axes but the one of the scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numba import njit
 
 from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.frame import (
     address,
     element_type,
@@ -193,8 +195,9 @@ _ZEROS = (None, DType.I8, DType.U8, DType.I32)
 _ERRORS = ("scale or zero_point does not fit", "packed codes need an axis")
 
 
-def _zero_of(types: Any) -> Any:
-    return None if types[ZERO] is None else types[ZERO].dtype
+def _type_of(types: Sequence[TensorType | None], operand: int) -> DType | None:
+    kind = types[operand]
+    return None if kind is None else kind.dtype
 
 
 QUANTIZE = OpKernels(
@@ -204,7 +207,7 @@ QUANTIZE = OpKernels(
     errors=_ERRORS,
     operands=(DType.F32, DType.F32, None),
     result=DType.I8,
-    claims=lambda types, attributes: _zero_of(types) in _ZEROS,
+    claims=lambda types, attributes: _type_of(types, ZERO) in _ZEROS,
     kernels=[small_kernel("quantize", shape, _through(_quantize), ("i8",))],
 )
 DEQUANTIZE = OpKernels(
@@ -213,7 +216,7 @@ DEQUANTIZE = OpKernels(
     key_attributes=("dtype",),
     errors=_ERRORS,
     operands=(None, DType.F32, None),
-    claims=lambda types, attributes: types[X].dtype in (DType.I8, DType.U8) and _zero_of(types) in _ZEROS,
+    claims=lambda types, attributes: _type_of(types, X) in (DType.I8, DType.U8) and _type_of(types, ZERO) in _ZEROS,
     kernels=[small_kernel("dequantize", unpacked_shape, _through(_dequantize), ("f32",))],
 )
 TOKEN_SCALE = OpKernels(
