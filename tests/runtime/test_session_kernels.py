@@ -134,7 +134,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def test_a_node_without_a_kernel_is_an_error_where_kernels_are_required() -> None:
     half = ag.run(ag.load("stories260k", dtype="float16"), f"{GATED}, kv_cache", corpus=TEXTS, parity="none", reproducer=False)
-    with pytest.raises(UnsupportedError, match="has no kernel: .* has no kernel for f16"):
+    with pytest.raises(UnsupportedError, match=r"has no kernel: .* has no kernel for f16"):
         ag.compile(half.program, "torch", require_kernels=True)
     made = ag.compile(half.program, "torch")
     assert made.claims is not None and made.claims["decode"].unclaimed
