@@ -237,11 +237,10 @@ def _in_half(name: str, kind: torch.dtype) -> Graph:
 
 
 @pytest.mark.parametrize(
-    ("source", "kind"),
-    [("fx", torch.float16), ("fx", torch.bfloat16), ("onnx", torch.float16)],
-    ids=["fx-f16", "fx-bf16", "onnx-f16"],
+    ("name", "source", "kind"),
+    [("gpt2", "fx", torch.float16), ("qwen3", "fx", torch.bfloat16), ("qwen3", "onnx", torch.float16)],
+    ids=["gpt2-fx-f16", "qwen3-fx-bf16", "qwen3-onnx-f16"],
 )
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_models_in_half_precision(name: str, source: str, kind: torch.dtype) -> None:
     """They cast to half behind norms and give logits in half: that is rounding, not something that looks at other tokens."""
     graph = as_dialect(_in_half(name, kind).clone(), source)
