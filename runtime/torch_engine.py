@@ -15,6 +15,7 @@ from actgraph.graph.fx import FxGraph
 from actgraph.graph.fx_build import copy_graph
 from actgraph.graph.fx_types import array_of, tensor_of
 from actgraph.graph.graph import Graph, Value
+from actgraph.ops.torch_library import op_of, reference_call
 from actgraph.runtime.inputs import InputChecker
 
 Array = np.ndarray[Any, Any]
@@ -43,6 +44,10 @@ class _TorchRunner:
             twice = next(name for name in self.names if self.names.count(name) > 1)
             raise InputError(f"two results would be called {twice!r}", "read the output instead of the value of that name")
         native = copy_graph(graph.graph)
+        for node in native.nodes:
+            op = op_of(node.target)
+            if op is not None:  # not through the dispatcher, where another model may have put kernels
+                node.target = reference_call(op)
         if values:
             by_name = {node.name: node for node in native.nodes}
             output = native.output_node()

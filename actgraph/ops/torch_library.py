@@ -125,9 +125,8 @@ def _dim(size: int | torch.SymInt) -> Dim:
     return size if isinstance(size, int) else canonical_dim(str(size))
 
 
-def _define(library: torch.library.Library, op: OpDef) -> None:
-    torch.library.define(f"{DOMAIN}::{op.name}", torch_schema(op), lib=library, tags=(torch.Tag.pt2_compliant_tag,))
-
+def reference_call(op: OpDef) -> Callable[..., Any]:
+    """What a call of ``op`` does on any device: its eager code or reference, whatever kernels the dispatcher knows."""
     compute = op.eager or op.reference
 
     @functools.wraps(op.reference)
@@ -135,11 +134,17 @@ def _define(library: torch.library.Library, op: OpDef) -> None:
         check_once(op, operands, attributes)
         return fresh(compute(*operands, **attributes), operands)
 
+    return implementation
+
+
+def _define(library: torch.library.Library, op: OpDef) -> None:
+    torch.library.define(f"{DOMAIN}::{op.name}", torch_schema(op), lib=library, tags=(torch.Tag.pt2_compliant_tag,))
+
     def fake(*operands: Any, **attributes: Any) -> Any:
         _check(op, operands, attributes)
         return fresh(op.reference(*operands, **attributes), operands)
 
-    library.impl(op.name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    library.impl(op.name, reference_call(op), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{DOMAIN}::{op.name}", fake, lib=library)
     if op.differentiable:
         backward, setup = _autograd(op)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from actgraph.errors import InputError, UnsupportedError
@@ -135,10 +136,10 @@ def _compile(levels: Sequence[Level], folder: Path, ops: Sequence[str], only: Se
 
 def _environment(level: Level) -> dict[str, str]:
     """Numba's own settings change what it generates, so those of this process do not count."""
-    import actgraph
-
+    package = find_spec(__name__.partition(".")[0])
+    assert package is not None and package.origin is not None
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    paths = [str(Path(actgraph.__file__).parent.parent), *filter(None, [kept.get("PYTHONPATH")])]
+    paths = [str(Path(package.origin).parent.parent), *filter(None, [kept.get("PYTHONPATH")])]
     return {**kept, **level.environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 

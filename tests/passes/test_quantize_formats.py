@@ -90,7 +90,7 @@ def test_exported(stories: Graph, options: str, tmp_path: Path) -> None:
         assert relative(run(graph), run(loaded)) < 1e-5
     linears = [node for node in fused.nodes() if node.op == "actgraph.linear"]
     assert len(linears) == 36
-    assert {node.attributes.get("packed", "") for node in linears} == {"u4" if "int4" in options else ""}
+    assert {node.attributes.get("packed", "") for node in linears} == {"i4" if "int4" in options else ""}
 
 
 def test_perplexity_of_each_format() -> None:

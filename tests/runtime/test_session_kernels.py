@@ -30,7 +30,7 @@ GATED = "sparsify{method=teal sparsity=0.5}, quantize{weights=int8}"
 @functools.cache
 def program(passes: str, cache: str = "kv_cache{last_logits=true}") -> ag.Program:
     text = ", ".join(part for part in (passes, cache) if part)
-    return ag.run(ag.load("stories260k"), text, corpus=TEXTS, parity="none", reproducer=False).program
+    return ag.run(zoo.captured("stories260k"), text, corpus=TEXTS, parity="none", reproducer=False).program
 
 
 TEXTS = ["Once upon a time there was a little girl who liked to play.", "The sun was warm and the birds sang in the tree."]
