@@ -5,7 +5,8 @@ A kernel is a few functions over a frame, an array of 64-bit words that holds ev
     1  how many parts the parallel stages have
     2  spare
     3  spare
-    4 + 12 i       tensor i (inputs, then outputs): address (0: absent), ONNX element type, rank, 8 sizes
+    4 + 12 i       tensor i (inputs, then outputs): address (0: absent), ONNX element type, rank, 8 sizes, room (0, or
+                   how many rows of the last axis lie between neighbours on the third axis from the end)
     4 + 12 T + j   attribute j: an integer, the bits of a double, or the index of a string among its choices
 Every function is called as f(frame, part, nparts) and returns 0, or the number of an error text of its op. `shape` looks at
 types, ranks, sizes, attributes and at which inputs are present, never at what is in a tensor. */

@@ -153,5 +153,14 @@ AG_SHARED int64_t ag_run(const ag_variant *variant, int64_t *frame, int64_t npar
   return 0;
 }
 
+/* Runs `count` frames one after the other, each with its variant. Returns the first error and puts its place at `failed`. */
+AG_SHARED int64_t ag_replay(const ag_variant *const *variants, int64_t *const *frames, int64_t count, int64_t nparts, int64_t *failed) {
+  for (int64_t i = 0; i < count; i++) {
+    int64_t error = ag_run(variants[i], frames[i], nparts);
+    if (error) return *failed = i, error;
+  }
+  return 0;
+}
+
 AG_SHARED int64_t ag_variant_size(void) { return (int64_t)sizeof(ag_variant); }
 AG_SHARED int64_t ag_op_size(void) { return (int64_t)sizeof(ag_op); }

@@ -26,6 +26,7 @@ from actgraph.runtime.kernels.numba.frame import (
     number,
     parts,
     rank,
+    room,
     scratch,
     set_shape_like,
     set_size,
@@ -254,8 +255,8 @@ def attend(frame, part, nparts):
                     state[i] = _ZERO
         for start in range(begin, end, KEYS):
             count = min(KEYS, end - start)
-            key = address(frame, KEY) + 4 * (pair * keys + start) * width
-            value = address(frame, VALUE) + 4 * (pair * keys + start) * values
+            key = address(frame, KEY) + 4 * (pair * room(frame, KEY) + start) * width
+            value = address(frame, VALUE) + 4 * (pair * room(frame, VALUE) + start) * values
             for head in range(group * each, group * each + each):
                 for query in range(queries):
                     row = (batch * heads + head) * queries + query

@@ -2,7 +2,7 @@
 
     0             address of scratch memory
     1             how many parts the parallel stages have
-    4 + 12 i      tensor i, inputs before outputs: address (0: absent), ONNX element type, rank, 8 sizes
+    4 + 12 i      tensor i, inputs before outputs: address (0: absent), ONNX element type, rank, 8 sizes, room (see ``room``)
     4 + 12 T + j  attribute j, in the order of the op: an integer, the bits of a double, or a string's place among its choices
 
 The functions of a kernel take ``(frame, part, nparts)``, all ``intp``, and return 0 or the number of an error of their op.
@@ -52,6 +52,14 @@ def size(frame, tensor, axis):
     words = i64s(frame)
     base = HEAD + TENSOR * tensor
     return words[base + 3 + axis] if axis >= 0 else words[base + 3 + words[base + 2] + axis]
+
+
+@njit(**OPTIONS)
+def room(frame, tensor):
+    """How many rows (of the last axis) lie between neighbours on the third axis from the end: those that the tensor has, or
+    more where it is the front of a larger buffer. Kernels that read such fronts use this; all others get whole tensors."""
+    more = i64s(frame)[HEAD + TENSOR * tensor + 11]
+    return more if more > 0 else size(frame, tensor, -2)
 
 
 @njit(**OPTIONS)
