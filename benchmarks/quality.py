@@ -21,7 +21,8 @@ from common import round_to
 #: The passes of each format and gating, without a cache.
 _TEAL = "sparsify{{method=teal sparsity={0}}}"
 _WEIGHTS = {
-    "f32": "", "bf16": "cast{dtype=bf16}", "int8": "quantize{weights=int8}", "int4": "quantize{weights=int4 group_size=32}"
+    "f32": "", "bf16": "quantize{weights=bf16}", "int8": "quantize{weights=int8}",
+    "int4": "quantize{weights=int4 group_size=32}",
 }  # fmt: skip
 KINDS = {
     f"{name}{f'-gated{gated}' if gated else ''}": [_TEAL.format(gated / 100)] * bool(gated) + [weights] * bool(weights)

@@ -1,4 +1,5 @@
-"""Weight-only formats: symmetric, per output channel or per group of inputs, stored behind ``actgraph.dequantize``."""
+"""Weight-only formats: codes, symmetric, per output channel or per group of inputs, stored behind ``actgraph.dequantize``; and
+bfloat16, stored behind a cast."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actgraph.errors import InputError
 from actgraph.graph import Editor, Graph, Node, Use, Value
 from actgraph.graph.graph import Array
 from actgraph.graph.prims import Prim
@@ -19,7 +21,7 @@ class Format:
     """How weights are stored. group: inputs that share a scale, 0: one scale per output channel.
 
     int8: codes -127..127, scale = absmax / 127. int4: codes 1..15 around 8, scale = absmax / 7, two a byte along the last
-    axis. fp8: e4m3, scale = absmax / 448.
+    axis. fp8: e4m3, scale = absmax / 448. bf16: the numbers themselves, rounded to nearest even, without a scale.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Format:
     def refuses(self, stored: Stored) -> str:
         """Why a weight cannot be stored so; empty when it can."""
         shape = stored.weight.shape or ()
+        if self == BF16 and stored.weight.dtype is not None and stored.weight.dtype.bits <= DType.BF16.bits:
+            return f"its weight is {stored.weight.dtype}, no wider than bf16"
         if (self.group or self.packed) and len(shape) != 2:
             return f"{self.name} is for linears: its weight has {len(shape)} axes"
         if self.packed and any(not isinstance(size, int) or size % 2 for size in shape):
@@ -41,11 +45,12 @@ class Format:
 
 
 INT8 = Format("int8", DType.I8)
+BF16 = Format("bf16", DType.BF16)
 
 
 def formats(name: str, group: int | None) -> Format:
     """The format of the options ``weights`` and ``group_size``."""
-    dtype = {"int8": DType.I8, "int4": DType.U4, "fp8": DType.F8E4M3}[name]
+    dtype = {"int8": DType.I8, "int4": DType.U4, "fp8": DType.F8E4M3, "bf16": DType.BF16}[name]
     return Format(name, dtype, (32 if name == "int4" else 0) if group is None else group)
 
 
@@ -93,6 +98,15 @@ def symmetric_int8(weight: Array, axis: int) -> tuple[Array, Array]:
     for rows in blocks:
         q[rows] = quantize_array(weight[rows], scale[rows] if axis == 0 else scale, axis=axis)
     return q, scale
+
+
+def bfloat16(weight: Array) -> Array:
+    """``weight`` rounded to bfloat16, to nearest even. Raises InputError for NaN, infinity and what rounds to infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = weight.astype(DType.BF16.numpy)
+    if not all(np.isfinite(rounded[rows]).all() for rows in _row_blocks(rounded)):
+        raise InputError("the weight to round is not finite in bfloat16", "look for NaN or infinity in the weights")
+    return rounded
 
 
 def _row_blocks(weight: Array, multiple: int = 1) -> list[slice]:
@@ -181,16 +195,18 @@ def embeddings(graph: Graph) -> list[tuple[Prim, Value]]:
 
 def pack(
     editor: Editor, weight: Value, axis: int, readers: list[Stored], form: Format = INT8, *, as_stored: bool
-) -> tuple[Value, Value]:
-    """Quantize the parameter ``weight`` along ``axis`` for ``readers``; returns the codes and their scales.
+) -> tuple[Value, Value | None]:
+    """Quantize the parameter ``weight`` along ``axis`` for ``readers``; returns the codes and their scales (bf16: none).
 
     Where every reader reads it transposed in the same way, the codes are stored so (unless ``as_stored``); else transposes
     move in front of the dequantization, because engines fuse a product with the dequantization that feeds it (behind it where
     two codes share a byte). The float form stays for whoever else reads it, and a message says so.
     """
-    q, scale, zero = quantized(editor.graph.read(weight), axis, form)
     perms = {reader.perm for reader in readers}
     stored = next(iter(perms)) if len(perms) == 1 and not as_stored else None
+    if form == BF16:
+        return _round(editor, weight, readers, stored), None
+    q, scale, zero = quantized(editor.graph.read(weight), axis, form)
     if stored is not None:
         q, axis = np.ascontiguousarray(q.transpose(stored)), stored.index(axis)
         if form.group:
@@ -212,6 +228,27 @@ def pack(
             made[operand] = _dequantized(editor, [packed, scales, zeros], axis, turn, attributes, node)
         editor.redirect(operand, made[operand], [reader.use])
     return packed, scales
+
+
+def _round(editor: Editor, weight: Value, readers: list[Stored], stored: tuple[int, ...] | None) -> Value:
+    """Store ``weight`` in bfloat16, turned by ``stored``, and cast it in front of each reader: engines without bfloat16
+    arithmetic (onnxruntime's CPU) have casts."""
+    numbers = bfloat16(editor.graph.read(weight))
+    if stored is not None:
+        numbers = np.ascontiguousarray(numbers.transpose(stored))
+    packed = editor.add_parameter(f"{weight.name}_{BF16.name}", numbers)
+    made: dict[Value, Value] = {}  # the float operand -> its rounded form
+    for reader in readers:
+        node, index = reader.use
+        operand = node.operands[index] if node is not None else None
+        assert node is not None and operand is not None
+        if operand not in made:
+            value = packed
+            if stored is None and reader.perm is not None:
+                value = editor.insert("transpose", [value], {"perm": reader.perm}, before=node, like=node).output
+            made[operand] = editor.insert("cast", [value], {"to": weight.dtype}, before=node, like=node).output
+        editor.redirect(operand, made[operand], [reader.use])
+    return packed
 
 
 def _dequantized(

@@ -21,6 +21,8 @@ FORMATS = {
     "": 1e-5,
     "quantize{weights=int8}": ROUNDED,
     "quantize{weights=int4}": ROUNDED,
+    "quantize{weights=bf16 embeddings=true}": 1e-5,
+    "sparsify{method=teal sparsity=0.5}, quantize{weights=bf16}": 1e-5,
     "sparsify{method=teal sparsity=0.5}, quantize{weights=int8}": ROUNDED,
     "sparsify{method=cats sparsity=0.5}, quantize{weights=int4}": ROUNDED,
 }
@@ -67,6 +69,23 @@ def test_kernels_change_nothing(passes: str, engine: str) -> None:
         if passes and batch == 1:
             other = converse(ag.compile(program(""), engine, kernels=False))
             assert np.median(errors(other, converse(plain))) > 10 * FORMATS[passes]
+
+
+def test_bfloat16_weights_are_kept_in_no_other_form() -> None:
+    """The kernels of both graphs read the 16 bits: nothing casts them, and no matrix in float32 is held."""
+    model = program("quantize{weights=bf16 embeddings=true}")
+    for engine in ("torch", "onnxruntime"):
+        made = ag.compile(model, engine, require_kernels=True)
+        assert made.claims is not None and made._held is not None
+        for claims in made.claims.values():
+            assert len([kernel for kernel in claims.claimed.values() if "bf16" in kernel]) == 36
+        for held in made._held.values():
+            if engine == "torch":
+                assert not [weight for weight in held.weights if weight.dim() > 1 and weight.dtype.itemsize != 2]
+            else:
+                matrices = [p for p in held.graph.parameters() if len(p.shape or ()) > 1]
+                assert {p.dtype for p in matrices} == {"bf16"}
+                assert not [use for p in matrices for use in p.uses if use.node is not None and use.node.op == "onnx.Cast"]
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])

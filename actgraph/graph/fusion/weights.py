@@ -22,7 +22,8 @@ class Matrix:
     """A stored weight.
 
     source: numbers or codes; out_axis: its axis of output channels. scale, zero: of codes; scale_axis: the axis of output
-    channels of scales by group. block, packed: as in ``actgraph.dequantize``.
+    channels of scales by group. block, packed: as in ``actgraph.dequantize``. narrow: numbers that the product reads in a
+    wider type.
     """
 
     source: Value
@@ -32,10 +33,12 @@ class Matrix:
     scale_axis: int = 0
     block: int = 0
     packed: str = ""
+    narrow: bool = False
 
     @property
     def quantized(self) -> bool:
-        return self.scale is not None or self.source.dtype not in COMPUTE_FLOATS
+        """Whether it is stored in fewer bits than the product reads."""
+        return self.narrow or self.scale is not None or self.source.dtype not in COMPUTE_FLOATS
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,10 @@ def matrix_of(linear: Linear) -> Matrix | str:
         return f"its weight {value.name} is computed"
     if value.dtype not in COMPUTE_FLOATS:
         return f"its weight is {value.dtype} without a scale"
-    return Matrix(value, axis)
+    node, index = linear.matrix
+    operand = node.operands[index] if node is not None else None
+    kinds = (value.dtype, operand.dtype if operand is not None else None)
+    return Matrix(value, axis, narrow=kinds[0] is not None and kinds[1] is not None and kinds[0].bits < kinds[1].bits)
 
 
 def _narrows(node: Node) -> bool:
