@@ -8,9 +8,10 @@ weights, no launch overhead of Python), and replays it. In a round every runner 
 over the rounds, ratios are medians of the ratios within a round. ``bandwidth`` is the fastest plain read or copy of 1 GiB in
 the same run; ``gb_s`` counts the bytes of weights and scales that a call has to touch: rows of dropped channels do not count.
 
-Peers: ``F.linear`` (cuBLAS) in float32, float16 and bfloat16, for codes also on the weight dequantized beforehand; torch's own
-weight-only products (``_weight_int8pack_mm``, ``_weight_int4pack_mm``) where this torch has them for the device. The peers skip
-nothing: a sparse case is compared with their dense product. Each figure is one JSON line.
+The kernels are put in place as ``ag.compile(..., device="cuda")`` does it. Peers: ``F.linear`` (cuBLAS) in float32, float16 and
+bfloat16, for codes also on the weight dequantized beforehand; torch's own weight-only products (``_weight_int8pack_mm``,
+``_weight_int4pack_mm``) where this torch has them for the device. The peers skip nothing: a sparse case is compared with their
+dense product. Each figure is one JSON line.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from actgraph.errors import UnsupportedError
 from actgraph.ops.torch_library import torch_op
-from actgraph.runtime.kernels.triton import register
+from actgraph.runtime.torch_device import find_device, install_kernels
 
 FORMS = ("f32", "f16", "bf16", "i8", "u4")
 TOKENS = (1, 4, 8, 16, 64)
@@ -290,18 +292,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file, too")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("there is no CUDA device here: nothing was measured", file=sys.stderr)
+    try:
+        device = find_device("cuda")
+    except UnsupportedError as error:
+        print(f"{error.message}: nothing was measured", file=sys.stderr)
         return 2
-    if not register.install():
-        print(
-            f"the kernels need Triton and compute capability {register.MIN_CAPABILITY}: nothing was measured", file=sys.stderr
-        )
+    assert device is not None
+    if not install_kernels(device):  # says why
+        print("nothing was measured", file=sys.stderr)
         return 2
     import triton
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(device)
     stream = bandwidth()
     about = {
         "device": properties.name, "torch": torch.__version__, "triton": triton.__version__, "rounds": options.rounds,
@@ -310,7 +313,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps({"benchmark": "gpu", **about}), flush=True)
     figures = []
     with torch.no_grad():
-        device = torch.device("cuda", 0)
         size = (options.size[0], options.size[1])
         for case in cases(options.only, options.forms, options.tokens, size, device, properties.L2_cache_size):
             for line in measure(case, options.rounds, stream):

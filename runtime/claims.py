@@ -17,7 +17,7 @@ _SMALL = frozenset({"length", "positions", "ring_positions", "position_mask", "v
 _FEW_TOKENS = 4
 
 
-def _left(op: str, types: Sequence[TensorType | None]) -> str:
+def left(op: str, types: Sequence[TensorType | None]) -> str:
     """Why the engine is to run a node itself, empty where it is not."""
     if op in _SMALL:
         return f"{op} reads no more than sizes and positions"
@@ -56,7 +56,7 @@ def find_kernels(graph: Graph) -> tuple[Claims, dict[Node, tuple[OpKernels, Numb
             continue
         types = [None if operand is None else operand.type for operand in node.operands]
         chosen = kernel_for(op, types, dict(get_op(op).complete(node.attributes)))
-        reason = _left(op, types)
+        reason = left(op, types)
         if reason:
             claims.left[node.name] = reason
         elif chosen is None:

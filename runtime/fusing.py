@@ -14,17 +14,18 @@ _LARGE = 1 << 16
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
 
-def with_kernel_ops(graph: AnyGraph, *, norms: bool = False) -> AnyGraph:
+def with_kernel_ops(graph: AnyGraph, *, norms: bool = False, dense: bool = True) -> AnyGraph:
     """A copy of ``graph`` in the ops that have kernels.
 
     In a graph of single tokens these are all large linears. In others linears that are neither gated nor quantized stay the
-    engine's, whose product of many tokens is faster. norms: norms and rotary embeddings too, for engines that have none.
+    engine's, whose product of many tokens is faster. norms: norms and rotary embeddings too, for engines that have none. dense:
+    those of single tokens at all.
     """
     twin: AnyGraph = graph.clone()  # type: ignore[assignment]
     tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)
     single = tokens is not None and tokens.shape is not None and tokens.shape[-1] == 1
     fuse(twin, norms=norms, rotary=norms, feed_forwards=False)
-    if single:
+    if single and dense:
         fuse(twin, dense=True, norms=False, rotary=False, feed_forwards=False, chosen=_large(twin))
     return twin
 

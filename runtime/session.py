@@ -15,7 +15,7 @@ import numpy as np
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.context import KINDS, context_length
-from actgraph.graph.executor import Runner, executor_for
+from actgraph.graph.executor import Executor, Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role, Value
 from actgraph.graph.program import Program
 from actgraph.graph.slots import Slot, slots_of, with_initial_slots
@@ -26,6 +26,7 @@ from actgraph.runtime.tokens import FILLED, Tokens
 if TYPE_CHECKING:
     from actgraph.runtime.claims import Claims
     from actgraph.runtime.prefix import PrefixCache
+    from actgraph.runtime.torch_device import Placed
 
 #: Each engine and the dialect of the graphs that it runs.
 ENGINES = {"torch": "fx", "torch.compile": "fx", "onnxruntime": "onnx"}
@@ -43,6 +44,7 @@ def compile(
     prefixes: PrefixCache | None = None,
     kernels: bool = True,
     require_kernels: bool = False,
+    device: str = "cpu",
 ) -> Compiled:
     """Make a graph, or a program of a prefill and a decode graph, ready to run many times.
 
@@ -55,8 +57,10 @@ def compile(
     prefixes: where prompts leave their keys and values for others that begin in the same way.
     kernels: run what has kernels of ours with them, where their library was built; else one line says so. require_kernels: an
     op of ours without a kernel is an error.
-    Raises UnsupportedError for an engine that cannot run the model, for slots that outlive sessions, and for prefixes of a
-    model whose state does not have one entry for each token.
+    device: where the torch engines run: ``"cpu"``, ``"cuda"``, ``"cuda:1"``. Weights are copied there once; inputs and results
+    are numpy arrays as ever. There the kernels are those written in Triton.
+    Raises InputError for a device that does not exist, UnsupportedError where there is no CUDA, for an engine that cannot run
+    the model, for slots that outlive sessions, and for prefixes of a model whose state does not have one entry for each token.
     """
     if not isinstance(model, (Graph, Program)):
         raise InputError(f"compile takes a graph or a program, not {type(model).__name__}", "ag.load opens a model by its name")
@@ -74,10 +78,12 @@ def compile(
         if dialect == "onnx":
             raise UnsupportedError(f"{program.name} is an ONNX graph, which torch does not run", "use engine='onnxruntime'")
         program = program.map(_exported)
+    if device != "cpu" and ENGINES[engine] != "fx":
+        raise UnsupportedError(f"{engine} runs on the CPU here, not on {device}", "use engine='torch' for a graph of torch")
     lasting = next((slot for slot in program.slots.values() if slot.reset == "never"), None)
     if lasting is not None:
         raise UnsupportedError(f"slot {lasting.name} outlives sessions (reset = never)", "feed it yourself: call the graph")
-    compiled = Compiled(program, engine, chunk=chunk, lowering=lowering, prefixes=prefixes, kernels=kernels)
+    compiled = Compiled(program, engine, chunk=chunk, lowering=lowering, prefixes=prefixes, kernels=kernels, device=device)
     if prefixes is not None:
         from actgraph.runtime.prefix import why_not
 
@@ -90,8 +96,23 @@ def compile(
     return compiled
 
 
+def _place(device: str) -> Placed | None:
+    from actgraph.runtime.torch_device import Placed, find_device
+
+    found = find_device(device)
+    return None if found is None else Placed(found)
+
+
+def _installed(placed: Placed) -> bool:
+    from actgraph.runtime.torch_device import install_kernels
+
+    return install_kernels(placed.device)
+
+
 def _require_kernels(compiled: Compiled) -> None:
     """Raise UnsupportedError for a node of ours that runs without a kernel, or where there are none at all."""
+    if not compiled.kernels and compiled._placed is not None:
+        raise UnsupportedError(f"there are no Triton kernels on {compiled.device}", "a line on standard error has said why")
     if not compiled.kernels:
         raise UnsupportedError("the kernels' library was not built", "install actgraph where there is a C compiler")
     if compiled.claims is None:
@@ -113,7 +134,8 @@ class Compiled:
     """An opened model. Make one with ``compile``; calls are thread-safe.
 
     graph: the graph that takes prompts (of a program, the driver's at step 0). inputs: its inputs by name. capacity: the tokens
-    that a session can hold, ``None`` where nothing limits them. key: a hash of the program with its weights and edits.
+    that a session can hold, ``None`` where nothing limits them. key: a hash of the program with its weights and edits. device:
+    where it runs.
     """
 
     def __init__(
@@ -125,8 +147,11 @@ class Compiled:
         lowering: str = "held",
         prefixes: PrefixCache | None = None,
         kernels: bool = True,
+        device: str = "cpu",
     ) -> None:
-        self.kernels = kernels and available(asked=True)
+        self._placed = None if device == "cpu" else _place(device)
+        self.device = "cpu" if self._placed is None else str(self._placed.device)
+        self.kernels = kernels and (available(asked=True) if self._placed is None else _installed(self._placed))
         self.program = program.clone()
         self.engine, self.chunk, self.lowering, self.prefixes = engine, chunk, lowering, prefixes
         driver = self.program.driver
@@ -164,8 +189,15 @@ class Compiled:
         with self._lock:
             if stage not in self._runners:
                 graph = self.program.graphs[stage]
-                self._runners[stage] = executor_for(graph).open(graph)
+                self._runners[stage] = self._executor(graph).open(graph)
             return self._runners[stage]
+
+    def _executor(self, graph: Graph) -> Executor:
+        if self._placed is None:
+            return executor_for(graph)
+        from actgraph.runtime.torch_engine import TorchExecutor
+
+        return TorchExecutor(self._placed, kernels=self.kernels)
 
     def open(self) -> None:
         """Open what sessions run; ``compile`` has done that. Afterwards ``lowering`` and ``why_explicit`` are final."""
@@ -177,7 +209,11 @@ class Compiled:
     def claims(self) -> dict[str, Claims] | None:
         """The kernels of each graph's nodes; ``None`` where the engine runs the graphs as they are."""
         held = self._held_graphs()
-        return None if held is None else {name: graph.claims for name, graph in held.items()}
+        if held is not None:
+            return {name: graph.claims for name, graph in held.items()}
+        if self._placed is None or not self.kernels:
+            return None
+        return {name: self.runner(name).claims for name in self.program.graphs}  # type: ignore[attr-defined]
 
     def state(self, batch: int) -> State:
         """New slots for ``batch`` rows."""
@@ -218,7 +254,7 @@ class Compiled:
                 # prompts have every length, and are long enough for the overhead of eager calls not to count
                 fixed = len(graphs) == 1 or isinstance(graph.value("input_ids").shape[1], int)  # type: ignore[index]
                 compile = self.engine == "torch.compile" and fixed
-                held[name] = HeldGraph(graph, packed, compile=compile, kernels=self.kernels)
+                held[name] = HeldGraph(graph, packed, compile=compile, kernels=self.kernels, placed=self._placed)
             return held
         from actgraph.runtime.ort_held import HeldOnnx
 

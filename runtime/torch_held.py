@@ -16,6 +16,7 @@ from actgraph.graph.slots import Slot, slots_of
 from actgraph.ops.registry import single
 from actgraph.runtime.fusing import with_kernel_ops
 from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for, to_reset
+from actgraph.runtime.torch_device import Placed
 from actgraph.runtime.torch_kernels import register_torch_kernels
 from actgraph.runtime.torch_lowering import Lowering
 from actgraph.runtime.torch_packed import Packed
@@ -24,30 +25,43 @@ from actgraph.runtime.torch_packed import Packed
 class HeldGraph:
     """One graph of a program, rewritten. Immutable, so that sessions in several threads may run it with their own tensors."""
 
-    def __init__(self, graph: FxGraph, packed: Packed | None = None, *, compile: bool = False, kernels: bool = False) -> None:
+    def __init__(
+        self,
+        graph: FxGraph,
+        packed: Packed | None = None,
+        *,
+        compile: bool = False,
+        kernels: bool = False,
+        placed: Placed | None = None,
+    ) -> None:
         """packed: of the program. compile: through ``torch.compile``; the first calls then take a while.
 
-        kernels: run what has kernels with them.
+        kernels: run what has kernels with them. placed: the weights of the program on the device to run on, by default the CPU.
         """
-        if kernels:
+        if kernels and placed is not None:  # whose own products and norms are as fast
+            graph = with_kernel_ops(graph, dense=False)
+        elif kernels:
             graph = with_kernel_ops(graph, norms=not compile)  # whose own code for them is as fast
-        if kernels and compile:
+        if kernels and compile and placed is None:
             register_torch_kernels()
-        lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), kernels=kernels, compiled=compile)
+        lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), placed, kernels=kernels, compiled=compile)
         lowering.run()
+        self.device = None if placed is None else placed.device
         self.inputs = [value.name for value in graph.inputs()]
-        self.defaults = {name: tensor_of(array) for name, array in graph.defaults.items()}
+        self.defaults = {name: tensor_of(array).to(self.device) for name, array in graph.defaults.items()}
         self.outputs, self.claims = lowering.outputs, lowering.claims
         self.slots = {slot.output: slot for slot in slots_of(graph).values()}
         self.weights = tuple(lowering.weights)
-        module = fx.GraphModule(nn_root(graph), lowering.native)
+        root = nn_root(graph)
+        module = fx.GraphModule(root, lowering.native) if placed is None else placed.module(lowering.native, root)
         self.call: Callable[..., Any] = module.forward
         self.compiled = compile
         if compile:
             torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
             for weight in self.weights:
                 torch._dynamo.mark_static(weight)
-            self.call = torch.compile(module.forward, dynamic=True, fullgraph=True, options={"cpp_wrapper": True})
+            options: dict[str, Any] = {"cpp_wrapper": True} if placed is None else {}
+            self.call = torch.compile(module.forward, dynamic=True, fullgraph=True, options=options)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -70,13 +84,14 @@ class TorchState:
         self._tensors: dict[str, torch.Tensor] = {}
         self._own: set[int] = set()  # the memory of all slots: results in it are copied
         self._compiled = any(held.compiled for held in graphs.values())
+        self._device = next((held.device for held in graphs.values()), None)
         self._grows = [slot for slot in slots if slot.update == "append"]
         self.reset()
 
     def reset(self) -> None:
         self._room = self._used = 0
         for slot in to_reset(self._slots, self._tensors):
-            self._keep(slot, tensor_of(filled(slot, self._batch)))
+            self._keep(slot, tensor_of(filled(slot, self._batch)).to(self._device))
 
     @property
     def bytes(self) -> int:
@@ -91,7 +106,7 @@ class TorchState:
         count = inputs["input_ids"].shape[1]
         if self._grows and used + count > self._room:
             self._grow(used, count)
-        tensors = {name: tensor_of(array) for name, array in inputs.items()}
+        tensors = {name: tensor_of(array).to(self._device) for name, array in inputs.items()}
         results = held({**tensors, **self._tensors}, used)
         self._used = used + count
         for name, slot in held.slots.items():
@@ -112,7 +127,7 @@ class TorchState:
         self._room = room_for(used + count, self._room, self._limit)
         for slot in self._grows:
             old = self._tensors[slot.input]
-            new = tensor_of(filled(slot, self._batch, self._room))
+            new = tensor_of(filled(slot, self._batch, self._room)).to(self._device)
             new.narrow(TOKENS, 0, used).copy_(old.narrow(TOKENS, 0, used))
             self._keep(slot, new)
 

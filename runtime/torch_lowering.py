@@ -25,6 +25,7 @@ from actgraph.ops.torch_library import op_of
 from actgraph.runtime.claims import Claims, find_kernels
 from actgraph.runtime.kernels.registry import all_kernels
 from actgraph.runtime.state import TOKENS
+from actgraph.runtime.torch_device import Placed, find_triton_kernels
 from actgraph.runtime.torch_kernels import KernelCall, kernel_call
 from actgraph.runtime.torch_packed import Packed, linear_packed, packs
 
@@ -68,11 +69,12 @@ def write_front(buffer: torch.Tensor, new: torch.Tensor, used: int) -> torch.Ten
 
 @dataclass
 class Lowering:
-    """The rewriting of one graph."""
+    """The rewriting of one graph. placed: for the device of these weights instead of the CPU."""
 
     graph: FxGraph
     native: fx.Graph
     packed: Packed
+    placed: Placed | None = None
     kernels: bool = False
     compiled: bool = False  # by torch.compile, which calls kernels through the dispatcher
     claims: Claims = field(default_factory=Claims)
@@ -80,7 +82,8 @@ class Lowering:
     outputs: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        self.claims = find_kernels(self.graph)[0] if self.kernels else Claims()
+        if self.kernels:
+            self.claims = find_kernels(self.graph)[0] if self.placed is None else find_triton_kernels(self.graph)
         self.order = {node: place for place, node in enumerate(self.native.nodes)}
         placeholders = [node for node in self.native.nodes if node.op == "placeholder"]
         self.by_name = dict(zip([value.name for value in self.graph.inputs()], placeholders, strict=True))
@@ -101,6 +104,9 @@ class Lowering:
             op = op_of(node.target)
             if op is None:
                 node.target = _QUICK.get(node.target, node.target)
+            elif self.placed is not None:
+                if node.name not in self.claims.claimed:  # else the dispatcher finds the device's
+                    node.target = _plain(op)
             elif not self.compiled:
                 self._call_kernel(node, op)
             elif not self.kernels or op.name not in all_kernels():  # else torch.compile calls it through the dispatcher
@@ -187,13 +193,13 @@ class Lowering:
             if not isinstance(tensor, torch.Tensor):
                 continue
             linears = [user for user in node.users if user.target is aten.linear.default and user.args[0] is not node]
-            if linears and packs(tensor):
+            if linears and self.placed is None and packs(tensor):
                 packed = self._weight(self.packed(tensor))
                 for linear in linears:
                     linear.target = linear_packed
                     linear.replace_input_with(node, packed)
             if node.users:
-                node.replace_all_uses_with(self._weight(tensor.detach()))
+                node.replace_all_uses_with(self._weight(tensor.detach() if self.placed is None else self.placed(tensor)))
             self.native.erase_node(node)
 
     def _weight(self, tensor: torch.Tensor) -> fx.Node:

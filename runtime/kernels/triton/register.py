@@ -43,9 +43,16 @@ def install() -> bool:
 
 def usable() -> bool:
     """Whether there are a CUDA device (of NVIDIA, ``MIN_CAPABILITY`` or newer) and Triton. Imports nothing."""
+    return not why_not()
+
+
+def why_not(device: torch.device | None = None) -> str:
+    """Why the kernels cannot run on ``device`` (torch's current one), empty where they can. Imports nothing."""
     if torch.version.cuda is None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() >= MIN_CAPABILITY and importlib.util.find_spec("triton") is not None
+        return "there is no CUDA device of NVIDIA"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"its compute capability is below {'.'.join(map(str, MIN_CAPABILITY))}"
+    return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed (pip install 'actgraph[triton]')"
 
 
 @functools.cache
