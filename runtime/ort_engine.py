@@ -17,6 +17,7 @@ from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.onnx_native import native_dtype
 from actgraph.ops.dtypes import DType
 from actgraph.runtime.inputs import InputChecker
+from actgraph.runtime.threads import wanted_threads
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -53,7 +54,7 @@ class OrtExecutor:
 class OrtRunner:
     """A graph in an onnxruntime session. Thread-safe, as sessions are."""
 
-    def __init__(self, graph: OnnxGraph, values: Sequence[Value] = (), optimize: bool = True) -> None:
+    def __init__(self, graph: OnnxGraph, values: Sequence[Value] = (), optimize: bool = True, *, profile: str = "") -> None:
         twin = graph.clone()
         keys: dict[str, str] = {name: name for name, _ in graph.outputs()}
         for value in values:
@@ -66,7 +67,7 @@ class OrtRunner:
         self._names = list(keys)
         self._keys = keys
         self._check = InputChecker(graph, graph.dim_ranges, graph.optional)
-        self.session, self._weights = open_graph(twin, optimize=optimize)
+        self.session, self._weights = open_graph(twin, optimize=optimize, profile=profile)
         declared = {item.type for item in (*self.session.get_inputs(), *self.session.get_outputs())}
         self._binary = any(kind.startswith("tensor(") and kind not in _IN_NUMPY for kind in declared)
 
@@ -91,17 +92,19 @@ class OrtRunner:
 
 
 def open_graph(
-    graph: OnnxGraph, *, optimize: bool = True, threads: int = 0, kernels: bool = False
+    graph: OnnxGraph, *, optimize: bool = True, threads: int = 0, kernels: bool = False, profile: str = ""
 ) -> tuple[ort.InferenceSession, dict[str, Array]]:
     """A session on a copy of ``graph``, and the weights that it reads where they are: keep them as long as the session.
 
-    threads: how many compute one operator; 0: as many as there are cores. kernels: its actgraph nodes all have kernels (see
-    ``ort_kernels``).
+    threads: how many compute one operator; 0: as many as ``using_threads`` says, or there are cores. kernels: its actgraph nodes
+    all have kernels (see ``ort_kernels``). profile: onnxruntime's profiler writes a file whose name begins so.
     """
     import onnxruntime as ort
 
     options = session_options()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or wanted_threads()
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     if kernels:
         from actgraph.runtime.ort_kernels import register_library
 

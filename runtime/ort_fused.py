@@ -97,6 +97,7 @@ class _Attention:
             write.replace(append.output.key, fused)
         old = at.outputs[0]
         write.replace(old, write.by_head(out, heads, head, old, at))
+        out.meta["stands_for"] = old.name
 
 
 def _turned(write: Writer, value: Value, rotary: Rotary | None, table: Table | None, at: ir.Node, *, apply: bool) -> ir.Value:

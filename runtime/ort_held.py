@@ -79,9 +79,12 @@ class HeldOnnx:
 
 
 class Opened:
-    """A session of onnxruntime on ``graph``, whose slots are those of ``source``."""
+    """A session of onnxruntime on ``graph``, whose slots are those of ``source``.
 
-    def __init__(self, graph: OnnxGraph, source: OnnxGraph, *, kernels: bool = False) -> None:
+    profile: where onnxruntime's profiler writes; ``graph`` is then what the session was opened on.
+    """
+
+    def __init__(self, graph: OnnxGraph, source: OnnxGraph, *, kernels: bool = False, profile: str = "") -> None:
         self.claims = Claims()
         if kernels:
             graph = graph.clone()
@@ -89,7 +92,9 @@ class Opened:
         size = sum(
             value.const_value.nbytes for value in graph.model.graph.initializers.values() if value.const_value is not None
         )
-        self.session, self._weights = open_graph(graph, threads=1 if size < _ALONE else 0, kernels=kernels)
+        threads = 1 if size < _ALONE else 0
+        self.session, self._weights = open_graph(graph, threads=threads, kernels=kernels, profile=profile)
+        self.graph = graph if profile else None
         slots = list(slots_of(source).values())
         self.donated = [slot for slot in slots if _donates(source, slot)]
         self.moving = [slot for slot in slots if slot not in self.donated]

@@ -67,6 +67,7 @@ class Writer:
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every reader of ``old`` read ``new``, outputs of the graph included."""
         self._now[old] = new
+        new.meta["stands_for"] = old.meta.get("stands_for", old.name)  # whose sites are the new one's
         new.type, new.shape = new.type or old.type, new.shape or old.shape
         for user, index in list(old.uses()):
             user.replace_input_with(index, new)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from actgraph.runtime.tokens import FILLED, Tokens
 if TYPE_CHECKING:
     from actgraph.runtime.claims import Claims
     from actgraph.runtime.prefix import PrefixCache
+    from actgraph.runtime.profiling.profile import Profile
+    from actgraph.runtime.profiling.sessions import Probe
     from actgraph.runtime.torch_device import Placed
 
 #: Each engine and the dialect of the graphs that it runs.
@@ -160,6 +163,7 @@ class Compiled:
         self.inputs = {value.name: value for value in self.graph.inputs()}
         self.capacity = self._capacity()
         self._lock = threading.Lock()
+        self._watched = threading.local()  # by whom, in this thread
         self._runners: dict[str, Runner] = {}
         self._held: dict[str, Any] | None = None
         self._key = ""
@@ -175,12 +179,32 @@ class Compiled:
             self._key = self._key or self.program.content_hash()
             return self._key
 
+    def profile(self, *, stream: bool | float = True) -> AbstractContextManager[Profile]:
+        """As ``Session.profile``, of everything that this thread runs with the model: new sessions, ``generate``, and calls."""
+        from actgraph.runtime.profiling.sessions import profiled
+
+        return profiled(self, None, stream)
+
+    @contextmanager
+    def _watch(self, probe: Probe) -> Iterator[None]:
+        """Let ``probe`` profile what this thread opens and calls."""
+        if getattr(self._watched, "probe", None) is not None:
+            raise InputError("the model is being profiled already", "end that profile first")
+        self._watched.probe = probe
+        try:
+            yield
+        finally:
+            self._watched.probe = None
+
     def session(self, batch: int = 1) -> Session:
         """A new session for ``batch`` rows, whose slots are empty."""
         return Session(self, batch)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One call with empty slots: outputs by name, without the slots'."""
+        probe = getattr(self._watched, "probe", None)
+        if probe is not None:
+            return probe.call(inputs)  # type: ignore[no-any-return]
         results = self.runner(self.program.driver.graph_at(0))(with_initial_slots(self.graph, inputs))
         return without_slots(self.graph, results)
 
@@ -290,6 +314,22 @@ class Session:
         self._state = compiled.state(batch)
         self._tokens = Tokens(batch)
         self._failed = False
+        probe = getattr(compiled._watched, "probe", None)
+        if probe is not None:
+            probe.attach(self)
+
+    def profile(self, *, stream: bool | float = True) -> AbstractContextManager[Profile]:
+        """Record which node takes how long, by site and kernel, and how fast it reads: ``with session.profile() as profile:``.
+
+        What the session is fed in the block is recorded; behind it ``profile`` has rows, tables and a Chrome trace. Results are
+        those of an unprofiled session. A session of onnxruntime runs on twins of its graphs meanwhile, with onnxruntime's own
+        profiler on; opening them takes a while, before the block begins.
+        stream: measure how fast memory can be read at all when the block ends, which takes seconds and 1 GB of memory; a number
+        is taken as that figure (bytes per second). Raises InputError where the session is being profiled.
+        """
+        from actgraph.runtime.profiling.sessions import profiled
+
+        return profiled(self.compiled, self, stream)
 
     def reset(self) -> None:
         """Forget every token."""

@@ -47,6 +47,7 @@ class HeldGraph:
         lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), placed, kernels=kernels, compiled=compile)
         lowering.run()
         self.device = None if placed is None else placed.device
+        self.graph = graph
         self.inputs = [value.name for value in graph.inputs()]
         self.defaults = {name: tensor_of(array).to(self.device) for name, array in graph.defaults.items()}
         self.outputs, self.claims = lowering.outputs, lowering.claims

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from actgraph.cli import (
+    bench,
     bisect,
     build_plugin,
     demo,
@@ -25,7 +26,7 @@ from actgraph.cli import (
 )
 from actgraph.errors import ActgraphError
 
-_VERBS = (sites, passes, run, inspect, diff, verify, export, generate, bisect, extract_vector, build_plugin, demo)
+_VERBS = (sites, passes, run, inspect, diff, verify, export, generate, bench, bisect, extract_vector, build_plugin, demo)
 
 #: typer carries its own copy of click, or uses the installed one: either way the base class of its usage errors.
 _ClickException: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -18,7 +18,9 @@ from tests import zoo
 from tests.cli.conftest import Outcome
 
 Cli = Callable[..., Outcome]
-VERBS = ["sites", "passes", "run", "inspect", "diff", "verify", "export", "generate", "bisect", "extract-vector", "demo"]
+VERBS = [
+    "sites", "passes", "run", "inspect", "diff", "verify", "export", "generate", "bench", "bisect", "extract-vector", "demo",
+]  # fmt: skip
 SPARSE = "sparsify{method=teal threshold=0.05}"
 
 
