@@ -40,15 +40,16 @@ if TYPE_CHECKING:
     from actgraph.pipeline.pipeline import PipelineLike
     from actgraph.runtime.generate import Generation, Step, generate, stream
     from actgraph.runtime.prefix import PrefixCache
+    from actgraph.runtime.profiling.profile import Profile
     from actgraph.runtime.session import Compiled, Session, compile
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActgraphError", "Compiled", "Corpus", "Driver", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager",
-    "Pipeline", "PrefixCache", "Program", "Report", "RunResult", "Session", "Site", "SteeringVector", "Step", "bisect",
-    "compare", "compile", "diff", "extract_vector", "generate", "load", "load_vector", "log_likelihoods", "perplexity",
-    "register", "run", "sample_inputs", "stream", "trace",
+    "Pipeline", "PrefixCache", "Profile", "Program", "Report", "RunResult", "Session", "Site", "SteeringVector", "Step",
+    "bisect", "compare", "compile", "diff", "extract_vector", "generate", "load", "load_vector", "log_likelihoods",
+    "perplexity", "register", "run", "sample_inputs", "stream", "trace",
 ]  # fmt: skip
 
 install_executor("fx", "actgraph.runtime.torch_engine:TorchExecutor")
@@ -70,6 +71,7 @@ _HOMES = {
     "actgraph.pipeline.bisect": ("bisect",),
     "actgraph.runtime.generate": ("Generation", "Step", "generate", "stream"),
     "actgraph.runtime.prefix": ("PrefixCache",),
+    "actgraph.runtime.profiling.profile": ("Profile",),
     "actgraph.runtime.session": ("Compiled", "Session", "compile"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

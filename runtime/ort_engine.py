@@ -96,8 +96,8 @@ def open_graph(
 ) -> tuple[ort.InferenceSession, dict[str, Array]]:
     """A session on a copy of ``graph``, and the weights that it reads where they are: keep them as long as the session.
 
-    threads: how many compute one operator; 0: as many as ``using_threads`` says, or there are cores. kernels: its actgraph nodes
-    all have kernels (see ``ort_kernels``). profile: onnxruntime's profiler writes a file whose name begins so.
+    threads: how many compute one operator; 0: as many as ``using_threads`` says, or there are cores. kernels: all its
+    actgraph nodes have kernels (see ``ort_kernels``). profile: onnxruntime's profiler writes a file whose name begins so.
     """
     import onnxruntime as ort
 

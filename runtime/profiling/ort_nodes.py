@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actgraph.graph.graph import Node
+from actgraph.graph.graph import Node, Value, parameter_bytes
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.ops.registry import DOMAIN
 from actgraph.runtime.claims import Claims
@@ -163,7 +163,8 @@ class Naming:
             body = name.partition("/")[0] if node is None or not own or node.origin.inlined else name
             why = self.claims.unclaimed.get(body) or self.claims.left.get(body, "")
             about = Executed(name, _op(node, op) if own else op, site, kernel, self.stage, why, at_most=own and _skips(node))
-            self._made[name] = about, _Counts(op, node if own else None)
+            weights = sum(_constant_bytes(operand) for operand in node.operands) if node is not None else 0
+            self._made[name] = about, _Counts(op, node if own else None, weights)
         return self._made[name]
 
 
@@ -180,6 +181,19 @@ def _op(node: Node | None, op: str) -> str:
     return node.op if node is not None and node.op.startswith(f"{DOMAIN}.") else op
 
 
+def _constant_bytes(value: Value | None, depth: int = 4) -> int:
+    """Bytes of the weights that a value is, or is made of and nothing else."""
+    if value is None:
+        return 0
+    if value.is_parameter:
+        return parameter_bytes(value)
+    maker = value.producer
+    if maker is None or not depth:
+        return 0
+    found = [_constant_bytes(operand, depth - 1) for operand in maker.operands if operand is not None]
+    return sum(found) if found and all(found) else 0
+
+
 def _skips(node: Node | None) -> bool:
     if node is None or node.op != f"{DOMAIN}.linear":
         return False
@@ -189,13 +203,17 @@ def _skips(node: Node | None) -> bool:
 
 @dataclass
 class _Counts:
-    """How the bytes that a node must read follow from its event."""
+    """How the bytes that a node must read follow from its event.
+
+    weights: what the graph says. Events do not count weights that onnxruntime has packed in a way of its own.
+    """
 
     op: str
     node: Node | None
+    weights: int
 
     def __call__(self, about: Mapping[str, Any], tokens: int) -> Bytes:
-        weights, activations = int(about["parameter_size"]), int(about["activation_size"])
+        weights, activations = max(int(about["parameter_size"]), self.weights), int(about["activation_size"])
         if self.op in _VIEWS:
             return Bytes()
         if self.op in _TABLES:

@@ -167,6 +167,18 @@ def test_bytes_are_those_that_must_be_read(engine: str) -> None:
     assert profile.bytes == sum(call.bytes.all for step in profile.steps for call in step.calls)
 
 
+@pytest.mark.parametrize("passes", ["", "quantize{weights=int8}, "], ids=["float32", "int8"])
+def test_bytes_of_weights_that_onnxruntime_has_packed(passes: str) -> None:
+    """Its events do not count them."""
+    session = compiled("onnxruntime", f"{passes}kv_cache", "llama", kernels=False).session()
+    with session.profile(stream=False) as profile:
+        converse(session)
+    rows = {row.site: row for row in profile.rows if row.stage == "decode" and row.weights}
+    size = 32 * 48 * 4 if not passes else 32 * 48 + 48 * 4
+    for site in ("blocks.0.mlp.gate", "blocks.1.mlp.up"):
+        assert size <= rows[site].weights / rows[site].steps <= size + 64 and "MatMul" in rows[site].op
+
+
 @engines
 def test_the_trace_is_valid(engine: str, tmp_path: Path) -> None:
     """The Trace Event Format: complete events within their step, metadata, microseconds."""
