@@ -30,8 +30,9 @@ _FOLDER = Path(__file__).parent
 _SOURCES = ("plugin.c", "convert.c", "infer.c", "pool.c")
 _EXPORTS = "{ global: RegisterCustomOps; ag_runs; local: *; };\n"
 
-#: Ops whose kernels decline calls that the library makes fit: operands of other element types, which it converts.
-TOTAL = frozenset({"linear", "attention", "channel_scale", "lowrank_map", "target_angle"})
+#: Ops whose kernels take what they decline in sessions: operands of element types that the library converts, and what is faster
+#: without them.
+TOTAL = frozenset({"linear", "feed_forward", "attention", "shift", "channel_scale", "lowrank_map", "target_angle"})
 
 Progress = Callable[[int, int], None]
 
@@ -51,7 +52,7 @@ def why_left_out(kernels: OpKernels) -> str:
 
     A host chooses by the op alone, and a registered op hides the body: its kernels must take every call.
     """
-    if any(attribute.kind in ("ints", "floats") for attribute in kernels.definition.attributes):
+    if any(attribute.kind == "floats" for attribute in kernels.definition.attributes):
         return "its kernels are for some values of its lists only"
     if kernels.claims is not None and kernels.op not in TOTAL:
         return "its kernels take some of its calls only"

@@ -49,6 +49,7 @@ static uint16_t shortened(float value) {
 int64_t ag_read_as(const ag_op *op, int64_t input, int64_t type) {
   int64_t wanted = op->input_type[input];
   if (type == wanted) return type;
+  if (wanted == AG_AS_IT_IS) return type == FLOAT64 ? FLOAT32 : type;
   switch (type) {
     case FLOAT16: case BFLOAT16: case FLOAT64: return wanted == 0 || wanted == FLOAT32 ? FLOAT32 : type;
     case INT16: case UINT16: case INT4: case UINT4: return wanted == 0 || wanted == INT32 ? INT32 : type;

@@ -7,7 +7,8 @@ A kernel is a few functions over a frame, an array of 64-bit words that holds ev
     3  spare
     4 + 12 i       tensor i (inputs, then outputs): address (0: absent), ONNX element type, rank, 8 sizes, room (0, or
                    how many rows of the last axis lie between neighbours on the third axis from the end)
-    4 + 12 T + j   attribute j: an integer, the bits of a double, or the index of a string among its choices
+    4 + 12 T + j   attribute j: an integer, the bits of a double, the index of a string among its choices, or axes
+                   as a set: bit k for axis -k, bit 16 + k for axis k, bit 0 for one that no tensor has
 Every function is called as f(frame, part, nparts) and returns 0, or the number of an error text of its op. `shape` looks at
 types, ranks, sizes, attributes and at which inputs are present, never at what is in a tensor. */
 #ifndef ACTGRAPH_KERNEL_H
@@ -29,6 +30,8 @@ types, ranks, sizes, attributes and at which inputs are present, never at what i
 enum { AG_HEAD = 4, AG_TENSOR = 12, AG_RANK = 8, AG_TENSORS = 24, AG_ATTRIBUTES = 24, AG_STAGES = 6, AG_KEY = 8 };
 enum { AG_WORDS = AG_HEAD + AG_TENSOR * AG_TENSORS + AG_ATTRIBUTES };
 
+enum { AG_AS_IT_IS = -1 }; /* an input of several types, which kernels tell apart: only float64 is converted */
+
 typedef int64_t (*ag_function)(int64_t *frame, int64_t part, int64_t nparts);
 
 typedef struct {
@@ -42,7 +45,7 @@ typedef struct {
 
 typedef struct {
   const char *name;
-  int64_t kind;                 /* 0: integer, 1: float, 2: string */
+  int64_t kind;                 /* 0: integer, 1: float, 2: string, 3: axes */
   int64_t fallback;             /* its value where the node has none, as in the frame */
   const char *choices;          /* of a string, separated by | */
   int64_t required;             /* 1: a node must have it */
@@ -51,7 +54,7 @@ typedef struct {
 typedef struct {
   const char *name;
   int64_t inputs, outputs, attributes;
-  int64_t input_type[AG_TENSORS];     /* ONNX element type that kernels read; 0: several */
+  int64_t input_type[AG_TENSORS];     /* ONNX element type that kernels read; 0: several; AG_AS_IT_IS */
   int64_t optional[AG_TENSORS];
   int64_t output_type[AG_TENSORS];    /* ONNX element type that kernels write */
   int64_t follows;                    /* 1: outputs are rounded to the type of input 0 */

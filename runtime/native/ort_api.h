@@ -68,6 +68,7 @@ typedef struct OrtCustomOp {
 #define KernelInfoGetAttribute_float(api) ORT(api, 85, const OrtKernelInfo *, const char *, float *)
 #define KernelInfoGetAttribute_int64(api) ORT(api, 86, const OrtKernelInfo *, const char *, int64_t *)
 #define KernelInfoGetAttribute_string(api) ORT(api, 87, const OrtKernelInfo *, const char *, char *, size_t *)
+#define KernelInfoGetAttributeArray_int64(api) ORT(api, 163, const OrtKernelInfo *, const char *, int64_t *, size_t *)
 #define KernelContext_GetInputCount(api) ORT(api, 88, const OrtKernelContext *, size_t *)
 #define KernelContext_GetInput(api) ORT(api, 90, const OrtKernelContext *, size_t, const OrtValue **)
 #define KernelContext_GetOutput(api) ORT(api, 91, OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **)

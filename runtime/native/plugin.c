@@ -70,8 +70,27 @@ static OrtStatus *bad_attribute(const Entry *entry, const ag_attribute *attribut
   return fail(entry, message);
 }
 
+/* Axes as a set; one that no tensor can have is bit 0. */
+static OrtStatus *read_axes(const Entry *entry, const OrtKernelInfo *info, const ag_attribute *attribute, int64_t *word) {
+  int64_t axes[AG_RANK];
+  size_t count = AG_RANK, wanted = 0;
+  OrtStatus *absent = KernelInfoGetAttributeArray_int64(api)(info, attribute->name, NULL, &wanted);
+  if (absent) {
+    ReleaseStatus(api)(absent);
+    return attribute->required ? bad_attribute(entry, attribute, "is missing") : NULL;
+  }
+  if (wanted > AG_RANK) return bad_attribute(entry, attribute, "has more than 8 axes");
+  TRY(KernelInfoGetAttributeArray_int64(api)(info, attribute->name, axes, &count));
+  for (*word = 0; count; count--) {
+    int64_t axis = axes[count - 1];
+    *word |= INT64_C(1) << (axis <= -16 || axis >= 16 ? 0 : axis < 0 ? -axis : 16 + axis);
+  }
+  return NULL;
+}
+
 static OrtStatus *read_attribute(const Entry *entry, const OrtKernelInfo *info, const ag_attribute *attribute, int64_t *word) {
   *word = attribute->fallback;
+  if (attribute->kind == 3) return read_axes(entry, info, attribute, word);
   OrtStatus *status;
   if (attribute->kind == 0) {
     int64_t value;
@@ -165,8 +184,8 @@ static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *unused, const 
   (void)unused;
   const Face *face = (const Face *)custom;
   if (face->type == FLOAT64)
-    return fail(face->entry, "its kernels do not compute in float64; save the file with this op inlined, or open it without "
-                             "the plugin");
+    return fail(face->entry, "its kernels do not compute in float64; save the file with all ops inlined (--inline all), or "
+                             "open it without the plugin");
   Node *node = calloc(1, sizeof *node);
   if (!node) return CreateStatus(api)(ORT_FAIL, "actgraph: no memory");
   node->entry = face->entry;
@@ -200,7 +219,7 @@ const ag_variant *ag_find(const Entry *entry, int64_t *frame) {
     int64_t *tensor = tensor_of(frame, i);
     if (!tensor[0] || chooses[i]) continue;
     tensor[1] = ag_read_as(op, i, tensor[1]);
-    if (op->input_type[i] && tensor[1] != op->input_type[i]) return NULL;
+    if (op->input_type[i] > 0 && tensor[1] != op->input_type[i]) return NULL;
   }
   const ag_variant *found = exactly(entry, frame);
   if (found) return found;

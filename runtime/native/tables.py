@@ -15,12 +15,16 @@ from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels
 from actgraph.runtime.native.library import KEY, MOST_TENSORS, Attribute, Op
 
-_KINDS = {"int": 0, "bool": 0, "float": 1, "str": 2}
+_KINDS = {"int": 0, "bool": 0, "float": 1, "str": 2, "ints": 3}
+#: In place of an input's element type: see ``OpKernels.as_they_are``.
+AS_IT_IS = -1
 
 
 @dataclass(frozen=True)
 class AttributeTable:
-    """``ag_attribute``: kind 0 is an integer, 1 a float, 2 a string. fallback: its word in frames where a node lacks it."""
+    """``ag_attribute``: kind 0 is an integer, 1 a float, 2 a string, 3 a set of axes. fallback: its word in frames of nodes
+    that lack it.
+    """
 
     name: str
     kind: int
@@ -54,7 +58,10 @@ def table_of(kernels: OpKernels) -> OpTable:
         raise UnsupportedError(f"the kernels of {definition.qualified_name} are told apart by too many things")
     return OpTable(
         name=definition.onnx_name,
-        input_types=tuple(0 if kind is None else kind.onnx for kind in kernels.operands),
+        input_types=tuple(
+            AS_IT_IS if place in kernels.as_they_are else 0 if kind is None else kind.onnx
+            for place, kind in enumerate(kernels.operands)
+        ),
         optional=tuple(int(operand.optional) for operand in definition.inputs),
         output_types=(kernels.result.onnx,) * len(definition.outputs),
         follows=kernels.operands[0] is DType.F32 and _result(definition, DType.F16) is DType.F16,
@@ -77,7 +84,7 @@ def _result(definition: OpDef, kind: DType) -> DType | None:
 
 def _attribute(kernels: OpKernels, attribute: Any) -> AttributeTable:
     required, word = attribute.default is REQUIRED, 0
-    if attribute.kind not in _KINDS:  # a list stands in no frame: see OpKernels.claims
+    if attribute.kind not in _KINDS:  # a list of floats stands in no frame: see OpKernels.word
         return AttributeTable(attribute.name, 0, 0, "", False)
     if not required:
         value = attribute.default

@@ -22,6 +22,7 @@ from actgraph.runtime.kernels.numba import gates, linear, linear_gathered
 from actgraph.runtime.kernels.numba.activations import activate
 from actgraph.runtime.kernels.numba.frame import (
     address,
+    element_type,
     elements,
     integer,
     number,
@@ -38,7 +39,7 @@ from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.linear import CODES, FLOATS, code_products, float_products, preparation
 from actgraph.runtime.kernels.numba.linear_gathered import code_main, finish, float_main, listing
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i64s, u8s
-from actgraph.runtime.kernels.numba.weights import F32, PACKED_U4, U8
+from actgraph.runtime.kernels.numba.weights import BF16, F8E4M3, F8E5M2, F16, F32, I8, PACKED_U4, U8
 from actgraph.runtime.native.library import HEAD, TENSOR, words
 
 X, UP, DOWN, GATE, UP_SCALE, DOWN_SCALE, GATE_SCALE, UP_BIAS, DOWN_BIAS, GATE_BIAS, THRESHOLDS, Y = range(12)
@@ -74,6 +75,22 @@ def _wrong_bias(frame, bias, count):
 
 
 @njit(**OPTIONS)
+def _readable(kind):
+    """Whether ``linear.plain_sum`` reads weights of this element type."""
+    return kind in (F32, F16, BF16, F8E4M3, F8E5M2, I8, U8)
+
+
+@njit(**OPTIONS)
+def _alike(frame):
+    """Whether gate and up are stored alike, so that they meet x in one form."""
+    if element_type(frame, GATE) != element_type(frame, UP):
+        return False
+    if (address(frame, GATE_SCALE) == 0) != (address(frame, UP_SCALE) == 0):
+        return False
+    return address(frame, UP_SCALE) == 0 or elements(frame, GATE_SCALE) == elements(frame, UP_SCALE)
+
+
+@njit(**OPTIONS)
 def shape(frame, part, nparts):
     half = 2 if integer(frame, TENSORS, PACKED) != 0 else 1
     if rank(frame, X) < 1 or rank(frame, UP) != 2 or rank(frame, DOWN) != 2:
@@ -84,13 +101,13 @@ def shape(frame, part, nparts):
     if address(frame, GATE) != 0:
         if rank(frame, GATE) != 2 or size(frame, GATE, 0) != neurons or size(frame, GATE, 1) * half != inputs:
             return 1
-        if (address(frame, GATE_SCALE) == 0) != (address(frame, UP_SCALE) == 0):
-            return 2
-        if address(frame, UP_SCALE) != 0 and elements(frame, GATE_SCALE) != elements(frame, UP_SCALE):
-            return 2
+        if not _readable(element_type(frame, GATE)):
+            return 4
     block = max(integer(frame, TENSORS, BLOCK), 1)
     up_groups, down_groups = neurons * ((inputs + block - 1) // block), outputs * ((neurons + block - 1) // block)
     if _unfit(frame, UP_SCALE, neurons, up_groups) or _unfit(frame, DOWN_SCALE, outputs, down_groups):
+        return 2
+    if address(frame, GATE) != 0 and _unfit(frame, GATE_SCALE, neurons, up_groups):
         return 2
     if _wrong_bias(frame, UP_BIAS, neurons) or _wrong_bias(frame, GATE_BIAS, neurons) or _wrong_bias(frame, DOWN_BIAS, outputs):
         return 3
@@ -218,6 +235,16 @@ def _drop(frame, h, start, stop):
     gates.drop_below(h + 4 * start, h + 4 * start, stop - start, keep, number(frame, TENSORS, THRESHOLD), own, many)
 
 
+@njit(**OPTIONS)
+def _other_gates(frame, gate, start, stop):
+    """The gates ``start`` to ``stop`` of all tokens, of a weight that is stored in another way than up: value by value."""
+    at, kind = linear.read_once(gate), element_type(frame, GATE)
+    packed = integer(frame, TENSORS, PACKED)
+    for n in range(start, stop):
+        for token in range(rows(frame, X)):
+            linear.write(at, token, n, linear.plain_sum(gate, kind, packed, token, n))
+
+
 def _neurons_stage(products: Any) -> Any:
     everything, some = linear.over_all(products), linear.over_chosen(products)
 
@@ -230,7 +257,10 @@ def _neurons_stage(products: Any) -> Any:
         tokens, sparse, activation = rows(frame, X), integer(frame, TENSORS, SPARSE), integer(frame, TENSORS, ACTIVATION)
         gated, up = address(frame, GATE) != 0, _up_frame(frame)
         start, stop = share(_neurons(frame), 4, part, nparts)
-        dense(_gate_frame(frame) if gated else up, start, stop)
+        if gated and not _alike(frame):
+            _other_gates(frame, _gate_frame(frame), start, stop)
+        else:
+            dense(_gate_frame(frame) if gated else up, start, stop)
         for token in range(tokens):
             activate(_act_at(frame, token), start, stop, activation)
             if sparse == ON_ACT or (sparse != NO_GATE and not gated):
@@ -273,14 +303,14 @@ def _on_down(inner: Any) -> Any:
 
 
 def _claims(types: Any, attributes: dict[str, Any]) -> bool:
-    """Whether gate and up are stored alike, and codes of a byte are signed: x is prepared for both at once."""
+    """Whether gate and up are stored alike: other gates go value by value, for which engines have something faster."""
     up, gate, up_scale, gate_scale = types[UP], types[GATE], types[UP_SCALE], types[GATE_SCALE]
     if gate is None:
         return True
     alike: bool = gate.dtype is up.dtype and (up_scale is None) == (gate_scale is None)
-    if up_scale is not None and up_scale.shape is not None and gate_scale.shape is not None:
-        alike = alike and _count(up_scale) == _count(gate_scale)
-    return alike
+    if up_scale is None or gate_scale is None or up_scale.shape is None or gate_scale.shape is None:
+        return alike
+    return alike and _count(up_scale) == _count(gate_scale)
 
 
 def _count(kind: TensorType) -> Any:
@@ -296,8 +326,10 @@ FEED_FORWARD = OpKernels(
         "the weights do not fit x or each other",
         "a scale has another size than its weight asks for",
         "a bias or the thresholds have another size than the weights ask for",
+        "gate_weight has an element type that no kernel reads",
     ),
     operands=(DType.F32, None, None, None, *[DType.F32] * 7),
+    as_they_are=(GATE,),
     claims=_claims,
 )
 

@@ -46,6 +46,7 @@ class OpKernels:
     key_operands, key_attributes: what a kernel is chosen by. errors: the texts of the numbers that functions return, from 1 on.
     operands: the element type of each operand that is always the same (``None``: any). result: the type of the output.
     claims: ``(types of all operands, complete attributes) -> whether it is for them``, where more than the key decides.
+    as_they_are: operands of several types that kernels tell apart by themselves: nothing but float64 is converted for them.
     """
 
     op: str
@@ -55,6 +56,7 @@ class OpKernels:
     operands: tuple[DType | None, ...]
     result: DType = DType.F32
     claims: Claims | None = None
+    as_they_are: tuple[int, ...] = ()
     kernels: list[NumbaKernel] = field(default_factory=list)
 
     @property
@@ -78,9 +80,15 @@ class OpKernels:
     def word(self, name: str, value: Any) -> int:
         """An attribute as it stands in frames, except for floats: an integer, or the place of a string among its choices.
 
-        Lists do not stand in frames: kernels are for one value of them (see ``claims``).
+        A list of axes stands there as a set: bit k for axis -k, bit 16 + k for axis k. Other lists do not stand in frames:
+        kernels are for one value of them (see ``claims``).
         """
         attribute = next(a for a in self.definition.attributes if a.name == name)
-        if attribute.kind in ("ints", "floats"):
+        if attribute.kind == "floats":
             return 0
+        if attribute.kind == "ints":
+            found = 0
+            for axis in value:
+                found |= 1 << (-axis if axis < 0 else 16 + axis) if -16 < axis < 16 else 1
+            return found
         return attribute.choices.index(value) if attribute.kind == "str" else int(value)

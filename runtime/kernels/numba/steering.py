@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
@@ -24,9 +22,15 @@ from actgraph.runtime.kernels.numba.operands import (
     unfit_channels,
     unfit_tokens,
 )
+from actgraph.runtime.kernels.numba.shift_groups import norm_places, shift_groups
 from actgraph.runtime.kernels.numba.small import small_kernel
 
-ERRORS = ("x has no such channel axis", "an operand does not fit the channels of x", "an operand does not fit the tokens of x")
+ERRORS = (
+    "x has no such channel axis",
+    "an operand does not fit the channels of x",
+    "an operand does not fit the tokens of x",
+    "x has not all axes of the norms",
+)
 PLAIN, RESTORE, RELATIVE = range(3)
 _ONE, _ZERO, _TINY = np.float32(1), np.float32(0), np.float32(1e-8)
 
@@ -52,6 +56,8 @@ def shift_shape(frame, part, nparts):
         return 2
     if unfit_tokens(frame, 2, rank(frame, 2), 0, 0, axis) or unfit_tokens(frame, 3, rank(frame, 3), 0, 0, axis):
         return 3
+    if norm_places(frame) < 0:
+        return 4
     set_shape_like(frame, 4, 0)
     return 0
 
@@ -59,6 +65,8 @@ def shift_shape(frame, part, nparts):
 @njit(**OPTIONS)
 def shift(frame, part, nparts):
     axis, norm = place_of(frame, 0, integer(frame, 5, 3)), integer(frame, 5, 1)
+    if norm != PLAIN and norm_places(frame) != 0:
+        return shift_groups(frame, norm_places(frame), part, nparts)
     scale, channels, inner = np.float32(number(frame, 5, 0)), size(frame, 0, axis), inner_of(frame, 0, axis)
     step, source, target, added = channel_step(frame, 1, 0, axis), address(frame, 0), address(frame, 4), address(frame, 1)
     x, y, v = f32s(source), f32s(target), f32s(added)
@@ -94,17 +102,6 @@ def shift(frame, part, nparts):
             for i in range(channels):
                 y[at + i * inner] *= ratio
     return 0
-
-
-def _shift_claims(types: Any, attributes: dict[str, Any]) -> bool:
-    """Norms are over the channel axis."""
-    x, axes = types[0], attributes["norm_axes"]
-    if types[3] is not None and types[3].dtype not in MASKS:
-        return False
-    axis = attributes["axis"]
-    if axis >= 0 and x.rank is not None:
-        axis -= x.rank
-    return not axes or tuple(axes) == (axis,)
 
 
 @njit(**OPTIONS)
@@ -144,7 +141,10 @@ def scale(frame, part, nparts):
     return 0
 
 
-SHIFT = OpKernels("shift", (), (), ERRORS, (DType.F32, DType.F32, DType.F32, None), claims=_shift_claims)
+SHIFT = OpKernels(
+    "shift", (), (), ERRORS, (DType.F32, DType.F32, DType.F32, None),
+    claims=lambda types, attributes: types[3] is None or types[3].dtype in MASKS,
+)  # fmt: skip
 SHIFT.kernels.append(small_kernel("shift", shift_shape, shift))
 CHANNEL_SCALE = OpKernels(
     "channel_scale", (), (), ERRORS, (DType.F32, DType.F32, None),
