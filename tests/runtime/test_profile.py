@@ -27,6 +27,7 @@ kernels = pytest.mark.skipif(not available(), reason="the kernels' library was n
 engines = pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 
 GATED = "sparsify{threshold=0.05}, quantize{weights=int8}, kv_cache{last_logits=true}"
+STATIC = "kv_cache{graphs=combined form=static max_length=40}"
 COUNTS = (5, 1, 1, 3, 1)
 STREAM = 20e9
 
@@ -130,8 +131,7 @@ def test_profiling_changes_nothing(engine: str) -> None:
 @engines
 @pytest.mark.parametrize("form", ["explicit", "static"])
 def test_other_ways_of_keeping_slots(engine: str, form: str) -> None:
-    passes = f"kv_cache{{graphs=combined{' form=static max_length=40' if form == 'static' else ''}}}"
-    made = compiled(engine, passes, "llama", lowering="explicit" if form == "explicit" else "held")
+    made = compiled(engine, STATIC, "llama", lowering="explicit" if form == "explicit" else "held")
     plain, watched = made.session(), made.session()
     converse(plain, 1), converse(watched, 1)
     with watched.profile(stream=False) as profile:
@@ -167,16 +167,18 @@ def test_bytes_are_those_that_must_be_read(engine: str) -> None:
     assert profile.bytes == sum(call.bytes.all for step in profile.steps for call in step.calls)
 
 
-@pytest.mark.parametrize("passes", ["", "quantize{weights=int8}, "], ids=["float32", "int8"])
-def test_bytes_of_weights_that_onnxruntime_has_packed(passes: str) -> None:
-    """Its events do not count them."""
-    session = compiled("onnxruntime", f"{passes}kv_cache", "llama", kernels=False).session()
+@pytest.mark.parametrize(
+    ("model", "passes", "size", "op"),
+    [("llama", STATIC, 32 * 48 * 4, "MatMul"), ("stories260k", GATED, 64 * 172 + 172 * 4, "MatMulNBits")],
+)
+def test_bytes_of_weights_that_onnxruntime_has_packed(model: str, passes: str, size: int, op: str) -> None:
+    """Its events do not count them. (It has more scales than the file, one for each block of 32.)"""
+    session = compiled("onnxruntime", passes, model, kernels=False).session()
     with session.profile(stream=False) as profile:
         converse(session)
     rows = {row.site: row for row in profile.rows if row.stage == "decode" and row.weights}
-    size = 32 * 48 * 4 if not passes else 32 * 48 + 48 * 4
     for site in ("blocks.0.mlp.gate", "blocks.1.mlp.up"):
-        assert size <= rows[site].weights / rows[site].steps <= size + 64 and "MatMul" in rows[site].op
+        assert rows[site].op == op and size <= rows[site].weights / rows[site].steps < 1.1 * size
 
 
 @engines
@@ -399,7 +401,9 @@ def test_bench(engine: str) -> None:
         bench(made, prompt_tokens=500, tokens=20, stream=False)
     with pytest.raises(InputError, match="rounds is 0"):
         bench(made, rounds=0, stream=False)
-    image = bench(ag.compile(zoo.captured("resnet"), engine), rounds=2, stream=STREAM, profile=True)
-    (forward,) = image.stages
-    assert (forward.name, forward.tokens, forward.calls, image.first_token) == ("forward", 0, 2, None)
-    assert forward.bytes > 0 and image.profile is not None and any("onv" in row.op for row in image.profile.rows)
+    other = bench(ag.compile(zoo.captured("mlp"), engine), rounds=2, stream=STREAM, profile=True)
+    (forward,) = other.stages
+    assert (forward.name, forward.tokens, forward.calls, other.first_token) == ("forward", 0, 2, None)
+    assert forward.bytes > 0 and other.profile is not None
+    read = sum(row.weights for row in other.profile.rows)
+    assert 0.9 * forward.bytes < read <= forward.bytes  # of a product with a bias onnxruntime says the larger of the two
