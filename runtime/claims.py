@@ -13,6 +13,8 @@ from actgraph.runtime.kernels.registry import kernel_for
 
 #: Ops that compute positions, sizes and masks.
 _SMALL = frozenset({"length", "positions", "ring_positions", "position_mask", "valid_positions", "recent"})
+#: Ops that store new tokens in slots.
+_STORING = frozenset({"cache_append", "cache_write"})
 #: Tokens of a query up to which the attention kernel, which reads keys once for each, is the faster one.
 _FEW_TOKENS = 4
 
@@ -21,6 +23,8 @@ def left(op: str, types: Sequence[TensorType | None]) -> str:
     """Why the engine is to run a node itself, empty where it is not."""
     if op in _SMALL:
         return f"{op} reads no more than sizes and positions"
+    if op in _STORING:
+        return f"{op} copies into a slot, which the engine does as fast"
     if op == "attention" and types[0] is not None and types[0].shape is not None:
         tokens = types[0].shape[2]
         if not isinstance(tokens, int) or tokens > _FEW_TOKENS:

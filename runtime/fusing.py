@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from actgraph.graph.fusion import Chooser, fuse
+from actgraph.graph.fusion import Chooser, everything, fuse
 from actgraph.graph.graph import Graph
 
 #: Elements from which on it matters how a weight is read.
@@ -14,19 +14,19 @@ _LARGE = 1 << 16
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
 
-def with_kernel_ops(graph: AnyGraph, *, norms: bool = False, dense: bool = True) -> AnyGraph:
+def with_kernel_ops(graph: AnyGraph, *, norms: bool = False, dense: bool = True, small: bool = False) -> AnyGraph:
     """A copy of ``graph`` in the ops that have kernels.
 
-    In a graph of single tokens these are all large linears. In others linears that are neither gated nor quantized stay the
-    engine's, whose product of many tokens is faster. norms: norms and rotary embeddings too, for engines that have none. dense:
-    those of single tokens at all.
+    In a graph of single tokens these are all large linears, and attentions over caches of 8 or 16 bits. In others linears that
+    are neither gated nor quantized stay the engine's, whose product of many tokens is faster. norms: norms and rotary
+    embeddings too, for engines that have none. dense: large linears of single tokens at all.
     """
     twin: AnyGraph = graph.clone()  # type: ignore[assignment]
     tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)
     single = tokens is not None and tokens.shape is not None and tokens.shape[-1] == 1
-    fuse(twin, norms=norms, rotary=norms, feed_forwards=False)
+    fuse(twin, norms=norms, rotary=norms, feed_forwards=False, attentions=single)
     if single and dense:
-        fuse(twin, dense=True, norms=False, rotary=False, feed_forwards=False, chosen=_large(twin))
+        fuse(twin, dense=True, norms=False, rotary=False, feed_forwards=False, chosen=everything if small else _large(twin))
     return twin
 
 

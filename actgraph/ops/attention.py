@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actgraph.errors import VerifyError
 from actgraph.ops import layout
-from actgraph.ops.drawing import boolean, draws, normal
+from actgraph.ops.drawing import Rule, boolean, draws, integers, normal, scales
 from actgraph.ops.dtypes import COMPUTE_FLOATS, DType
 from actgraph.ops.registry import Attribute, Attributes, OpDef, Operand, Sample, Trait, register, single
 from actgraph.ops.shapes import Shape, TensorType
@@ -74,7 +74,7 @@ def _probabilities(
     import torch
 
     q = layout.torch_compute(query)
-    scores = (q * single(scale)) @ _repeated(layout.torch_compute(key), query.shape[1]).transpose(-1, -2)
+    scores = (q * single(scale)) @ _repeated(key.to(q.dtype), query.shape[1]).transpose(-1, -2)
     if softcap:
         scores = torch.tanh(scores / single(softcap)) * single(softcap)
     hidden = torch.full((), -math.inf, dtype=q.dtype, device=q.device)
@@ -100,10 +100,17 @@ def _pattern_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attribut
 
 
 def _body_probabilities(
-    b: BodyBuilder, query: BodyValue, key: BodyValue, mask: BodyValue | None, softcap: float, is_causal: bool
+    b: BodyBuilder,
+    query: BodyValue,
+    key: BodyValue,
+    mask: BodyValue | None,
+    softcap: float,
+    is_causal: bool,
+    key_scale: BodyValue | None = None,
 ) -> BodyValue:
     q = b.up(query) * b.attribute("scale", b.up(query).dtype)
-    scores = _grouped_product(b, q, b.transpose(b.up(key), [0, 1, 3, 2]), query, key)
+    keys = _body_numbers(b, key, key_scale, q.dtype)
+    scores = _grouped_product(b, q, b.transpose(keys, [0, 1, 3, 2]), query, key)
     if softcap:
         cap = b.const(single(softcap), q.dtype)
         scores = b.op("Tanh", scores / cap) * cap
@@ -242,17 +249,53 @@ copy of keys and values. ``mask`` broadcasts to [batch, heads, queries, keys]: b
 are added. ``softcap`` c > 0 caps scores before the mask, ``c * tanh(scores / c)``. The result is [batch, heads, queries,
 width] in the type of ``query``; NaN among the scores gives NaN.
 
+Keys and values may be stored as a cache keeps them: float16 or bfloat16 next to wider queries, or int8 codes with a scale per
+token and key head, ``key_scale`` and ``value_scale`` [batch, kv_heads, keys, 1] (``code * scale``). They are read as float32
+(float64 next to float64 queries), as all is computed; kernels widen what they read and write no copy.
+
 Source: *Attention Is All You Need*, 2017; grouped queries: *GQA*, 2023; soft-capping: *Gemma 2*, 2024.
 """
 
+#: Types of keys and values next to queries of another type.
+_STORED = frozenset({DType.F16, DType.BF16, DType.I8})
+
+
+def _check_stored(name: str, query: TensorType, stored: TensorType, scale: TensorType | None) -> None:
+    """Raise VerifyError for keys or values that are not stored in one of the ways that the op reads."""
+    kind = stored.dtype
+    if kind is not None and query.dtype is not None and kind is not query.dtype and kind not in _STORED:
+        raise VerifyError(f"actgraph.attention: {name} {stored} is neither {query.dtype} as query nor f16, bf16 or i8")
+    if kind is not None and (kind is DType.I8) != (scale is not None):
+        wants = "needs a scale" if kind is DType.I8 else "takes no scale"
+        raise VerifyError(f"actgraph.attention: {name} {stored} {wants}", f"{name}_scale goes with int8 codes")
+    if scale is not None and stored.shape is not None:
+        wanted = (*stored.shape[:3], 1)
+        if scale.shape is not None and len(scale.shape) != 4:
+            raise VerifyError(f"actgraph.attention: {name}_scale {scale} must be {TensorType(DType.F32, wanted)}")
+        layout.check_into("attention", f"{name}_scale", scale.shape, wanted)
+        layout.check_into("attention", f"the rows of {name}", wanted, scale.shape)
+
 
 def _attention_infer(types: Sequence[TensorType | None], attributes: Attributes) -> list[TensorType]:
-    query, key, value, mask = types
+    query, key, value, mask, key_scale, value_scale = types
     assert query is not None and key is not None and value is not None
     if attributes["softcap"] < 0:
         raise VerifyError(f"actgraph.attention: softcap is {attributes['softcap']}", "0 caps nothing")
+    _check_stored("key", query, key, key_scale)
+    _check_stored("value", query, value, value_scale)
     pattern = _pattern_infer([query, key, mask], {"is_causal": False})[0]
     return _mix_infer([pattern, value], {})
+
+
+def _numbers(stored: torch.Tensor, scale: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values as arithmetic reads them."""
+    compute = layout.torch_compute(query).dtype
+    return stored.to(compute) if scale is None else stored.to(compute) * scale.to(compute)
+
+
+def _body_numbers(b: BodyBuilder, stored: BodyValue, scale: BodyValue | None, compute: DType) -> BodyValue:
+    values = b.cast(stored, compute)
+    return values if scale is None else values * b.cast(scale, compute)
 
 
 def _attention(
@@ -260,12 +303,14 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    pattern = _probabilities(query, key, mask, scale, softcap, is_causal=False)
-    return (pattern @ _repeated(layout.torch_compute(value), query.shape[1])).to(query.dtype)
+    pattern = _probabilities(query, _numbers(key, key_scale, query), mask, scale, softcap, is_causal=False)
+    return (pattern @ _repeated(_numbers(value, value_scale, query), query.shape[1])).to(query.dtype)
 
 
 def _attention_eager(
@@ -273,6 +318,8 @@ def _attention_eager(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -280,6 +327,8 @@ def _attention_eager(
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        key, value = _numbers(key, key_scale, query), _numbers(value, value_scale, query)
     if query.dtype not in (torch.float32, torch.float64):  # torch's kernels round the pattern to the small type as well
         return _attention(query, key, value, mask, scale=scale, softcap=softcap)
     if softcap or key.shape[2] == 0 or (mask is not None and mask.dim() != 4):
@@ -290,11 +339,47 @@ def _attention_eager(
 
 
 def _attention_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
-    query, key, value, mask = operands
+    query, key, value, mask, key_scale, value_scale = operands
     assert query is not None and key is not None and value is not None
-    pattern = _body_probabilities(b, query, key, mask, attributes["softcap"], is_causal=False)
-    return [b.cast(_grouped_product(b, pattern, b.up(value), query, value), query.dtype)]
+    pattern = _body_probabilities(b, query, key, mask, attributes["softcap"], is_causal=False, key_scale=key_scale)
+    values = _body_numbers(b, value, value_scale, pattern.dtype)
+    return [b.cast(_grouped_product(b, pattern, values, query, value), query.dtype)]
 
+
+_STORED_DOC = "as query, or f16, bf16, or i8 codes with scales"
+
+
+def _sample(
+    *shapes: tuple[int, ...] | None,
+    rules: Sequence[Rule] = (normal, normal, normal, normal),
+    note: str = "",
+    dtypes: tuple[DType, ...] = (),
+    **given: Any,
+) -> Sample:
+    """Shapes of query, key, value and perhaps mask, and of scales where keys or values are drawn as codes."""
+    query, key, value, *mask = shapes
+    assert key is not None and value is not None
+    scaled = [(*x[:3], 1) if rule is _codes else None for x, rule in zip((key, value), rules[1:3], strict=True)]
+    every = (query, key, value, *(mask or [None]), *scaled)
+    drawn = draws(*rules[:3], rules[3] if len(rules) > 3 else normal, _scales, _scales)
+    return Sample(every, {"scale": 0.5, **given}, draw=drawn, note=note, dtypes=dtypes)
+
+
+def _scales(rng: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    return scales(rng, shape, dtype).astype(DType.F64.numpy if dtype is DType.F64 else DType.F32.numpy)
+
+
+def _few(rng: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    return boolean(rng, shape, dtype) & (rng.random(shape) < 0.3)
+
+
+def _half(rng: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    return normal(rng, shape, DType.F16)
+
+
+_codes = integers(-127, 128, DType.I8)
+_SEEN = (normal, normal, normal, boolean)
+_NO_WIDER = (DType.F32, DType.F16, DType.BF16)
 
 register(
     OpDef(
@@ -302,9 +387,11 @@ register(
         doc=_ATTENTION_DOC,
         inputs=(
             Operand("query", "[batch, heads, queries, head]"),
-            Operand("key", "[batch, kv_heads, keys, head]", same_as="query"),
-            Operand("value", "[batch, kv_heads, keys, width]", same_as="query"),
+            Operand("key", f"[batch, kv_heads, keys, head]; {_STORED_DOC}", dtypes=COMPUTE_FLOATS | {DType.I8}),
+            Operand("value", f"[batch, kv_heads, keys, width]; {_STORED_DOC}", dtypes=COMPUTE_FLOATS | {DType.I8}),
             Operand("mask", "keys that may be seen, or numbers to add", dtypes=COMPUTE_FLOATS | {DType.BOOL}, optional=True),
+            Operand("key_scale", "of int8 keys, [batch, kv_heads, keys, 1]", optional=True),
+            Operand("value_scale", "of int8 values, [batch, kv_heads, keys, 1]", optional=True),
         ),
         outputs=("y",),
         infer=_attention_infer,
@@ -318,19 +405,21 @@ register(
         traits=frozenset({Trait.PER_SAMPLE}),
         min_opset=14,
         samples=(
-            Sample(((2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 5, 6), None), {"scale": 0.5}),
-            Sample(((2, 4, 3, 8), (2, 2, 7, 8), (2, 2, 7, 8), None), {"scale": 0.35}, note="grouped queries"),
-            Sample(((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), (2, 1, 3, 5)), {"scale": 0.5},
-                   draw=draws(normal, normal, normal, boolean)),
-            Sample(((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), (5, 6)), {"scale": 0.5, "softcap": 2.0},
-                   draw=draws(normal, normal, normal, normal), note="capped"),
-            Sample(((2, 2, 3, 4), (2, 1, 3, 4), (2, 1, 3, 4), (2, 1, 3, 3)), {"scale": 1.0},
-                   draw=draws(normal, normal, normal,
-                              lambda rng, shape, dtype: boolean(rng, shape, dtype) & (rng.random(shape) < 0.3)),
-                   note="rows that may see no key"),
-            Sample(((2, 2, 0, 4), (2, 2, 3, 4), (2, 2, 3, 4), None), {"scale": 0.5}, note="no queries"),
-            Sample(((1, 4, 1, 8), (1, 1, 9, 8), (1, 1, 9, 8), (1, 1, 1, 9)), {"scale": 0.35},
-                   draw=draws(normal, normal, normal, boolean), note="one token, one key head"),
+            _sample((2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 5, 6)),
+            _sample((2, 4, 3, 8), (2, 2, 7, 8), (2, 2, 7, 8), scale=0.35, note="grouped queries"),
+            _sample((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), (2, 1, 3, 5), rules=_SEEN),
+            _sample((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), (5, 6), softcap=2.0, note="capped"),
+            _sample((2, 2, 3, 4), (2, 1, 3, 4), (2, 1, 3, 4), (2, 1, 3, 3), scale=1.0, rules=(normal, normal, normal, _few),
+                    note="rows that may see no key"),
+            _sample((2, 2, 0, 4), (2, 2, 3, 4), (2, 2, 3, 4), note="no queries"),
+            _sample((1, 4, 1, 8), (1, 1, 9, 8), (1, 1, 9, 8), (1, 1, 1, 9), scale=0.35, rules=_SEEN,
+                    note="one token, one key head"),
+            _sample((2, 4, 1, 8), (2, 2, 9, 8), (2, 2, 9, 6), (2, 1, 1, 9), rules=(normal, _codes, _codes, boolean),
+                    note="codes"),
+            _sample((2, 3, 2, 8), (2, 3, 9, 8), (2, 3, 9, 8), rules=(normal, _half, _half), dtypes=_NO_WIDER,
+                    note="in half precision"),
+            _sample((1, 4, 1, 8), (1, 1, 5, 8), (1, 1, 5, 4), rules=(normal, _half, _codes), softcap=3.0, dtypes=_NO_WIDER,
+                    note="keys in half precision, values in codes"),
         ),
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Fuse linears, feed-forwards, norms and rotary embeddings into single ops, which exported files carry as functions.
+"""Fuse linears, feed-forwards, norms, rotary embeddings and reads of caches into single ops, which files carry as functions.
 
 Sources: *Deja Vu* (2023), *CATS* (2024) and *TEAL* (2024) for linears that skip the weights of dropped activations.
 """
@@ -22,7 +22,8 @@ _HALF = 0.1
 
 
 class Fuse(Pass):
-    """Make the ops that kernels claim: ``actgraph.linear``, ``feed_forward``, ``rms_norm``, ``layer_norm``, ``rotary``.
+    """Make the ops that kernels claim: ``actgraph.linear``, ``feed_forward``, ``rms_norm``, ``layer_norm``, ``rotary``; and
+    let ``actgraph.attention`` read a cache of 8 or 16 bits as it is stored.
 
     A gate on the input of a linear and the dequantization of its weight go into the linear; the weight of a gated linear is
     stored by input channel, so that what belongs to dropped inputs is not read. A gate on an activation goes into the
@@ -38,6 +39,7 @@ class Fuse(Pass):
     feed_forwards: bool = Field(default=True, description="Feed-forwards that are gated inside or quantized (dense: all).")
     norms: bool = Field(default=True, description="RMS norms and layer norms over the last axis.")
     rotary: bool = Field(default=True, description="Rotary embeddings of queries and keys.")
+    attentions: bool = Field(default=True, description="Attentions over caches that are stored in int8 or float16.")
     dense: bool = Field(default=False, description="Linears and feed-forwards that are neither gated nor quantized, too.")
     site: Selector = Field(default=(), description="Which places (their output or input sites); default: all.")
     ignore: Selector = Field(default=(), description="Places to leave as they are.")
@@ -52,7 +54,7 @@ class Fuse(Pass):
         with context.edit(graph) as editor:
             fused = fuse(
                 editor, linears=self.linears, feed_forwards=self.feed_forwards, norms=self.norms, rotary=self.rotary,
-                dense=self.dense, chosen=chosen,
+                attentions=self.attentions, dense=self.dense, chosen=chosen,
             )  # fmt: skip
             messages = list(editor.messages)
         declined = [Declined(name, reason) for name, reason in fused.declined]

@@ -32,3 +32,27 @@ def test_refused(op: str, shapes: list[Shape | None], message: str) -> None:
     types = [None if shape is None else TensorType(DType.F32, shape) for shape in shapes]
     with pytest.raises(VerifyError, match=message):
         definition.infer(types, definition.complete({}))
+
+
+K: Shape = ("batch", 2, "keys", 8)
+ROWS: Shape = ("batch", 2, "keys", 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "scale", "message"),
+    [
+        ((DType.F64, K), None, r"key f64\[.*\] is neither f32 as query nor f16, bf16 or i8"),
+        ((DType.I8, K), None, r"key i8\[.*\] needs a scale"),
+        ((DType.F16, K), ROWS, r"key f16\[.*\] takes no scale"),
+        ((DType.F32, K), ROWS, r"key f32\[.*\] takes no scale"),
+        ((DType.I8, K), ("batch", 2, "keys"), r"key_scale f32\[.*\] must be f32\[batch, 2, keys, 1\]"),
+        ((DType.I8, K), ("batch", 2, "keys", 8), r"key_scale of shape"),
+        ((DType.I8, K), ("batch", 1, "keys", 1), r"the rows of key"),
+    ],
+)
+def test_stored_keys_are_refused(key: tuple[DType, Shape], scale: Shape | None, message: str) -> None:
+    query = TensorType(DType.F32, ("batch", 4, 1, 8))
+    value = TensorType(DType.F32, K)
+    scales = None if scale is None else TensorType(DType.F32, scale)
+    with pytest.raises(VerifyError, match=f"attention: {message}"):
+        get_op("attention").infer([query, TensorType(*key), value, None, scales, None], {"scale": 1.0, "softcap": 0.0})

@@ -15,6 +15,7 @@ from actgraph.graph import Graph
 from actgraph.graph.fusion import fuse
 from tests import zoo
 from tests.passes.conftest import apply, in_dialect, relative, run, tiny_inputs, token_inputs
+from tests.passes.test_kv_cache import stepwise
 
 TEAL = "sparsify{method=teal threshold=0.05}"
 CATS = "sparsify{method=cats threshold=0.1}"
@@ -238,3 +239,59 @@ def test_half_precision() -> None:
     errors = [relative(exact, run(each, inputs).astype(np.float32)) for each in (plain, fused)]
     assert 0 < errors[1] < 2 * errors[0] < 0.2
     assert ops(fused)["linear"] == 14
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16"])
+@pytest.mark.parametrize("form", ["growing", "static"])
+def test_attention_reads_a_cache_as_it_is_stored(dialect: str, form: str, storage: str) -> None:
+    """Nothing is dequantized or cast in front of an attention, in prefill and decode, and the numbers stay."""
+    cached = f"kv_cache{{graphs=combined form={form} storage={storage}}}"
+    graph = apply(in_dialect("llama", dialect), cached, parity="none", reproducer=False)
+    fused = apply(graph, "fuse{linears=false norms=false rotary=false feed_forwards=false}", parity="none", reproducer=False)
+    kept = apply(graph, "fuse{attentions=false}", parity="none", reproducer=False)
+    kind = {"int8": "i8", "float16": "f16"}[storage]
+    for node in fused.nodes():
+        if node.op == "actgraph.attention":
+            query, key, value, _, *scales = node.operands
+            assert query is not None and key is not None and value is not None
+            assert (str(query.dtype), str(key.dtype), str(value.dtype)) == ("f32", kind, kind)
+            assert [scale.shape[-1] for scale in scales if scale is not None and scale.shape] == [1] * 2 * (kind == "i8")
+            assert node.origin.created_by == "fuse" and node.origin.sources
+    assert ops(fused)["attention"] == ops(graph)["attention"] == 2 and ops(fused)["dequantize"] == 0
+    assert ops(kept)["dequantize"] == ops(graph)["dequantize"]
+    inputs = {"ids": np.random.default_rng(0).integers(3, zoo.VOCAB, (2, 9)), "mask": np.ones((2, 9), np.int64)}
+    inputs["mask"][1, :3] = 0
+    plain, found = (stepwise(g, inputs["ids"], inputs["mask"], (5, 1, 1, 2), 1e4) for g in (graph, fused))
+    valid = inputs["mask"].astype(bool)
+    assert relative(plain[valid], found[valid]) < 1e-5
+
+
+def test_what_attention_cannot_read_as_stored_stays(dialect: str) -> None:
+    """Scales that are not one for each row, and a cast that narrows."""
+    graph = apply(in_dialect("llama", dialect), "kv_cache{graphs=combined storage=int8}", parity="none", reproducer=False)
+    with graph.edit(by="test") as editor:
+        for node in [node for node in graph.nodes() if node.op == "actgraph.dequantize"]:
+            scale = np.full((1,), 0.01, np.float32)
+            made = editor.insert(node.op, [node.operands[0], scale], {"dtype": "f32", "axis": -1}, before=node)
+            editor.redirect(node.output, made.output)
+        editor.erase_dead()
+    assert fuse(graph, linears=False, norms=False, rotary=False, feed_forwards=False).counts["attention"] == 0
+    assert all(str(n.operands[1].type.dtype) == "f32" for n in graph.nodes() if n.op == "actgraph.attention" and n.operands[1])
+
+
+def test_the_pattern_of_a_stored_cache_cannot_be_tapped(dialect: str) -> None:
+    graph = apply(in_dialect("llama", dialect), "kv_cache{graphs=combined storage=int8}, fuse", parity="none", reproducer=False)
+    with pytest.raises(SiteError, match="reads keys and values as i8, and cannot be taken apart"):
+        apply(graph, "tap{site=blocks.0.attn.pattern}", parity="none", reproducer=False)
+
+
+def test_fused_caches_are_exported(tmp_path: Path) -> None:
+    """A stock onnxruntime computes the same by the body of the attention over codes, kept or inlined."""
+    graph = in_dialect("llama", "fx")
+    fused = apply(graph, "kv_cache{graphs=combined storage=int8}, fuse", parity="none", reproducer=False)
+    ids = np.random.default_rng(0).integers(3, zoo.VOCAB, (2, 6))
+    want = stepwise(fused, ids, np.ones_like(ids), (4, 1, 1), 0.0)
+    for inline in ("none", "all"):
+        loaded = ag.load(fused.save(tmp_path / "fused.onnx", inline=inline))
+        assert ops(loaded)["attention"] == (2 if inline == "none" else 0)
+        assert relative(want, stepwise(loaded, ids, np.ones_like(ids), (4, 1, 1), 0.0)) < 1e-5

@@ -306,6 +306,76 @@ def test_attention_of_special_values() -> None:
         assert (zeros[:, :, 1] == 0).all()
 
 
+STORED = ("f32", "f16", "bf16", "i8")
+
+
+def stored(x: Array, kind: str) -> tuple[Array, Array | None]:
+    """Numbers [batch, heads, keys, head] as a cache keeps them, and their scales."""
+    if kind != "i8":
+        return x.astype(DType(kind).numpy), None
+    scale = np.abs(x).max(-1, keepdims=True, initial=1e-3).astype(np.float32) / np.float32(127)
+    return np.rint(x / scale).astype(np.int8), scale
+
+
+def as_stored(operands: list[Array | None], key: str, value: str) -> list[Array | None]:
+    """The operands [query, key, value, mask, key_scale, value_scale] in which keys and values are stored so."""
+    query, k, v, mask = (*operands, None)[:4]
+    assert k is not None and v is not None
+    (k, key_scale), (v, value_scale) = stored(k, key), stored(v, value)
+    return [query, k, v, mask, key_scale, value_scale]
+
+
+@pytest.mark.parametrize("value", STORED)
+@pytest.mark.parametrize("key", STORED)
+def test_attention_over_a_stored_cache(key: str, value: str) -> None:
+    """Grouped heads, several queries and threads, heads that fill no vector, masks, capped scores."""
+    rng = np.random.default_rng(0)
+    for sizes in ((1, 4, 1, 1, 200, 64, 64), (2, 6, 2, 3, 70, 20, 70), (1, 3, 3, 1, 65, 7, 5), (1, 2, 1, 1, 0, 16, 16)):
+        operands, (queries, keys) = heads(*sizes), sizes[3:5]
+        for mask in (None, rng.random((sizes[0], 1, queries, keys)) < 0.4, rng.standard_normal(keys).astype(np.float32)):
+            run("attention", as_stored([*operands, mask], key, value), {"scale": 0.3, "softcap": 0.0 if mask is None else 5.0})
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "i8"])
+def test_stored_attention_of_special_values(kind: str) -> None:
+    """NaN and infinity in a query, in keys of half precision or in a scale; hidden blocks are not read."""
+    operands = as_stored(heads(1, 2, 2, 2, 200, 16, 16), kind, kind)
+    query, key, value, _, key_scale, value_scale = operands
+    assert query is not None and key is not None and value is not None
+    clean = reference(get_op("attention"), operands, {"scale": 0.3, "softcap": 0.0})
+    query[0, 1, 0, 3] = np.nan
+    got = call(KERNELS["attention"], operands, {"scale": 0.3}, 2)
+    assert np.isnan(got[0, 1, 0]).all()
+    agree(got[0, 0], clean[0, 0], 3e-6)
+    agree(got[0, 1, 1], clean[0, 1, 1], 3e-6)
+    query[0, 1, 0, 3] = 0
+    (key if key_scale is None else key_scale)[0, 0, 5] = np.nan
+    (value if value_scale is None else value_scale)[0, 1, 5] = np.inf
+    got = call(KERNELS["attention"], operands, {"scale": 0.3}, 2)
+    agree(got, reference(get_op("attention"), operands, {"scale": 0.3, "softcap": 0.0}), 3e-6)
+    assert np.isnan(got[0, 0]).all() and not np.isfinite(got[0, 1]).all()
+    operands = as_stored(heads(1, 2, 2, 2, 200, 16, 16), kind, kind)
+    seen = np.arange(200) < 60
+    want = reference(
+        get_op("attention"), [a if a is None or not i else a[..., :60, :] for i, a in enumerate(operands)], {"scale": 0.3}
+    )
+    for tensor in (operands[1], operands[2]) if kind != "i8" else (operands[4], operands[5]):
+        tensor[:, :, 64:] = np.nan  # type: ignore[index]
+    operands[3] = seen
+    for threads in THREADS:
+        agree(call(KERNELS["attention"], operands, {"scale": 0.3}, threads), want, 3e-6)
+
+
+def test_what_stored_attention_refuses() -> None:
+    operands = as_stored(heads(1, 2, 2, 1, 8, 16, 16), "i8", "i8")
+    for place, bad in ((4, None), (5, None), (4, np.ones((1, 2, 7, 1), np.float32)), (5, np.ones((1, 2, 8, 16), np.float32))):
+        with pytest.raises(InputError, match="need a scale for each row"):
+            call(KERNELS["attention"], [bad if i == place else a for i, a in enumerate(operands)], {"scale": 1.0})
+    floats = [*heads(1, 2, 2, 1, 8, 16, 16), None, np.ones((1, 2, 8, 1), np.float32)]
+    with pytest.raises(InputError, match="and others take none"):
+        call(KERNELS["attention"], floats, {"scale": 1.0})
+
+
 # --- steering and the rest --------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Rewriting: linears, feed-forwards, norms and rotary embeddings of a graph as the ops that kernels claim whole.
+"""Rewriting: linears, feed-forwards, norms, rotary embeddings and attentions of a graph as the ops that kernels claim whole.
 
 The same rules serve both dialects, over ``Graph``, ``Editor`` and ``Views``. Each fused op computes what its nodes did, up to
 the order of sums and to rounding once where they rounded several times (half precision).
@@ -7,6 +7,7 @@ the order of sums and to rounding once where they rounded several times (half pr
 from __future__ import annotations
 
 from actgraph.graph.editor import Editor
+from actgraph.graph.fusion.attentions import fuse_attentions
 from actgraph.graph.fusion.feed_forwards import fuse_feed_forwards
 from actgraph.graph.fusion.linears import fuse_linears
 from actgraph.graph.fusion.norms import fuse_norms
@@ -14,7 +15,7 @@ from actgraph.graph.fusion.rewriter import Chooser, Fused, Rewriter, everything
 from actgraph.graph.fusion.rotary import fuse_rotary
 from actgraph.graph.graph import Graph
 
-__all__ = ["Chooser", "Fused", "fuse"]
+__all__ = ["Chooser", "Fused", "everything", "fuse"]
 
 
 def fuse(
@@ -24,6 +25,7 @@ def fuse(
     feed_forwards: bool = True,
     norms: bool = True,
     rotary: bool = True,
+    attentions: bool = True,
     dense: bool = False,
     chosen: Chooser = everything,
 ) -> Fused:
@@ -35,11 +37,15 @@ def fuse(
     if isinstance(target, Graph):
         with target.edit(by="fuse") as editor:
             return fuse(
-                editor, linears=linears, feed_forwards=feed_forwards, norms=norms, rotary=rotary, dense=dense, chosen=chosen
-            )
+                editor, linears=linears, feed_forwards=feed_forwards, norms=norms, rotary=rotary, attentions=attentions,
+                dense=dense, chosen=chosen,
+            )  # fmt: skip
     rewriter = Rewriter(target, chosen, dense)
     # projections last: a feed-forward that can be fused as a whole is not taken apart
-    rules = ((rotary, fuse_rotary), (norms, fuse_norms), (feed_forwards, fuse_feed_forwards), (linears, fuse_linears))
+    rules = (
+        (rotary, fuse_rotary), (norms, fuse_norms), (attentions, fuse_attentions), (feed_forwards, fuse_feed_forwards),
+        (linears, fuse_linears),
+    )  # fmt: skip
     for wanted, rule in rules:
         before = sum(rewriter.result.counts.values())
         if wanted:

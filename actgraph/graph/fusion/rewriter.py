@@ -24,7 +24,8 @@ def everything(values: Sequence[Value], edges: Sequence[Use]) -> bool:
 
 @dataclass
 class Fused:
-    """counts: applications per rule (``linear``, ``feed_forward``, ``rms_norm``, ``layer_norm``, ``rotary``).
+    """counts: applications per rule (``linear``, ``feed_forward``, ``rms_norm``, ``layer_norm``, ``rotary``,
+    ``attention``).
 
     declined: ``(value, reason)`` of places that a rule is meant for and could not take.
     """

@@ -47,6 +47,8 @@ def _attention(editor: Editor, node: Node) -> None:
     scale = prim.attributes["scale"]
     if prim.attributes.get("softcap"):
         raise SiteError(f"the scores of {node.name} are capped, and its pattern cannot be taken out", "tap before kv_cache")
+    if key.dtype is not query.dtype or value.dtype is not query.dtype:
+        raise SiteError(f"{node.name} reads keys and values as {key.dtype}, and cannot be taken apart", "tap before fuse")
     if scale is None:
         raise SiteError(f"the scale of {node.name} is not known", "its head size is dynamic")
     attributes = {"scale": float(scale), "is_causal": bool(prim.attributes["is_causal"])}

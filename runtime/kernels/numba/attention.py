@@ -1,5 +1,6 @@
 """The op ``attention`` in float32, for few queries over many keys: keys and values are read once for all queries of their head.
 
+They may be stored as float32, float16, bfloat16, or int8 with a scale for each row (see ``cached``).
 A unit of work is a key head of a batch entry and a range of its keys (one of ``splits`` ranges, so that few heads still occupy
 all threads). It goes through blocks of keys with a running maximum and sum for each query; a last stage joins the ranges.
 Blocks that a boolean mask hides from a query are not read for it. A query that sees no key gives zeros; NaN among its scores
@@ -19,7 +20,8 @@ from numba import njit
 
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
-from actgraph.runtime.kernels.numba import dot, simd
+from actgraph.runtime.kernels.numba import simd
+from actgraph.runtime.kernels.numba.cached import bytes_of, mix, score, times
 from actgraph.runtime.kernels.numba.frame import (
     address,
     element_type,
@@ -37,15 +39,27 @@ from actgraph.runtime.kernels.numba.functions import exp, tanh
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, u8s
 from actgraph.runtime.kernels.numba.norms import total
-from actgraph.runtime.kernels.numba.weights import F32
+from actgraph.runtime.kernels.numba.weights import F32, I8
 
-QUERY, KEY, VALUE, MASK, Y = range(5)
+QUERY, KEY, VALUE, MASK, KEY_SCALE, VALUE_SCALE, Y = range(7)
 SCALE, SOFTCAP = range(2)
-TENSORS = 5
+TENSORS = 7
 #: Keys that are scored at once: their keys and values stay in the first-level cache while queries meet them.
 KEYS = 64
 _ZERO, _LOWEST = np.float32(0), np.float32(-np.inf)
-_dot = dot.dot_floats(simd.load_f32, F32, 4)
+
+
+@njit(**OPTIONS)
+def _wrong_scales(frame, tensor, scales):
+    """Whether codes have no scale for each row, or numbers have scales; types that are read nowhere count as numbers."""
+    if element_type(frame, tensor) != I8:
+        return address(frame, scales) != 0
+    if address(frame, scales) == 0 or rank(frame, scales) != 4:
+        return True
+    wrong = size(frame, scales, 3) != 1
+    for axis in range(3):
+        wrong |= size(frame, scales, axis) != size(frame, tensor, axis)
+    return wrong
 
 
 @njit(**OPTIONS)
@@ -60,6 +74,8 @@ def shape(frame, part, nparts):
         return 2
     if size(frame, KEY, 0) != size(frame, QUERY, 0) or size(frame, VALUE, 0) != size(frame, QUERY, 0):
         return 2
+    if _wrong_scales(frame, KEY, KEY_SCALE) or _wrong_scales(frame, VALUE, VALUE_SCALE):
+        return 4
     if address(frame, MASK) != 0:
         if rank(frame, MASK) > 4:
             return 3
@@ -140,16 +156,18 @@ def _any_seen(mask, place, step, start, stop):
 
 
 @njit(**OPTIONS)
-def _score(frame, query, key, scores, count, cap):
+def _rows(frame, tensor, pair, start, each):
+    """Where the rows of a key head begin, from token ``start`` on; ``each``: bytes of a number."""
+    return address(frame, tensor) + each * (pair * room(frame, tensor) + start) * size(frame, tensor, 3)
+
+
+@njit(**OPTIONS)
+def _score(frame, query, pair, start, scores, count, cap):
     """The capped products of a query with ``count`` keys."""
-    width = size(frame, QUERY, 3)
-    line, s = 4 * width, f32s(scores)
-    for t in range(0, count, 4):
-        t1, t2, t3 = min(t + 1, count - 1), min(t + 2, count - 1), min(t + 3, count - 1)
-        r0, r1, r2, r3 = key + t * line, key + t1 * line, key + t2 * line, key + t3 * line
-        p0, p1, p2, p3 = r0 + dot.AHEAD, r1 + dot.AHEAD, r2 + dot.AHEAD, r3 + dot.AHEAD
-        s0, s1, s2, s3 = _dot(r0, r1, r2, r3, p0, p1, p2, p3, query, width)
-        s[t], s[t1], s[t2], s[t3] = s0, s1, s2, s3
+    kind, width, s = element_type(frame, KEY), size(frame, QUERY, 3), f32s(scores)
+    score(kind, query, _rows(frame, KEY, pair, start, bytes_of(kind)), scores, count, width)
+    if kind == I8:
+        times(scores, _rows(frame, KEY_SCALE, pair, start, 4), count)
     if cap != _ZERO:
         for t in range(count):
             s[t] = tanh(s[t] / cap) * cap
@@ -170,41 +188,7 @@ def _hide(frame, scores, place, step, start, count):
 
 
 @njit(**OPTIONS)
-def _mix(value, width, scores, count, to, factor):
-    """``to = factor * to + scores @ value`` for ``count`` rows of values of ``width``."""
-    p, line, c = f32s(scores), 4 * width, 0
-    kept = simd.splat_f32(factor)
-    while c + 64 <= width:
-        at = to + 4 * c
-        a, b = simd.mul(simd.load_f32(at), kept), simd.mul(simd.load_f32(at + 64), kept)
-        d, e = simd.mul(simd.load_f32(at + 128), kept), simd.mul(simd.load_f32(at + 192), kept)
-        row = value + 4 * c
-        for t in range(count):
-            w = simd.splat_f32(p[t])
-            a, b = simd.fma(simd.load_f32(row), w, a), simd.fma(simd.load_f32(row + 64), w, b)
-            d, e = simd.fma(simd.load_f32(row + 128), w, d), simd.fma(simd.load_f32(row + 192), w, e)
-            row += line
-        simd.store(at, a)
-        simd.store(at + 64, b)
-        simd.store(at + 128, d)
-        simd.store(at + 192, e)
-        c += 64
-    while c + 16 <= width:
-        a, row = simd.mul(simd.load_f32(to + 4 * c), kept), value + 4 * c
-        for t in range(count):
-            a = simd.fma(simd.load_f32(row + t * line), simd.splat_f32(p[t]), a)
-        simd.store(to + 4 * c, a)
-        c += 16
-    sums, v = f32s(to), f32s(value)
-    for i in range(c, width):
-        one = sums[i] * factor
-        for t in range(count):
-            one += p[t] * v[t * width + i]
-        sums[i] = one
-
-
-@njit(**OPTIONS)
-def _block(frame, state, value, scores, count):
+def _block(frame, state, pair, start, scores, count):
     """Scores of ``count`` keys into the state of a query."""
     s, known = f32s(scores), f32s(state)
     old = known[0]
@@ -220,8 +204,10 @@ def _block(frame, state, value, scores, count):
     added = total(scores, count)
     factor = exp(old - level)
     known[0], known[1] = largest, known[1] * factor + added
-    width = size(frame, VALUE, 3)
-    _mix(value, width, scores, count, state + 64, factor)
+    kind, width = element_type(frame, VALUE), size(frame, VALUE, 3)
+    if kind == I8:
+        times(scores, _rows(frame, VALUE_SCALE, pair, start, 4), count)
+    mix(kind, _rows(frame, VALUE, pair, start, bytes_of(kind)), width, scores, count, state + 64, factor)
 
 
 @njit(**OPTIONS)
@@ -236,7 +222,7 @@ def prepare(frame, part, nparts):
 
 @njit(**OPTIONS)
 def attend(frame, part, nparts):
-    batches, heads, queries, width = size(frame, QUERY, 0), size(frame, QUERY, 1), size(frame, QUERY, 2), size(frame, QUERY, 3)
+    batches, heads, queries = size(frame, QUERY, 0), size(frame, QUERY, 1), size(frame, QUERY, 2)
     groups, keys, values, splits = size(frame, KEY, 1), size(frame, KEY, 2), size(frame, VALUE, 3), _splits(frame)
     each, scores, cap = heads // groups, _scores_at(frame, part), np.float32(number(frame, TENSORS, SOFTCAP))
     masked, truth = address(frame, MASK) != 0, False
@@ -255,8 +241,6 @@ def attend(frame, part, nparts):
                     state[i] = _ZERO
         for start in range(begin, end, KEYS):
             count = min(KEYS, end - start)
-            key = address(frame, KEY) + 4 * (pair * room(frame, KEY) + start) * width
-            value = address(frame, VALUE) + 4 * (pair * room(frame, VALUE) + start) * values
             for head in range(group * each, group * each + each):
                 for query in range(queries):
                     row = (batch * heads + head) * queries + query
@@ -265,10 +249,10 @@ def attend(frame, part, nparts):
                         place, step = _mask_row(frame, batch, head, query)
                         if truth and not _any_seen(address(frame, MASK), place, step, start, start + count):
                             continue
-                    _score(frame, _query_at(frame, row), key, scores, count, cap)
+                    _score(frame, _query_at(frame, row), pair, start, scores, count, cap)
                     if masked:
                         _hide(frame, scores, place, step, start, count)
-                    _block(frame, _state_at(frame, split, row), value, scores, count)
+                    _block(frame, _state_at(frame, split, row), pair, start, scores, count)
     return 0
 
 
@@ -304,24 +288,29 @@ def _claims(types: Sequence[TensorType | None], attributes: dict[str, Any]) -> b
     return mask is None or mask.dtype in (DType.F32, DType.BOOL)
 
 
+_SHAPE, _SCRATCH = Stage("attention_shape", shape), Stage("attention_scratch", scratch_bytes)
+_STAGES = (
+    Stage("attention_prepare", prepare),
+    Stage("attention", attend, parallel=True),
+    Stage("attention_finish", finish),
+)
+_STORED = (DType.F32, DType.F16, DType.BF16, DType.I8)
+
 ATTENTION = OpKernels(
     op="attention",
-    key_operands=(),
+    key_operands=(KEY, VALUE),
     key_attributes=(),
-    errors=("query, key and value must have rank 4", "query, key and value do not fit each other", "the mask does not fit"),
-    operands=(DType.F32, DType.F32, DType.F32, None),
+    errors=(
+        "query, key and value must have rank 4",
+        "query, key and value do not fit each other",
+        "the mask does not fit",
+        "int8 keys and values need a scale for each row, and others take none",
+    ),
+    operands=(DType.F32, None, None, None, DType.F32, DType.F32),
     claims=_claims,
     kernels=[
-        NumbaKernel(
-            types=(),
-            attributes=(),
-            shape=Stage("attention_shape", shape),
-            scratch=Stage("attention_scratch", scratch_bytes),
-            stages=(
-                Stage("attention_prepare", prepare),
-                Stage("attention", attend, parallel=True),
-                Stage("attention_finish", finish),
-            ),
-        )
+        NumbaKernel(types=(key, value), attributes=(), shape=_SHAPE, scratch=_SCRATCH, stages=_STAGES)
+        for key in _STORED
+        for value in _STORED
     ],
 )
