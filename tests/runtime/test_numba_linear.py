@@ -16,7 +16,8 @@ from actgraph.errors import InputError
 from actgraph.graph.graph import Array
 from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import get_op
-from actgraph.runtime.kernels.calls import call
+from actgraph.runtime.kernels.calls import call, describe, frame_of
+from actgraph.runtime.kernels.numba import linear
 from actgraph.runtime.kernels.registry import all_kernels
 from actgraph.runtime.native.library import available
 from tests.conformance.harness import Case
@@ -191,6 +192,97 @@ def test_refusals() -> None:
         call(LINEAR, [*operands[:4], np.zeros(5, np.float32)], form)
     with pytest.raises(InputError, match="no kernel"):
         call(LINEAR, [operands[0].astype(np.float16), *operands[1:]], form)
+
+
+# --- groups in rows that fill no chunk, and zero points for each group ------------------------------------------------------
+
+#: inputs, outputs: rows shorter than a chunk, of one and a part, of many, and of so few bytes that most would be read beyond.
+LOOSE = ((64, 172), (172, 64), (1000, 33), (96, 17), (128, 40), (30, 9), (2, 3))
+
+
+def loose(
+    kind: str, inputs: int, outputs: int, block: int, zero: str, tokens: int = 2
+) -> tuple[list[Array | None], dict[str, Any]]:
+    """A linear stored by outputs whose groups have scales, and zero points of type ``zero`` (empty: none) of their own."""
+    operands, form = drawn(kind, "out_in", (tokens, inputs, outputs), block)
+    assert operands[2] is not None
+    if zero:
+        operands[3] = np.random.default_rng(2).integers(0, 16, operands[2].shape).astype(zero)
+    elif kind == "u4":
+        operands[3] = np.array(8, np.uint8)
+    return operands, form
+
+
+@pytest.mark.parametrize("zero", ["", "uint8", "int8", "int32"])
+@pytest.mark.parametrize("kind", ["i4", "u4", "i8", "u8"])
+def test_loose_groups(kind: str, zero: str) -> None:
+    for inputs, outputs in LOOSE:
+        for block in (0, 16, 32, 64, 128, 256):
+            operands, form = loose(kind, inputs, outputs, block, zero)
+            want = reference(OP, operands, OP.complete(form))
+            for threads in THREADS if block == 32 else (2,):
+                check(call(LINEAR, operands, form, threads), want, operands, form)
+        operands, form = loose(kind, inputs, outputs, 32, zero)
+        kept = (np.random.default_rng(3).random((2, outputs)) > 0.5).astype(np.float32)
+        operands = [*operands, None, None, kept]
+        check(call(LINEAR, operands, form, 2), reference(OP, operands, OP.complete(form)), operands, form)
+
+
+def test_loose_groups_go_by_vectors() -> None:
+    """All but groups that lanes do not follow."""
+    for kind, inputs, block, zero, form in (
+        ("u4", 64, 32, "", linear.LOOSE), ("u4", 172, 32, "", linear.LOOSE), ("u4", 256, 32, "uint8", linear.LOOSE),
+        ("i8", 172, 32, "int8", linear.LOOSE), ("u4", 172, 0, "", linear.LOOSE), ("u4", 256, 32, "", linear.GROUPS),
+        ("i8", 172, 0, "", linear.CHANNEL), ("u4", 256, 24, "", linear.OTHER),
+    ):  # fmt: skip
+        operands, attributes = loose(kind, inputs, 6, block, zero)
+        frame = frame_of(LINEAR, [*operands, None, None, None], OP.complete(attributes))
+        describe(frame, linear.Y, 0, 1, (2, 6))
+        assert linear.form_of(frame.ctypes.data, 2 if kind == "u4" else 1) == form, (kind, inputs, block, zero)
+
+
+def test_special_values_in_loose_groups() -> None:
+    """A scale that is not a number stays in its own output, and NaN among the inputs in its own token."""
+    operands, form = loose("u4", 172, 64, 32, "uint8", 3)
+    assert operands[0] is not None and operands[2] is not None
+    operands[0][1, 7], operands[2][5, 0] = np.nan, np.nan
+    got, want = call(LINEAR, operands, form, 2), reference(OP, operands, OP.complete(form))
+    assert np.array_equal(np.isnan(got), np.isnan(want)) and np.isnan(got[1]).all() and np.isnan(got[:, 5]).all()
+    assert not np.isnan(got[0, 4]) and not np.isnan(got[2, 63])
+
+
+_AT_THE_END = """
+import ctypes, mmap
+import numpy as np
+from tests.runtime.test_numba_linear import LINEAR, LOOSE, call, loose
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+kept = []
+def at_the_end(array):  # of memory that may be read
+    if array is None:
+        return None
+    size = -(-array.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
+    kept.append(memory)
+    moved = np.ndarray(array.shape, array.dtype, memory, size - array.nbytes)
+    moved[...] = array
+    return moved
+for kind in ("u4", "i8"):
+    for inputs, outputs in LOOSE:
+        for block in (0, 16, 32, 128):
+            for zero in ("", "uint8", "int32"):
+                operands, form = loose(kind, inputs, outputs, block, zero)
+                got = call(LINEAR, [operands[0], *map(at_the_end, operands[1:4]), operands[4]], form, 1)
+                assert np.array_equal(got, call(LINEAR, operands, form, 1))
+print("read")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+def test_nothing_beyond_a_weight_is_read() -> None:
+    done = subprocess.run([sys.executable, "-c", _AT_THE_END], capture_output=True, text=True)
+    assert done.stdout == "read\n", (done.returncode, done.stderr[-2000:])
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The op ``linear`` for weights stored by outputs ([N, K], layout "out_in"): see ``dot``. For "in_out" see ``linear_gathered``.
 
 Integer weights meet activations of 16 bits (see ``codes``), accumulated in integers; everything else is float32. Rows of x that
-hold NaN or infinity, and codes whose groups or zero points fit no instruction, take a plain loop in float32.
+hold NaN or infinity, and codes whose groups fit no instruction, take a plain loop in float32.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from actgraph.runtime.kernels.numba.codes import (
     write_half_chunks,
     write_planes,
 )
+from actgraph.runtime.kernels.numba.dot_loose import dot_loose
 from actgraph.runtime.kernels.numba.frame import (
     address,
     element_type,
@@ -45,6 +46,7 @@ from actgraph.runtime.kernels.numba.weights import (
     F16,
     F32,
     I8,
+    I32,
     PACKED_I4,
     PACKED_U4,
     U8,
@@ -55,8 +57,9 @@ from actgraph.runtime.kernels.numba.weights import (
 X, WEIGHT, SCALE, ZERO, BIAS, THRESHOLDS, INDICES, KEPT, Y = range(9)
 LAYOUT, BLOCK, PACKED, KEEP, THRESHOLD, TOP = range(6)
 TENSORS = 9
-#: How codes are scaled: once for each output, in groups that instructions can follow, or in another way.
-CHANNEL, GROUPS, OTHER = range(3)
+#: How codes are scaled: once for each output; in groups that instructions can follow, where rows fill chunks and have one zero
+#: point; the same for other rows (see ``dot_loose``); or in another way.
+CHANNEL, GROUPS, OTHER, LOOSE = range(4)
 #: The memory of a token beside its values: its step, the sum of its codes, how many outputs it has, their form, where they are.
 TOKEN = 64
 
@@ -184,7 +187,7 @@ def choose_outputs(frame, token, to):
 
 @njit(**OPTIONS)
 def form_of(frame, codes_a_byte):
-    """CHANNEL, GROUPS or OTHER."""
+    """CHANNEL, GROUPS, LOOSE or OTHER."""
     block, inputs = integer(frame, TENSORS, BLOCK), inputs_of(frame)
     one_zero = address(frame, ZERO) == 0 or elements(frame, ZERO) == 1
     if codes_a_byte == 1 and block == 0:
@@ -196,9 +199,10 @@ def form_of(frame, codes_a_byte):
             return OTHER
     elif elements(frame, SCALE) == 1:
         return OTHER
-    if inputs % chunk == 0 and one_zero and (block % chunk == 0 or block == chunk // 2 or block == chunk // 4):
+    follows = block % chunk == 0 or block == chunk // 2 or block == chunk // 4
+    if inputs % chunk == 0 and one_zero and follows:
         return GROUPS
-    return OTHER
+    return LOOSE if inputs > 0 and (follows or block >= inputs) else OTHER
 
 
 @njit(**OPTIONS)
@@ -304,6 +308,10 @@ def preparation(kind: int, packed: int) -> Any:
                         write_byte_chunks(h, inputs, step, zero_at(frame, 0) + offset, codes)
                     elif form == GROUPS:
                         write_half_chunks(h, inputs, step, zero_at(frame, 0) + offset, codes)
+                    elif form == LOOSE and codes_a_byte == 1:
+                        write_byte_chunks(h, inputs, step, -1, codes)  # the sums themselves
+                    elif form == LOOSE:
+                        write_half_chunks(h, inputs, step, -1, codes)
             if address(frame, KEPT) != 0:
                 y, base = f32s(address(frame, Y)), token * outputs_of(frame)
                 for n in range(outputs_of(frame)):
@@ -419,6 +427,35 @@ def code_products(kind: int, packed: int) -> Any:
     by_channel = dot.dot_bytes(flip)
     family = dot.dot_half_groups if packed else dot.dot_byte_groups
     one, two, four = family(flip, 1), family(flip, 2), family(flip, 4)
+    loose = [dot_loose(flip, bool(packed), groups) for groups in (1, 2, 4)]
+    loose_one, loose_two, loose_four = loose
+
+    @njit(**OPTIONS)
+    def loosely(frame, at, token, n, later):
+        """Output ``n`` of a token in the form LOOSE."""
+        inputs, block = at[INPUTS], integer(frame, TENSORS, BLOCK)
+        if block == 0:
+            block = inputs
+        line, row, chunks = inputs // codes_a_byte, (inputs + block - 1) // block, (inputs + chunk - 1) // chunk
+        groups = 4 if block * 4 == chunk else 2 if block * 2 == chunk else 1
+        behind = chunks * groups if groups > 1 else row
+        if n * line + chunks * 64 > at[OUTPUTS] * line or n * row + behind > at[OUTPUTS] * row:
+            write(at, token, n, plain_sum(frame, kind, packed, token, n))  # it would read beyond the weight
+            return
+        zeros, zero = np.int64(0), np.int64(0)
+        if at[MANY_ZEROS] != 0:
+            zeros = at[ZEROS] + n * row * (4 if at[ZERO_TYPE] == I32 else 1)
+        else:
+            zero = _zero(at, 0)
+        info, weight, scales = token_at(frame, token), at[WEIGHTS] + n * line, at[SCALES] + n * row * 4
+        codes, per = i64s(info)[4], chunks if block >= inputs else max(block // chunk, 1)
+        if groups == 4:
+            y = loose_four(weight, later, scales, zeros, at[ZERO_TYPE], per, zero, codes, inputs)
+        elif groups == 2:
+            y = loose_two(weight, later, scales, zeros, at[ZERO_TYPE], per, zero, codes, inputs)
+        else:
+            y = loose_one(weight, later, scales, zeros, at[ZERO_TYPE], per, zero, codes, inputs)
+        write(at, token, n, y * f32s(info)[0])
 
     @njit(**OPTIONS)
     def channel(at, n, total, step, sum_of_codes):
@@ -435,6 +472,13 @@ def code_products(kind: int, packed: int) -> Any:
         line, codes = inputs // codes_a_byte, i64s(info)[4]
         r0, r1, r2, r3 = weight + n0 * line, weight + n1 * line, weight + n2 * line, weight + n3 * line
         p0, p1, p2, p3 = _later(at, n0, p0), _later(at, n1, p1), _later(at, n2, p2), _later(at, n3, p3)
+        if form == LOOSE:
+            loosely(frame, at, token, n0, p0)
+            if n1 != n0:  # else one output stands in all four places
+                loosely(frame, at, token, n1, p1)
+                loosely(frame, at, token, n2, p2)
+                loosely(frame, at, token, n3, p3)
+            return
         if codes_a_byte == 1 and form == CHANNEL:
             t0, t1, t2, t3 = by_channel(r0, r1, r2, r3, p0, p1, p2, p3, codes, codes + padded(inputs), inputs)
             sums = i64s(info)[1]
