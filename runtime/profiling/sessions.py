@@ -53,6 +53,8 @@ class Probe:
             if self.compiled.graph.dialect == "onnx":  # what is bound is bound to the other sessions
                 state._bindings.clear()
                 self._undo.append(lambda: state._bindings.clear())
+            elif hasattr(state, "_recordings"):
+                self._record(state)
         feed = session.feed
 
         def timed(tokens: Array, valid: Array | None = None) -> dict[str, Array]:
@@ -64,6 +66,32 @@ class Probe:
 
         vars(session)["feed"] = timed  # an attribute of this one session: others pay nothing
         self._undo.append(lambda: vars(session).pop("feed"))
+
+    def _record(self, state: Any) -> None:
+        """Let the steps that a session of torch records, to run them from C, be timed."""
+        from actgraph.graph.fx_types import tensor_of
+        from actgraph.runtime.profiling.torch_frames import TimedRecording
+        from actgraph.runtime.profiling.torch_nodes import NodePlan
+
+        held = self.compiled._held_graphs() or {}
+        plans = {stage: NodePlan.of_held(stage, graph) for stage, graph in held.items() if graph.records}
+
+        def recorded(stage: str, held: Any, inputs: Mapping[str, Array], used: int) -> Any:
+            found = state._recordings.get(stage)
+            if found is not None:
+                return found(inputs, state._tensors, used)
+            tensors = {name: tensor_of(array) for name, array in inputs.items()}
+            made = TimedRecording(plans[stage], self.recorder, held, tensors, state._tensors, used)
+            state._recordings[stage] = made
+            return made.results
+
+        def undo() -> None:
+            state._recordings = {}  # buffers may have moved
+            del vars(state)["_recorded"]
+
+        state._recordings = {}
+        vars(state)["_recorded"] = recorded
+        self._undo.append(undo)
 
     def call(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """``Compiled.__call__``, profiled."""
