@@ -20,6 +20,7 @@ from actgraph.runtime.torch_device import Placed
 from actgraph.runtime.torch_kernels import register_torch_kernels
 from actgraph.runtime.torch_lowering import Lowering
 from actgraph.runtime.torch_packed import Packed
+from actgraph.runtime.torch_recorded import Recording
 
 
 class HeldGraph:
@@ -41,7 +42,7 @@ class HeldGraph:
         if kernels and placed is not None:  # whose own products and norms are as fast
             graph = with_kernel_ops(graph, dense=False)
         elif kernels:
-            graph = with_kernel_ops(graph, norms=not compile)  # whose own code for them is as fast
+            graph = with_kernel_ops(graph, norms=not compile, small=not compile)  # whose own code for them is as fast
         if kernels and compile and placed is None:
             register_torch_kernels()
         lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), placed, kernels=kernels, compiled=compile)
@@ -56,6 +57,10 @@ class HeldGraph:
         root = nn_root(graph)
         module = fx.GraphModule(root, lowering.native) if placed is None else placed.module(lowering.native, root)
         self.call: Callable[..., Any] = module.forward
+        self.native, self.root = lowering.native, root
+        one = isinstance(shape := graph.value("input_ids").shape, tuple) and shape[-1] == 1
+        #: Whether steps of one token are recorded (see ``torch_recorded``).
+        self.records = one and placed is None and not compile and bool(self.claims.claimed)
         self.compiled = compile
         if compile:
             torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
@@ -91,6 +96,7 @@ class TorchState:
 
     def reset(self) -> None:
         self._room = self._used = 0
+        self._recordings: dict[str, Recording] = {}
         for slot in to_reset(self._slots, self._tensors):
             self._keep(slot, tensor_of(filled(slot, self._batch)).to(self._device))
 
@@ -107,8 +113,11 @@ class TorchState:
         count = inputs["input_ids"].shape[1]
         if self._grows and used + count > self._room:
             self._grow(used, count)
-        tensors = {name: tensor_of(array).to(self._device) for name, array in inputs.items()}
-        results = held({**tensors, **self._tensors}, used)
+        if held.records:
+            results = self._recorded(stage, held, inputs, used)
+        else:
+            tensors = {name: tensor_of(array).to(self._device) for name, array in inputs.items()}
+            results = held({**tensors, **self._tensors}, used)
         self._used = used + count
         for name, slot in held.slots.items():
             if name in results:
@@ -118,6 +127,15 @@ class TorchState:
             for name, tensor in results.items()
         }
 
+    def _recorded(self, stage: str, held: HeldGraph, inputs: Mapping[str, Array], used: int) -> dict[str, torch.Tensor]:
+        """A step of one token: recorded by the first one since buffers have moved."""
+        recording = self._recordings.get(stage)
+        if recording is not None:
+            return recording(inputs, self._tensors, used)
+        tensors = {name: tensor_of(array) for name, array in inputs.items()}
+        recording = self._recordings[stage] = Recording(held, tensors, self._tensors, used)
+        return recording.results
+
     def _keep(self, slot: Slot, tensor: torch.Tensor) -> None:
         if self._compiled:
             torch._dynamo.mark_static(tensor, [axis for axis in range(tensor.dim()) if axis not in (0, TOKENS)])
@@ -126,6 +144,7 @@ class TorchState:
 
     def _grow(self, used: int, count: int) -> None:
         self._room = room_for(used + count, self._room, self._limit)
+        self._recordings.clear()
         for slot in self._grows:
             old = self._tensors[slot.input]
             new = tensor_of(filled(slot, self._batch, self._room)).to(self._device)

@@ -23,14 +23,14 @@ from actgraph.ops.torch_library import check_once, fresh, operand_types, registe
 from actgraph.runtime.kernels import calls
 from actgraph.runtime.kernels.numba.kernel import OpKernels
 from actgraph.runtime.kernels.registry import all_kernels
-from actgraph.runtime.native.library import HEAD, TENSOR, Function, available, library
+from actgraph.runtime.native.library import HEAD, TENSOR, Function, Variant, available, library
 
 
 @dataclass
 class _Frame:
     """A frame for operands of certain types and ranks. Addresses are written at each call, sizes when they change."""
 
-    variant: Any  # a reference for ctypes
+    variant: Variant
     shape_of: Callable[[int, int, int], int]
     words: np.ndarray[Any, Any]
     address: int
@@ -38,6 +38,9 @@ class _Frame:
     dtype: torch.dtype
     sizes: list[torch.Size | None]  # of the operands, as the frame has them
     shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.reference = ctypes.byref(self.variant)
 
 
 class _Frames(threading.local):
@@ -81,10 +84,34 @@ class KernelCall:
             self._reshape(frame)
         result = torch.empty(frame.shape, dtype=frame.dtype)
         words[frame.result] = result.data_ptr() or 1
-        error = self._run(frame.variant, frame.address, torch.get_num_threads())
+        error = self._run(frame.reference, frame.address, torch.get_num_threads())
         if error:
             calls.check(self._kernels, error)
         return result
+
+    @property
+    def op(self) -> str:
+        return self._definition.name
+
+    def check(self, error: int) -> None:
+        """Raise InputError for an error number."""
+        calls.check(self._kernels, error)
+
+    def bind(self, operands: Sequence[torch.Tensor | None]) -> tuple[Variant, np.ndarray[Any, Any], torch.Tensor] | None:
+        """The kernel's variant, a frame that reads ``operands`` where they are, and the result that it will write.
+
+        Nothing has run. ``None`` where there is no kernel for these types. Raises InputError for shapes that it refuses.
+        """
+        frame = self._frame(operands)
+        if frame is None:
+            return None
+        for place, tensor in enumerate(operands):
+            if tensor is not None:
+                calls.describe(frame.words, place, tensor.data_ptr(), DType.of(tensor.dtype).onnx, tensor.shape)
+        self._reshape(frame)
+        result = torch.empty(frame.shape, dtype=frame.dtype)
+        frame.words[frame.result] = result.data_ptr() or 1
+        return frame.variant, frame.words, result
 
     def _reshape(self, frame: _Frame) -> None:
         """The shape of the result for the sizes that stand in the frame. Raises InputError."""
@@ -109,7 +136,7 @@ class KernelCall:
         count = len(self._definition.inputs)
         calls.describe(words, count, 0, made.onnx, ())
         return _Frame(
-            ctypes.byref(variant), Function(variant.shape), words, words.ctypes.data, HEAD + TENSOR * count, made.torch,
+            variant, Function(variant.shape), words, words.ctypes.data, HEAD + TENSOR * count, made.torch,
             [None] * len(operands),
         )  # fmt: skip
 

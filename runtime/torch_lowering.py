@@ -239,6 +239,7 @@ def _named(call: KernelCall, name: str) -> Callable[..., Any]:
         return call(*operands)
 
     kernel.__name__ = kernel.__qualname__ = f"{name}_kernel"
+    kernel.kernel_call = call  # type: ignore[attr-defined]  # for recorded steps
     return kernel
 
 

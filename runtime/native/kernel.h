@@ -43,6 +43,13 @@ typedef struct {
   int64_t parallel[AG_STAGES];  /* 1: called for parts 0..nparts-1 by several threads, 0: once */
 } ag_variant;
 
+/* One call among several that are known beforehand. group: neighbours of the same one need nothing of each other, and have one
+   parallel stage each; 0: alone. shares: what stages before that have left in scratch memory is that of the step before. */
+typedef struct {
+  const ag_variant *variant;
+  int64_t *frame, group, shares;
+} ag_step;
+
 typedef struct {
   const char *name;
   int64_t kind;                 /* 0: integer, 1: float, 2: string, 3: axes */

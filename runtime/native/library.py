@@ -84,7 +84,7 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(found))
     for name, result, arguments in (
         ("ag_run", ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("ag_replay", ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)),
+        ("ag_replay", ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)),
         ("ag_parallel", ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
         ("ag_add_op", ctypes.c_int64, (ctypes.c_void_p,)),
         ("ag_add_variant", ctypes.c_int64, (ctypes.c_char_p, ctypes.c_void_p)),

@@ -153,11 +153,71 @@ AG_SHARED int64_t ag_run(const ag_variant *variant, int64_t *frame, int64_t npar
   return 0;
 }
 
-/* Runs `count` frames one after the other, each with its variant. Returns the first error and puts its place at `failed`. */
-AG_SHARED int64_t ag_replay(const ag_variant *const *variants, int64_t *const *frames, int64_t count, int64_t nparts, int64_t *failed) {
-  for (int64_t i = 0; i < count; i++) {
-    int64_t error = ag_run(variants[i], frames[i], nparts);
-    if (error) return *failed = i, error;
+/* The parallel stages of several frames as one: each thread does its part of all of them. */
+typedef struct { const ag_step *first, *last; } Section;
+
+static int64_t run_section(int64_t *section, int64_t part, int64_t nparts) {
+  const Section *own = (const Section *)section;
+  for (const ag_step *step = own->first; step < own->last; step++) {
+    for (int64_t i = 0; i < step->variant->stages; i++)
+      if (step->variant->parallel[i]) {
+        int64_t failed = step->variant->stage[i](step->frame, part, nparts);
+        if (failed) return failed;
+      }
+  }
+  return 0;
+}
+
+/* Steps that need nothing of each other: the first stages of all, one parallel section, the last stages of all. */
+static int64_t run_group(const ag_step *first, const ag_step *last, int64_t nparts, const ag_step **failed) {
+  int64_t wanted = 0;
+  for (const ag_step *step = first; step < last; step++) {
+    step->frame[1] = nparts;
+    if (!step->shares && step->variant->scratch) wanted += (step->variant->scratch(step->frame, 0, 1) + 63) / 64 * 64;
+  }
+  char *memory = wanted ? ag_scratch((size_t)wanted) : NULL;
+  if (wanted && !memory) return *failed = first, -1;
+  for (const ag_step *step = first; step < last; step++) {
+    const ag_variant *variant = step->variant;
+    *failed = step;
+    if (step->shares) {
+      step->frame[0] = step[-1].frame[0];
+      continue;
+    }
+    step->frame[0] = (int64_t)(intptr_t)memory;
+    if (variant->scratch) memory += (variant->scratch(step->frame, 0, 1) + 63) / 64 * 64;
+    for (int64_t i = 0; i < variant->stages && !variant->parallel[i]; i++) {
+      int64_t error = variant->stage[i](step->frame, 0, 1);
+      if (error) return error;
+    }
+  }
+  Section section = {first, last};
+  *failed = first;
+  int64_t error = ag_parallel(run_section, (int64_t *)&section, nparts);
+  if (error) return error;
+  for (const ag_step *step = first; step < last; step++) {
+    const ag_variant *variant = step->variant;
+    int behind = 0;
+    *failed = step;
+    for (int64_t i = 0; i < variant->stages; i++) {
+      if (variant->parallel[i]) behind = 1;
+      else if (behind && (error = variant->stage[i](step->frame, 0, 1))) return error;
+    }
+  }
+  return 0;
+}
+
+/* Runs `count` steps in order, those of the same group (neighbours, and not 0) together. Returns the first error and puts its
+   place at `place`. */
+AG_SHARED int64_t ag_replay(const ag_step *steps, int64_t count, int64_t nparts, int64_t *place) {
+  for (int64_t i = 0; i < count;) {
+    int64_t end = i + 1;
+    const ag_step *failed = steps + i;
+    while (steps[i].group && end < count && steps[end].group == steps[i].group) end++;
+    int64_t error = end == i + 1 ? ag_run(steps[i].variant, steps[i].frame, nparts)
+                                 : run_group(steps + i, steps + end, nparts, &failed);
+    if (error) return *place = failed - steps, error;
+    i = end;
   }
   return 0;
 }

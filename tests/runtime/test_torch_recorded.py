@@ -1,0 +1,117 @@
+"""Recorded steps give what the same graph gives node by node, whatever cache it has, and are run from a list of frames."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+import actgraph as ag
+from actgraph.graph.graph import Array
+from actgraph.runtime.native.library import available
+from actgraph.runtime.torch_recorded import Recording
+from tests import zoo
+
+pytestmark = pytest.mark.skipif(not available(), reason="the kernels' library was not built")
+
+TOKENS = np.random.default_rng(3).integers(3, zoo.VOCAB, (2, 40))
+CASES = [
+    ("llama", "kv_cache{last_logits=true}"),
+    ("gpt2", "kv_cache{}"),
+    ("gemma3", "kv_cache{form=growing}"),
+    ("gemma3", "kv_cache{form=ring}"),
+    ("qwen3", "quantize{weights=int8}, kv_cache{form=static}"),
+    ("mixtral", "kv_cache{}"),
+    ("llama", "sparsify{threshold=0.2}, quantize{weights=int8}, kv_cache{storage=int8}"),
+    ("llama", "sparsify{threshold=0.2}, kv_cache{}, fuse"),
+]
+
+
+@functools.cache
+def compiled(name: str, passes: str, recorded: bool) -> ag.Compiled:
+    program = ag.run(zoo.captured(name), passes, parity="none", reproducer=False).program
+    made = ag.compile(program, "torch")
+    assert made._held is not None
+    for held in made._held.values():
+        held.records = held.records and recorded
+    assert any(held.records for held in made._held.values()) == recorded
+    return made
+
+
+def converse(session: ag.Session, prompt: int = 7, steps: int = 20, padding: int = 0) -> list[Array]:
+    valid = np.ones((session.batch, prompt), np.int64)
+    valid[-1, :padding] = 0
+    tokens = TOKENS[: session.batch]
+    found = [session.feed(tokens[:, :prompt], valid if padding else None)["logits"]]
+    found += [session.feed(tokens[:, at : at + 1])["logits"] for at in range(prompt, prompt + steps)]
+    return found
+
+
+def same(left: list[Array], right: list[Array]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize(("name", "passes"), CASES)
+def test_recorded_steps(name: str, passes: str) -> None:
+    """Buffers move on the way (see conftest); turns of several tokens stand between steps; rows are padded."""
+    for batch, padding in ((1, 0), (2, 3)):
+        recorded, plain = (compiled(name, passes, kind).session(batch) for kind in (True, False))
+        same(converse(recorded, padding=padding), converse(plain, padding=padding))
+        more = TOKENS[:batch, 27:30]
+        np.testing.assert_allclose(recorded.feed(more)["logits"], plain.feed(more)["logits"], rtol=0, atol=1e-4)
+        same([recorded.feed(TOKENS[:batch, 30:31])["logits"]], [plain.feed(TOKENS[:batch, 30:31])["logits"]])
+        recorded.reset()
+        plain.reset()
+        same(converse(recorded, 3, 5), converse(plain, 3, 5))
+
+
+def recording_of(session: ag.Session) -> Recording:
+    return next(iter(session._state._recordings.values()))  # type: ignore[attr-defined]
+
+
+def test_one_call_runs_the_layers() -> None:
+    """All that is left to Python stands before the layers; products of the same x are groups that prepare it once."""
+    session = compiled("llama", CASES[0][1], True).session()
+    converse(session, steps=2)
+    recording = recording_of(session)
+    assert [bool(code) for code in recording._python] == [True]
+    groups = recording._steps[:, 2]
+    assert (np.bincount(groups[groups > 0])[np.unique(groups[groups > 0])] > 1).all() and (groups > 0).sum() >= 5 * 2
+    assert recording._steps[:, 3].sum() >= 3 * 2
+
+
+def test_results_belong_to_the_caller() -> None:
+    session = compiled("llama", CASES[0][1], True).session()
+    found = converse(session)
+    copies = [array.copy() for array in found]
+    session.feed(TOKENS[:1, :1])
+    for array, copy in zip(found, copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+        array[...] = 7
+    session.reset()
+    same(converse(session), copies)
+
+
+def test_sessions_do_not_disturb_each_other() -> None:
+    made = compiled("llama", CASES[0][1], True)
+    alone = converse(made.session(), 5, 8)
+    one, other = made.session(), made.session()
+    found = [one.feed(TOKENS[:1, :5])["logits"]]
+    other.feed(TOKENS[1:, :9])
+    for at in range(5, 13):
+        found.append(one.feed(TOKENS[:1, at : at + 1])["logits"])
+        other.feed(TOKENS[1:, at : at + 1])
+    same(found, alone)
+
+
+def test_a_buffer_that_moves_is_recorded_anew() -> None:
+    session = compiled("llama", CASES[0][1], True).session()
+    session.feed(TOKENS[:1, :4])
+    seen = set()
+    for at in range(4, 24):
+        session.feed(TOKENS[:1, at : at + 1])
+        seen.add(id(recording_of(session)))
+    assert 2 <= len(seen) <= 4
