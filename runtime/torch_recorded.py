@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from actgraph.runtime.torch_held import HeldGraph
 
 #: The operands of kernels that may be the front of a larger buffer: the op and the places.
-_READS_FRONTS = {"attention": (1, 2)}
+_READS_FRONTS = {"attention": (1, 2, 4, 5)}
 _ARITHMETIC: dict[Any, str] = {torch.add: "add", torch.sub: "subtract", torch.mul: "multiply"}
 _ACTIVATIONS: dict[Any, int] = {functional.silu: activations.SILU, torch.ops.aten.relu.default: activations.RELU}
 _GELUS = {"none": activations.GELU, "tanh": activations.GELU_TANH}
