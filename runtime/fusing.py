@@ -19,7 +19,8 @@ def with_kernel_ops(graph: AnyGraph, *, norms: bool = False, dense: bool = True,
 
     In a graph of single tokens these are all large linears, and attentions over caches of 8 or 16 bits. In others linears that
     are neither gated nor quantized stay the engine's, whose product of many tokens is faster. norms: norms and rotary
-    embeddings too, for engines that have none. dense: large linears of single tokens at all.
+    embeddings too, for engines that have none. dense: large linears of single tokens at all. small: small ones as well, for
+    engines that call kernels at next to no cost.
     """
     twin: AnyGraph = graph.clone()  # type: ignore[assignment]
     tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)

@@ -378,7 +378,7 @@ class Session:
                 f"{self.compiled.program.name} takes no attention_mask, so that padding cannot be told from tokens",
                 "feed each row in a session of its own",
             )
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = (int(tokens.min()), int(tokens.max())) if tokens.size > 1 else (int(tokens.item()),) * 2
         if low < 0 or (self._vocabulary is not None and high >= self._vocabulary):
             odd = low if low < 0 else high
             raise InputError(f"there is no token {odd}", f"tokens are 0 to {(self._vocabulary or 0) - 1}")

@@ -9,6 +9,7 @@ them; where such a result is read by frames, its address is written into them.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from actgraph.graph.fx_types import array_of, tensor_of
 from actgraph.graph.graph import Array
 from actgraph.runtime.kernels.numba import activations, linear
 from actgraph.runtime.kernels.numba.objects import loaded
@@ -40,6 +42,8 @@ _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.o
 #: What products in the layout "out_in" look at before they look at weights, beside x and attributes.
 _PREPARED = (linear.ZERO, linear.THRESHOLDS, linear.INDICES)
 _ROOM = 11
+#: References to an array that only the list of kept ones has, while it is looked at: list, loop, argument. How many are kept.
+_UNREAD, _KEPT = 3, 4
 
 
 @dataclass(eq=False)
@@ -96,6 +100,7 @@ class Recording:
         self._stretches: list[_Stretch] = []
         self._native: set[fx.Node] = set()  # what frames compute, and views of that
         self._constant: set[fx.Node] = set()  # weights, and what is made of weights alone
+        self._copies: dict[fx.Node, list[Array]] = {}
         self._written: set[int] = set()  # the memory of results of frames
         self._touched: dict[int, list[fx.Node]] = {}  # who reads or writes the memory of a slot, in order
         moving = {slot.input for output, slot in held.slots.items() if output in held.outputs}
@@ -313,7 +318,7 @@ class Recording:
         self._words = np.concatenate([frame.words for frame in frames]) if frames else np.zeros(0, np.int64)
         base = self._words.ctypes.data
         self._frames = frames
-        groups = self._groups(frames)
+        groups = [group for stretch in self._stretches for group in _groups(stretch.frames)]
         steps = [
             (ctypes.addressof(frame.variant), base + 8 * int(start), *groups[place])
             for place, (frame, start) in enumerate(zip(frames, starts, strict=False))
@@ -343,28 +348,26 @@ class Recording:
         self._ranges = list(zip(counts[:-1].tolist(), counts[1:].tolist(), strict=True))
         self._array = {name: tensor.numpy() for name, tensor in self._own.items()}
 
-    @staticmethod
-    def _groups(frames: Sequence[_Frame]) -> list[tuple[int, int]]:
-        """For each frame its group (see ``ag_step``), and whether it shares what was prepared for the frame before it.
-
-        Products of the same x, as of queries, keys and values, are a group.
-        """
-        groups: list[tuple[int, int]] = []
-        before: _Frame | None = None
-        for place, frame in enumerate(frames):
-            group = shares = 0
-            if before is not None and frame.product is not None and frame.product == before.product:
-                group = groups[-1][0] or place
-                groups[-1] = (group, groups[-1][1])
-                shares = int(frame.prepares is not None and frame.prepares == before.prepares)
-            groups.append((group, shares))
-            before = frame
-        return groups
-
     def _result(self, node: fx.Node) -> torch.Tensor:
         """An output: a copy where the next step writes over it."""
         value: torch.Tensor = self._value(node)
-        return value.clone() if value.untyped_storage().data_ptr() in self._written else value
+        return self._copied(node, value) if value.untyped_storage().data_ptr() in self._written else value
+
+    def _copied(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
+        """``value`` in memory that nobody else reads: that of an earlier step where its reader has let go of it.
+
+        Fresh memory would be given back and cleared again in each step, which costs ten times the copy.
+        """
+        known = self._copies.setdefault(node, [])
+        shape, source = tuple(value.shape), array_of(value)
+        for array in known:
+            if array.shape == shape and sys.getrefcount(array) == _UNREAD:
+                np.copyto(array, source)
+                return tensor_of(array)
+        array = source.copy()
+        if len(known) < _KEPT:
+            known.append(array)
+        return tensor_of(array)
 
     def _code(self, nodes: Sequence[fx.Node]) -> _Code:
         """Python code for nodes of one stretch."""
@@ -436,6 +439,24 @@ def _neighbours(frames: Sequence[_Frame]) -> list[_Frame]:
             place = alike[-1] + 1 if alike else place
         ordered.insert(place, frame)
     return ordered
+
+
+def _groups(frames: Sequence[_Frame]) -> list[tuple[int, int]]:
+    """For each frame its group (see ``ag_step``), and whether it shares what was prepared for the frame before it.
+
+    Products of the same x, as of queries, keys and values, are a group, numbered by the address of its first frame.
+    """
+    groups: list[tuple[int, int]] = []
+    before: _Frame | None = None
+    for frame in frames:
+        group = shares = 0
+        if before is not None and frame.product is not None and frame.product == before.product:
+            group = groups[-1][0] or before.words.ctypes.data
+            groups[-1] = (group, groups[-1][1])
+            shares = int(frame.prepares is not None and frame.prepares == before.prepares)
+        groups.append((group, shares))
+        before = frame
+    return groups
 
 
 def _grows(tensor: torch.Tensor, used: int) -> bool:

@@ -78,8 +78,8 @@ def test_one_call_runs_the_layers() -> None:
     converse(session, steps=2)
     recording = recording_of(session)
     assert [bool(code) for code in recording._python] == [True]
-    groups = recording._steps[:, 2]
-    assert (np.bincount(groups[groups > 0])[np.unique(groups[groups > 0])] > 1).all() and (groups > 0).sum() >= 5 * 2
+    _, sizes = np.unique(recording._steps[recording._steps[:, 2] != 0, 2], return_counts=True)
+    assert sizes.tolist() == [3, 2] * 2 or sorted(sizes) == [2, 2, 3, 3]  # queries, keys, values; gate, up
     assert recording._steps[:, 3].sum() >= 3 * 2
 
 
