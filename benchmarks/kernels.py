@@ -27,7 +27,7 @@ import common
 import numpy as np
 from common import Bandwidth, round_to
 
-SHAPES = ("768x768", "768x2048", "2048x768", "768x32000", "4096x4096", "4096x11008", "11008x4096")
+SHAPES = ("768x768", "768x2048", "2048x768", "768x32000", "2048x8192", "8192x2048", "4096x4096", "4096x11008", "11008x4096")
 FORMATS = ("f32", "bf16", "int8", "int8-groups", "int4")
 GATES = (0, 50, 70)
 GROUP = 32
