@@ -110,7 +110,7 @@ def _quiet(values: Array) -> Array:
 
 def test_float64_is_refused_when_the_session_opens_and_runs_by_its_body() -> None:
     operands = {place: array.astype(np.float64) for place, array in drawn().items()}
-    with pytest.raises(Exception, match="Linear: its kernels do not compute in float64; save the file with this op inlined"):
+    with pytest.raises(Exception, match="Linear: its kernels do not compute in float64; save the file with all ops inlined"):
         session(linear_model(operands))
     (want,) = session(linear_model(operands), None).run(None, names(operands))
     assert want.dtype == np.float64 and np.abs(want).max() > 0

@@ -221,6 +221,25 @@ def prepare(frame, part, nparts):
 
 
 @njit(**OPTIONS)
+def _fetch(frame, tensor, pair, start, stop):
+    """Prefetch a block of keys or values of a head: heads lie far apart, and no hardware looks from one to the next.
+
+    Blocks that are hidden from the first query are left out.
+    """
+    mask, count = address(frame, MASK), min(KEYS, stop - start)
+    if mask != 0 and element_type(frame, MASK) != F32:
+        groups = size(frame, KEY, 1)
+        head = pair % groups * (size(frame, QUERY, 1) // groups)
+        place, step = _mask_row(frame, pair // groups, head, 0)
+        if not _any_seen(mask, place, step, start, start + count):
+            return
+    line = size(frame, tensor, 3) * bytes_of(element_type(frame, tensor))
+    first = address(frame, tensor) + (pair * room(frame, tensor) + start) * line
+    for offset in range(0, count * line, 64):
+        simd.prefetch_far(first + offset)
+
+
+@njit(**OPTIONS)
 def attend(frame, part, nparts):
     batches, heads, queries = size(frame, QUERY, 0), size(frame, QUERY, 1), size(frame, QUERY, 2)
     groups, keys, values, splits = size(frame, KEY, 1), size(frame, KEY, 2), size(frame, VALUE, 3), _splits(frame)
@@ -241,6 +260,12 @@ def attend(frame, part, nparts):
                     state[i] = _ZERO
         for start in range(begin, end, KEYS):
             count = min(KEYS, end - start)
+            _fetch(frame, VALUE, pair, start, end)
+            if start + KEYS < end:
+                _fetch(frame, KEY, pair, start + KEYS, end)
+            elif unit + 1 < last:
+                from_, to = share(keys, KEYS, (unit + 1) % splits, splits)
+                _fetch(frame, KEY, (unit + 1) // splits, from_, to)
             for head in range(group * each, group * each + each):
                 for query in range(queries):
                     row = (batch * heads + head) * queries + query
