@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,8 @@ from actgraph.graph.fx_build import copy_graph
 from actgraph.graph.fx_types import array_of, tensor_of
 from actgraph.graph.graph import Array
 from actgraph.graph.slots import Slot, slots_of
-from actgraph.ops.registry import single
+from actgraph.ops.registry import all_ops, single
+from actgraph.ops.torch_library import torch_schema
 from actgraph.runtime.fusing import with_kernel_ops
 from actgraph.runtime.state import TOKENS, by_token, check_contents, entries, filled, room_for, to_reset
 from actgraph.runtime.torch_device import Placed
@@ -66,7 +69,9 @@ class HeldGraph:
             torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
             for weight in self.weights:
                 torch._dynamo.mark_static(weight)
-            options: dict[str, Any] = {"cpp_wrapper": True} if placed is None else {}
+            options: dict[str, Any] = {"post_grad_custom_post_pass": op_schemas()}
+            if placed is None:
+                options["cpp_wrapper"] = True
             self.call = torch.compile(module.forward, dynamic=True, fullgraph=True, options=options)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
@@ -74,6 +79,27 @@ class HeldGraph:
             found = [inputs[name] if name in inputs else self.defaults[name] for name in self.inputs]
             results = self.call(*found, used, *self.weights)
         return dict(zip(self.outputs, results, strict=True))
+
+
+@functools.cache
+def op_schemas() -> Any:
+    """A pass of torch.compile that changes nothing and belongs to the key of what it caches: the schemas of all ops.
+
+    The code that it generates calls ops with as many operands as they had. Without this, code that was cached for another
+    version of an op would be found again, and read operands that are not there.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    schemas = "\n".join(sorted(f"{op.name}{torch_schema(op)}" for op in all_ops()))
+
+    class OpSchemas(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            pass
+
+        def uuid(self) -> str:
+            return hashlib.sha256(schemas.encode()).hexdigest()
+
+    return OpSchemas()
 
 
 def nn_root(graph: FxGraph) -> torch.nn.Module:

@@ -43,8 +43,8 @@ def check_scale(op: str, x: TensorType, scale: TensorType, axis: int, block: int
 
 
 def torch_spread(parameter: torch.Tensor, like: torch.Tensor, axis: int, block: int) -> torch.Tensor:
-    """A scale or zero point laid out to broadcast against ``like``."""
-    if not block:
+    """A scale or zero point laid out to broadcast against ``like``. One without axes is that of every block."""
+    if not block or parameter.dim() == 0:
         return layout.torch_channels(parameter, axis)
     return parameter.repeat_interleave(block, axis).narrow(axis, 0, like.shape[axis])
 
