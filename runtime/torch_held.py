@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class HeldGraph:
         if compile:
             torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
             for weight in self.weights:
-                torch._dynamo.mark_static(weight)
+                _mark_static(weight, range(weight.dim()))
             options: dict[str, Any] = {"post_grad_custom_post_pass": op_schemas()}
             if placed is None:
                 options["cpp_wrapper"] = True
@@ -79,6 +79,12 @@ class HeldGraph:
             found = [inputs[name] if name in inputs else self.defaults[name] for name in self.inputs]
             results = self.call(*found, used, *self.weights)
         return dict(zip(self.outputs, results, strict=True))
+
+
+def _mark_static(tensor: Any, axes: Iterable[int]) -> None:
+    """What ``torch._dynamo.mark_static`` does, also while another thread compiles: that takes itself to be traced then."""
+    tensor._dynamo_static_indices = {*getattr(tensor, "_dynamo_static_indices", ()), *axes}
+    tensor._has_dynamo_dim_marking = True
 
 
 @functools.cache
@@ -164,7 +170,7 @@ class TorchState:
 
     def _keep(self, slot: Slot, tensor: torch.Tensor) -> None:
         if self._compiled:
-            torch._dynamo.mark_static(tensor, [axis for axis in range(tensor.dim()) if axis not in (0, TOKENS)])
+            _mark_static(tensor, [axis for axis in range(tensor.dim()) if axis not in (0, TOKENS)])
         self._tensors[slot.input] = tensor
         self._own = {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}
 

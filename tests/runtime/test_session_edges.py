@@ -90,6 +90,16 @@ def test_torch_compile_in_batches_turns_threads_and_growing_buffers() -> None:
                 np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+def test_sizes_are_marked_as_torch_marks_them() -> None:
+    """By us, because torch's function fails while another thread compiles."""
+    from actgraph.runtime.torch_held import _mark_static
+
+    ours, theirs = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
+    _mark_static(ours, [1, 3])
+    torch._dynamo.mark_static(theirs, [1, 3])
+    assert vars(ours) == vars(theirs) != {}
+
+
 @every_engine
 def test_padding_that_cannot_be_told_is_refused(engine: str) -> None:
     graph = ag.trace(
