@@ -9,6 +9,7 @@ them; where such a result is read by frames, its address is written into them.
 from __future__ import annotations
 
 import ctypes
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,12 +121,12 @@ class Recording:
                 self._constant.add(node)
             elif name in slots and name not in moving:
                 self._env[node] = slots[name]
-            elif name in slots or name not in inputs:
-                self._env[node] = _Changing(slots[name]) if name in slots else held.defaults[name]
-                if name in slots:
-                    self._given[name] = node
-                else:
-                    self._constant.add(node)
+            elif name in slots:
+                self._env[node] = _Changing(slots[name])
+                self._given[name] = node
+            elif name not in inputs:
+                self._env[node] = held.defaults[name]
+                self._constant.add(node)
             elif _grows(inputs[name], used):
                 self._env[node] = _Changing(inputs[name])
                 self._given[name] = node
@@ -143,7 +144,7 @@ class Recording:
         if node.op == "get_attr":
             self._level[node] = 0
             self._constant.add(node)
-            self._env[node] = _attribute(self._held.root, str(node.target))
+            self._env[node] = operator.attrgetter(str(node.target))(self._held.root)
             return
         frame = self._frame_of(node)
         if frame is not None:
@@ -160,17 +161,18 @@ class Recording:
         if fixed and (self._is_view(node, result) if isinstance(result, torch.Tensor) else sizes):
             self._env[node] = result  # of what never changes its place: neither does it
             self._level[node] = max((self._level[source] for source in node.all_input_nodes), default=0)
-            for known in (self._native, self._constant):
-                if any(source in known for source in node.all_input_nodes):
-                    known.add(node)
+            if any(source in self._native for source in node.all_input_nodes):
+                self._native.add(node)
+            if all(source in self._constant for source in node.all_input_nodes):
+                self._constant.add(node)
             return
         if fixed and all(source in self._constant for source in node.all_input_nodes):
             self._env[node], self._level[node] = result, 0
             self._constant.add(node)
             return
-        level = max((self._level[source] + self._is_native(source) for source in node.all_input_nodes), default=0)
+        level = max((self._level[source] + (source in self._native) for source in node.all_input_nodes), default=0)
         if node.target in (write, write_front, append):
-            level = max([level, *(self._level[other] + self._is_native(other) for other in self._earlier(node))])
+            level = max([level, *(self._level[other] + (other in self._native) for other in self._earlier(node))])
         self._at(level).nodes.append(node)
         self._env[node], self._level[node] = _Changing(result), level
         self._note(node)
@@ -191,10 +193,6 @@ class Recording:
         if isinstance(found, _Front):
             return front(found.buffer, self._used + 1)
         return found.value if isinstance(found, _Changing) else found
-
-    def _is_native(self, node: fx.Node) -> bool:
-        """Whether frames compute a value, or what it is a view of."""
-        return node in self._native
 
     def _is_view(self, node: fx.Node, result: torch.Tensor) -> bool:
         memory = result.untyped_storage().data_ptr()
@@ -462,12 +460,6 @@ def _groups(frames: Sequence[_Frame]) -> list[tuple[int, int]]:
 def _grows(tensor: torch.Tensor, used: int) -> bool:
     """Whether the input has an entry for each token that is held: the shape of all others is the same in each step."""
     return tensor.dim() > 1 and tensor.shape[-1] == used + 1
-
-
-def _attribute(root: torch.nn.Module, target: str) -> Any:
-    for name in target.split("."):
-        root = getattr(root, name)
-    return root
 
 
 def _plain(name: str, *words: int) -> _Frame:

@@ -53,7 +53,7 @@ class Probe:
             if self.compiled.graph.dialect == "onnx":  # what is bound is bound to the other sessions
                 state._bindings.clear()
                 self._undo.append(lambda: state._bindings.clear())
-            elif hasattr(state, "_recordings"):
+            else:
                 self._record(state)
         feed = session.feed
 
@@ -180,7 +180,7 @@ def stream_figure(compiled: Compiled, stream: bool | float, recorder: Recorder |
     if not stream:
         return None
     try:
-        if getattr(compiled, "device", "cpu") != "cpu":
+        if compiled.device != "cpu":
             raise InputError(f"the read loop runs on the processor, not on {compiled.device}")
         from actgraph.runtime.kernels.numba.stream import read_bandwidth
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,10 @@ from torch import fx
 from actgraph.graph.graph import Array
 from actgraph.runtime.profiling.record import PROFILER, RECORDING, Call, Executed, Recorder, clock
 from actgraph.runtime.profiling.torch_nodes import NodePlan, Reads
+from actgraph.runtime.torch_recorded import Recording
 
-recorded: Any = importlib.import_module("actgraph.runtime.torch_recorded")
 
-
-class TimedRecording(recorded.Recording):  # type: ignore[misc]
+class TimedRecording(Recording):
     """A recording whose steps tell how long each frame takes. The step that is recorded is one row of its own."""
 
     def __init__(self, plan: NodePlan, recorder: Recorder, held: Any, inputs: Any, slots: Any, used: int) -> None:
@@ -44,7 +42,7 @@ class TimedRecording(recorded.Recording):  # type: ignore[misc]
 
     def _code(self, nodes: Any) -> Any:
         code = super()._code(nodes)
-        module: fx.GraphModule = code.run.__self__
+        module: fx.GraphModule = code.run.__self__  # type: ignore[attr-defined]
         self._plan.put_clocks(module.graph, self._recorder, None)
         module.recompile()
         code.run = module.forward
@@ -83,8 +81,7 @@ class TimedRecording(recorded.Recording):  # type: ignore[misc]
 
     def __call__(self, inputs: Mapping[str, Array], moved: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
         self._running = None
-        results: dict[str, torch.Tensor] = super().__call__(inputs, moved, used)
-        return results
+        return super().__call__(inputs, moved, used)
 
 
 class _Mark:

@@ -84,7 +84,7 @@ class NodePlan:
 
 def timed_held(stage: str, held: HeldGraph, recorder: Recorder) -> HeldGraph:
     """``held`` with every node timed; where torch has compiled it, the whole of it."""
-    twin, device = copy.copy(held), getattr(held, "device", None)
+    twin, device = copy.copy(held), held.device
     if held.compiled:
         node = Executed(
             f"{stage} (compiled graph)", "torch.compile", "(compiled graph)", "torch.compile", stage,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import fx
 
 import actgraph as ag
 from actgraph.graph.graph import Array
@@ -115,3 +118,19 @@ def test_a_buffer_that_moves_is_recorded_anew() -> None:
         session.feed(TOKENS[:1, at : at + 1])
         seen.add(id(recording_of(session)))
     assert 2 <= len(seen) <= 4
+
+
+def test_what_the_size_of_a_weight_shapes_is_no_constant() -> None:
+    """A view of the tokens by a size that never changes still shows other tokens in each step."""
+    native = fx.Graph()
+    tokens, _, weight = (native.placeholder(name) for name in ("input_ids", "used", "weight"))
+    size = native.call_function(torch.ops.aten.sym_size.int, (weight, 0))
+    view = native.call_function(torch.reshape, (tokens, [1, size]))
+    native.output((native.call_function(torch.mul, (view, 2)),))
+    held = SimpleNamespace(
+        native=native, root=torch.nn.Module(), weights=(torch.ones(1),), inputs=["input_ids"], outputs=["y"],
+        slots={}, defaults={},
+    )  # fmt: skip
+    recording = Recording(held, {"input_ids": torch.tensor([[3]])}, {}, 7)  # type: ignore[arg-type]
+    assert recording.results["y"].tolist() == [[6]]
+    assert recording({"input_ids": np.array([[5]])}, {}, 8)["y"].tolist() == [[10]]
