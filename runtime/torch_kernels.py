@@ -163,7 +163,8 @@ def register_torch_kernels() -> torch.library.Library | None:
 def _dispatched(name: str, *operands: Any, **attributes: Any) -> Any:
     op = get_op(name)
     check_once(op, operands, attributes)
-    return fresh(_call_of(name, tuple(attributes.items()))(*operands), operands)
+    given = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in attributes.items())
+    return fresh(_call_of(name, given)(*operands), operands)
 
 
 @functools.lru_cache(maxsize=1024)
