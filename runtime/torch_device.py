@@ -48,7 +48,7 @@ def install_kernels(device: torch.device) -> bool:
     """
     reason = register.why_not(device)
     if not reason:
-        return register.install()
+        return register.install(device)
     if not _SAID:
         _SAID.append(reason)
         print(f"actgraph: no Triton kernels on {device}: {reason}; everything runs without them, slower", file=sys.stderr)

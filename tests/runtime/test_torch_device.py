@@ -97,7 +97,7 @@ def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (8, 0))
     monkeypatch.setattr(torch_device, "_SAID", [])
     installed: list[bool] = []
-    monkeypatch.setattr(register, "install", lambda: installed.append(True) or True)
+    monkeypatch.setattr(register, "install", lambda device: installed.append(True) or True)
     assert not install_kernels(torch.device("cuda:1")) and not install_kernels(torch.device("cuda:1")) and not installed
     line = "actgraph: no Triton kernels on cuda:1: its compute capability is below 8.0; everything runs without them, slower\n"
     assert capsys.readouterr() == ("", line)
@@ -105,6 +105,24 @@ def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "not installed (pip install 'actgraph[triton]')" in register.why_not(torch.device("cuda:0"))
     monkeypatch.setattr(register.importlib.util, "find_spec", lambda name: name)
     assert install_kernels(torch.device("cuda:0")) and installed
+
+
+def test_the_device_that_was_asked_for_is_what_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside an older device that is torch's current one kernels are installed, and are none of the older one's."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: (8, 0) if device is not None and device.index else (7, 5)
+    )
+    monkeypatch.setattr(register.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(register, "_LIBRARY", None)
+    monkeypatch.setattr(register, "implement", lambda library, key: None)
+    monkeypatch.setattr(register, "triton_kernels", lambda: ())
+    assert install_kernels(torch.device("cuda:1")) and register.usable(torch.device("cuda:1"))
+    assert not register.install(torch.device("cuda:0")) and not register.usable()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_cpu_needs_no_triton() -> None:

@@ -344,6 +344,30 @@ def test_a_dropped_activation_silences_whatever_up_is(tokens: int) -> None:
     agree(KERNELS["feed_forward"].implementation(*on_device(arguments), **attributes), want, 20.0)
 
 
+@pytest.mark.parametrize("tokens", [2, 12])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_feed_forward_hides_no_nan(activation: str, tokens: int) -> None:
+    """Every activation passes a NaN on to its own token, and to no other."""
+    operands, _ = block_of("float", False, (38, 74, 26))
+    x = torch.randn(tokens, 38, generator=torch.Generator().manual_seed(0)) * 0.3
+    x[1, 7] = torch.nan
+    got = KERNELS["feed_forward"].implementation(*on_device([x, *operands]), activation=activation)
+    assert got[1].isnan().all() and got.isnan().any(1).sum() == 1
+
+
+def test_half_precision_takes_codes_that_it_holds() -> None:
+    """i8 codes less a u8 zero point reach -383, which bfloat16 rounds."""
+    weight, scale = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4)
+    for codes, zero, packed, exact in (
+        (weight, None, "", True), (weight, torch.int8, "", True), (weight, torch.uint8, "", False),
+        (weight.view(torch.uint8), torch.int8, "", False), (weight.view(torch.uint8), torch.int8, "u4", True),
+        (weight, torch.int32, "", False),
+    ):  # fmt: skip
+        point = None if zero is None else torch.zeros(4, dtype=zero)
+        held = interpreted.linear.stored(codes, scale, point, layout="out_in", block=0, packed=packed)
+        assert held.codes == exact
+
+
 def test_shift_by_nothing_and_of_nothing() -> None:
     """Norms of 0 do not divide."""
     x, zeros = torch.randn(3, 40), torch.zeros(40)
@@ -457,7 +481,7 @@ def test_installing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dispatcher has the kernels for CUDA, and the registry knows them; once."""
     known: list[Any] = []
     monkeypatch.setattr(register, "_LIBRARY", None)
-    monkeypatch.setattr(register, "usable", lambda: True)
+    monkeypatch.setattr(register, "usable", lambda device=None: True)
     monkeypatch.setattr(register, "register_kernel", known.append)
 
     def there() -> list[bool]:

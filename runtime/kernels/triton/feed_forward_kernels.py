@@ -19,7 +19,7 @@ def activate(h, ACTIVATION: tl.constexpr):
         # (1 + tanh z) / 2 is the sigmoid of 2 z
         h = h / (1.0 + tl.exp(-1.5957691216057308 * (h + 0.044715 * h * h * h)))
     else:
-        h = tl.where(h > 0, h, 0.0)
+        h = tl.where(h <= 0, 0.0, h)  # NaN stays
         if ACTIVATION == "relu2":
             h = h * h
     return h

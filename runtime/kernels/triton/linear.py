@@ -45,7 +45,7 @@ class Stored:
     out_in: bool
     outputs: int
     inputs: int
-    codes: bool  # integers of at most 8 bits, less an 8-bit zero point: exact in bfloat16 and float16
+    codes: bool  # float8, or integers less their zero point that are at most 256: exact in bfloat16 and float16
 
     @property
     def groups(self) -> int:
@@ -68,7 +68,8 @@ def stored(
         return "one" if parameter.numel() == 1 else "output"
 
     form = _FORMS.get(weight.dtype, "number")
-    small = zero is None or zero.element_size() == 1
+    # i8 codes less a u8 zero point reach -383, which bfloat16 rounds
+    small = zero is None or (zero.element_size() == 1 and (bool(packed) or zero.dtype == weight.dtype))
     return Stored(
         weight=(weight if form == "number" else weight.view(torch.uint8)).contiguous(),
         scale=None if scale is None else scale.contiguous(),

@@ -24,16 +24,16 @@ MIN_CAPABILITY = (8, 0)
 _LIBRARY: torch.library.Library | None = None
 
 
-def install() -> bool:
+def install(device: torch.device | None = None) -> bool:
     """Make the kernels the CUDA implementations of their ops; whether they are. Calling it again changes nothing.
 
-    Where they are not ``usable`` nothing is imported and nothing happens: the references run.
+    Where they are not ``usable`` on ``device`` nothing is imported and nothing happens: the references run.
     """
     global _LIBRARY
+    if not usable(device):
+        return False
     if _LIBRARY is not None:
         return True
-    if not usable():
-        return False
     _LIBRARY = torch.library.Library(DOMAIN, "IMPL")  # kept for the life of the process
     implement(_LIBRARY, "CUDA")
     for kernel in triton_kernels():
@@ -41,9 +41,9 @@ def install() -> bool:
     return True
 
 
-def usable() -> bool:
-    """Whether there are a CUDA device (of NVIDIA, ``MIN_CAPABILITY`` or newer) and Triton. Imports nothing."""
-    return not why_not()
+def usable(device: torch.device | None = None) -> bool:
+    """Whether ``device`` (torch's current one) is of NVIDIA, ``MIN_CAPABILITY`` or newer, beside Triton. Imports nothing."""
+    return not why_not(device)
 
 
 def why_not(device: torch.device | None = None) -> str:
@@ -131,5 +131,6 @@ def _examine(op: OpDef, kernel: Kernel, operands: Sequence[Any], attributes: dic
     bare = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in operands]
     result = op.reference(*bare, **attributes)
     assert not isinstance(result, tuple)
-    together = len({t.device for t in operands if t is not None}) == 1  # torch takes numbers from the CPU, kernels do not
-    return _Form(together and kernel.claims(types, complete), result.stride())
+    devices = {t.device for t in operands if t is not None}  # torch takes numbers from the CPU, kernels do not
+    able = len(devices) == 1 and all(device.type != "cuda" or usable(device) for device in devices)
+    return _Form(able and kernel.claims(types, complete), result.stride())
