@@ -6,6 +6,7 @@ Which node gets a kernel is decided here, before onnxruntime sees the graph: nod
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import TYPE_CHECKING, Any
 
 from actgraph.errors import UnsupportedError
@@ -39,15 +40,17 @@ def register_library(options: ort.SessionOptions) -> None:
 
 
 _KNOWN: dict[str, Any] = {}  # what the library points to lives as long as the process
+_ADDING = threading.Lock()
 
 
 def register(kernels: OpKernels, kernel: NumbaKernel) -> None:
     """Make a kernel known to the library."""
     name = kernels.definition.onnx_name.encode()
-    if kernels.op not in _KNOWN:
-        op, kept = as_structure(table_of(kernels))
-        if library().ag_add_op(ctypes.byref(op)):
-            raise UnsupportedError("the kernels' library has no room for more ops")
-        _KNOWN[kernels.op] = (op, kept)
+    with _ADDING:  # the library points to the structure that it got first: no other may take its place in _KNOWN
+        if kernels.op not in _KNOWN:
+            op, kept = as_structure(table_of(kernels))
+            if library().ag_add_op(ctypes.byref(op)):
+                raise UnsupportedError("the kernels' library has no room for more ops")
+            _KNOWN[kernels.op] = (op, kept)
     if library().ag_add_variant(name, ctypes.byref(variant_of(kernels, kernel))):
         raise UnsupportedError(f"the kernels' library has no room for more kernels of {kernels.op}")

@@ -16,14 +16,14 @@ from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.objects import loaded
 from actgraph.runtime.native.library import HEAD, RANK, TENSOR, Variant, library, words
+from actgraph.runtime.native.tables import key_of
 
 
 @functools.cache
 def variant_of(kernels: Any, kernel: NumbaKernel) -> Variant:
     """A kernel compiled and loaded, as the C library takes it. ``kernels``: its ``OpKernels``."""
     made = Variant()
-    keys = [0 if kind is None else kind.onnx for kind in kernel.types]
-    keys += [kernels.word(name, value) for name, value in zip(kernels.key_attributes, kernel.attributes, strict=True)]
+    keys = key_of(kernels, kernel)
     made.key[: len(keys)] = keys
     made.shape = _address(kernel.shape)
     made.scratch = _address(kernel.scratch) if kernel.scratch is not None else None

@@ -72,7 +72,7 @@ typedef struct {
   int64_t errors;
 } ag_op;
 
-/* Runs f for every part, on as many threads; returns the first error, by part. */
+/* Runs f for every part, on as many threads; returns 0, or the error of one of the parts that failed. */
 int64_t ag_parallel(ag_function f, int64_t *frame, int64_t nparts);
 /* Scratch memory of this thread, aligned to 64 bytes, at least `bytes` large; NULL when there is none. */
 void *ag_scratch(size_t bytes);

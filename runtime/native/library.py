@@ -12,6 +12,8 @@ from actgraph.errors import UnsupportedError
 
 #: The layout of frames: words before the first tensor, words of a tensor, its most axes. See kernel.h.
 HEAD, TENSOR, RANK = 4, 12, 8
+#: The word of a tensor, behind its sizes, that says for how many rows its buffer has room where it is the front of one.
+ROOM = 11
 STAGES, KEY, MOST_TENSORS = 6, 8, 24
 
 Function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -81,7 +83,10 @@ def library() -> ctypes.CDLL:
         raise UnsupportedError(
             "the kernels' library was not built", "install actgraph where there is a C compiler, or go on without kernels"
         )
-    lib = ctypes.CDLL(str(found))
+    try:
+        lib = ctypes.CDLL(str(found))
+    except OSError as error:
+        raise UnsupportedError(f"the kernels' library cannot be loaded: {error}", "install actgraph again") from error
     for name, result, arguments in (
         ("ag_run", ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
         ("ag_replay", ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)),
@@ -93,7 +98,9 @@ def library() -> ctypes.CDLL:
         ("ag_variant_size", ctypes.c_int64, ()),
         ("ag_op_size", ctypes.c_int64, ()),
     ):
-        function = getattr(lib, name)
+        function = getattr(lib, name, None)
+        if function is None:
+            raise UnsupportedError(f"{found} is not the kernels' library of this version of actgraph", "install actgraph again")
         function.restype, function.argtypes = result, arguments
     if (lib.ag_variant_size(), lib.ag_op_size()) != (ctypes.sizeof(Variant), ctypes.sizeof(Op)):
         raise UnsupportedError(f"{found.name} belongs to another version of actgraph", "install actgraph again")
@@ -108,7 +115,9 @@ def available(*, asked: bool = False) -> bool:
     there = path() is not None
     if asked and not there and not _SAID:
         _SAID.append("said")
-        print("actgraph: its kernels were not built (no C compiler?): everything runs without them, slower", file=sys.stderr)
+        given = os.environ.get("ACTGRAPH_LIBRARY")
+        why = f"ACTGRAPH_LIBRARY names no file ({given})" if given else "its kernels were not built (no C compiler?)"
+        print(f"actgraph: {why}: everything runs without them, slower", file=sys.stderr)
     return there
 
 

@@ -386,7 +386,7 @@ AG_SHARED int64_t ag_add_op(const ag_op *op) {
   return full;
 }
 
-/* Adds a kernel to an op, in place of one with the same key. Returns 0, or 1 when there is no such op or no room. */
+/* Adds a kernel to an op, unless it has one with the same key. Returns 0, or 1 when there is no such op or no room. */
 AG_SHARED int64_t ag_add_variant(const char *op, const ag_variant *variant) {
   pthread_mutex_lock(&table.lock);
   Entry *entry = lookup(op);

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from actgraph.errors import UnsupportedError
 from actgraph.graph.graph import Array
+from actgraph.runtime.kernels.registry import all_kernels
 from actgraph.runtime.native.library import library
+from actgraph.runtime.native.tables import OpTable
 from tests.runtime.plugin_models import (
     BIAS,
     INDICES,
@@ -340,6 +344,45 @@ def test_one_line_says_that_there_is_no_library() -> None:
         )  # fmt: skip
         assert done.returncode == 0 and done.stdout == "[False, False, False]\n"
         assert done.stderr.count("\n") == 1 and "everything runs without them" in done.stderr
+
+
+def test_a_file_that_is_not_the_library_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library at all, and one that has none of the functions: not a traceback of ctypes."""
+    text = tmp_path / "library.so"
+    text.write_text("nothing")
+    for file, why in ((text, "cannot be loaded"), (np._core._multiarray_umath.__file__, "is not the kernels' library")):  # type: ignore[attr-defined]
+        monkeypatch.setenv("ACTGRAPH_LIBRARY", str(file))
+        with pytest.raises(UnsupportedError, match=why):
+            library.__wrapped__()
+
+
+def test_a_named_library_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from actgraph.runtime.native import library as native
+
+    monkeypatch.setattr(native, "_SAID", [])
+    monkeypatch.setenv("ACTGRAPH_LIBRARY", "/nowhere/library.so")
+    assert not native.available(asked=True)
+    assert "ACTGRAPH_LIBRARY names no file (/nowhere/library.so)" in capsys.readouterr().err
+
+
+def test_threads_register_an_op_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library keeps pointing to the structure that came first, so no second one may replace what keeps it alive."""
+    from actgraph.runtime import ort_kernels
+
+    made, kernels = [], all_kernels()["linear"]
+    kernel = next(k for k in kernels.kernels if any(stage.name == FLOAT for stage in k.stages))
+    monkeypatch.setattr(ort_kernels, "_KNOWN", {})
+    build = ort_kernels.as_structure
+
+    def slow(table: OpTable) -> object:
+        made.append(table.name)
+        time.sleep(0.05)
+        return build(table)
+
+    monkeypatch.setattr(ort_kernels, "as_structure", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: ort_kernels.register(kernels, kernel), range(4)))
+    assert made == ["Linear"]
 
 
 _WITHOUT = """
