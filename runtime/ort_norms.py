@@ -20,6 +20,8 @@ def fuse_norms(write: Writer, norms: Sequence[Norm]) -> None:
         x, weight, maker = norm.input, norm.weight, norm.output.producer
         if norm.kind != "rms_norm" or norm.bias is not None or norm.output.type != x.type or maker is None or x.shape is None:
             continue
+        if not norm.over_last_axis:
+            continue
         width = x.shape[-1]
         if x.dtype is not DType.F32 or not isinstance(width, int) or (weight is not None and weight.shape != (width,)):
             continue

@@ -165,6 +165,16 @@ class Norm:
     eps: float
     weight_offset: float = 0.0  # 1.0 where the model multiplies by (1 + weight), as Gemma does
 
+    @property
+    def over_last_axis(self) -> bool:
+        """Whether each row of the last axis is normalised by numbers of its own, as the fused operators do it."""
+        rank = len(self.input.shape) if self.input.shape is not None else 0
+        reduced = [prim.attributes for node in self.nodes if (prim := node.prim) is not None and "axes" in prim.attributes]
+        return all(
+            tuple(each["axes"]) in ((-1,), (rank - 1,)) and each.get("keepdims", True)  # else rows meet numbers of others
+            for each in reduced
+        )
+
 
 @dataclass(frozen=True)
 class Activation:

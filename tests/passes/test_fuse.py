@@ -295,3 +295,42 @@ def test_fused_caches_are_exported(tmp_path: Path) -> None:
         loaded = ag.load(fused.save(tmp_path / "fused.onnx", inline=inline))
         assert ops(loaded)["attention"] == (2 if inline == "none" else 0)
         assert relative(want, stepwise(loaded, ids, np.ones_like(ids), (4, 1, 1), 0.0)) < 1e-5
+
+
+class OtherNorm(torch.nn.Module):
+    """Looks like an RMS norm: rows are divided by the numbers of other rows, or columns are normalised."""
+
+    def __init__(self, axis: int, keepdim: bool) -> None:
+        super().__init__()
+        self.axis, self.keepdim = axis, keepdim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt((x * x).mean(self.axis, keepdim=self.keepdim) + 1e-5)
+
+
+@pytest.mark.parametrize(("axis", "keepdim"), [(-1, False), (0, True), (-1, True)])
+def test_norms_over_other_axes_stay(dialect: str, axis: int, keepdim: bool) -> None:
+    """In the graph that the pass saves, and in that which sessions of onnxruntime open."""
+    from actgraph.formats.onnx_export import to_onnx
+    from actgraph.graph.onnx import OnnxGraph
+    from actgraph.runtime.ort_native import Writer
+    from actgraph.runtime.ort_norms import fuse_norms
+
+    x = torch.arange(64.0).reshape(8, 8) - 20
+    traced = ag.trace(OtherNorm(axis, keepdim), (x,))
+    graph = traced if dialect == "fx" else to_onnx(traced)
+    whole = (axis, keepdim) == (-1, True)
+    inputs = {graph.inputs()[0].name: x.numpy()}
+    fused = graph.clone()
+    assert fuse(fused).counts == ({"rms_norm": 1} if whole else {})
+    np.testing.assert_allclose(run(fused, inputs), run(graph, inputs), rtol=1e-5)
+    if isinstance(graph, OnnxGraph):
+        twin = graph.clone()
+        write = Writer(twin.model.graph)
+        fuse_norms(write, twin.views.norms())
+        write.finish(twin.model)
+        opened = OnnxGraph(
+            twin.model, twin.name, outputs=[name for name, _ in graph.outputs()], roles=dict(twin._roles), typed=True
+        )
+        assert any(node.op_type == "SimplifiedLayerNormalization" for node in twin.model.graph) == whole
+        np.testing.assert_allclose(run(opened, inputs), run(graph, inputs), rtol=1e-5)

@@ -30,11 +30,8 @@ def _refusal(norm: Norm) -> str:
     x = norm.input
     if x.shape is None or x.dtype not in COMPUTE_FLOATS or norm.output.type != x.type:
         return f"it takes {x.type} and gives {norm.output.type}"
-    last = (len(x.shape) - 1,)
-    for node in norm.nodes:
-        prim = node.prim
-        if prim is not None and "axes" in prim.attributes and tuple(prim.attributes["axes"]) not in (last, (-1,)):
-            return "it is over more than the last axis"
+    if not norm.over_last_axis:
+        return "it is over other axes than the last"
     for name, value in (("weight", norm.weight), ("bias", norm.bias)):
         if value is not None and not _is_vector(value, x):
             return f"its {name} is {value.type}"
