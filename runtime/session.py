@@ -58,12 +58,14 @@ def compile(
     lowering: how sessions keep slots: ``"held"`` in buffers of the engine, written in place; ``"explicit"`` as arrays that go
     in and come out of each call.
     prefixes: where prompts leave their keys and values for others that begin in the same way.
-    kernels: run what has kernels of ours with them, where their library was built; else one line says so. require_kernels: an
-    op of ours without a kernel is an error.
+    kernels: sessions with held slots run what has kernels of ours with them, where their library was built; else one line says
+    so. On the CPU, models without slots and explicit ones run without. require_kernels: an op of ours without a kernel is an
+    error, and so is a model that runs without them.
     device: where the torch engines run: ``"cpu"``, ``"cuda"``, ``"cuda:1"``. Weights are copied there once; inputs and results
     are numpy arrays as ever. There the kernels are those written in Triton.
     Raises InputError for a device that does not exist, UnsupportedError where there is no CUDA, for an engine that cannot run
-    the model, for slots that outlive sessions, and for prefixes of a model whose state does not have one entry for each token.
+    the model (torch.compile: one without slots, or whose slots are explicit), for slots that outlive sessions, and for prefixes
+    of a model whose state does not have one entry for each token.
     """
     if not isinstance(model, (Graph, Program)):
         raise InputError(f"compile takes a graph or a program, not {type(model).__name__}", "ag.load opens a model by its name")
@@ -94,6 +96,12 @@ def compile(
         if reason:
             raise UnsupportedError(f"{program.name} cannot reuse prefixes: {reason}", "compile it without prefixes")
     compiled.open()
+    if engine == "torch.compile" and compiled.why_explicit:
+        raise UnsupportedError(
+            f"engine='torch.compile' generates code for graphs that hold their slots, and {program.name} does not: "
+            f"{compiled.why_explicit}",
+            "give it a cache (the pass kv_cache), or use engine='torch'",
+        )
     if require_kernels:
         _require_kernels(compiled)
     return compiled
@@ -119,7 +127,10 @@ def _require_kernels(compiled: Compiled) -> None:
     if not compiled.kernels:
         raise UnsupportedError("the kernels' library was not built", "install actgraph where there is a C compiler")
     if compiled.claims is None:
-        raise UnsupportedError(f"{compiled.program.name} runs without kernels: its slots are {compiled.lowering}")
+        reason = "no slots" if not compiled.slots else f"its slots are explicit ({compiled.why_explicit})"
+        raise UnsupportedError(
+            f"{compiled.program.name} runs without kernels: {reason}", "sessions that hold a cache have them"
+        )
     for stage, claims in compiled.claims.items():
         for node, reason in claims.unclaimed.items():
             raise UnsupportedError(f"{node} of the graph {stage!r} has no kernel: {reason}")
@@ -425,6 +436,9 @@ class Session:
         tokens = np.asarray(tokens, np.int64)
         if self.length or self.batch != 1 or tokens.ndim != 2 or len(tokens) != 1:
             raise InputError("entries are loaded into an empty session of one row", "use a session of batch 1, before feeding")
+        capacity, count = self.compiled.capacity, tokens.shape[1]
+        if capacity is not None and count > capacity:
+            raise InputError(f"the context holds {capacity} tokens, and {count} are to be loaded", "load fewer")
         self._state.load(contents, tokens.shape[1])
         self._tokens.add(tokens, None)
 

@@ -105,14 +105,22 @@ def entries(array: Array, start: int, stop: int) -> Array:
 
 
 def check_contents(contents: Mapping[str, Array], slots: Sequence[Slot], count: int) -> None:
-    """Raises InputError where ``contents`` are not the entries of ``count`` tokens for ``slots``."""
+    """Raises InputError where ``contents`` are not the entries of ``count`` tokens of one row for ``slots``."""
     wanted = {slot.name for slot in by_token(slots)}
     if set(contents) != wanted or len(wanted) != len(slots):
         odd = sorted(set(contents) ^ wanted) or sorted({slot.name for slot in slots} - wanted)
         raise InputError(f"the contents do not fit the slots: {odd[0]}", "give what Session.read returned")
-    for name, array in contents.items():
-        if array.shape[TOKENS] != count:
-            raise InputError(f"slot {name} would have {array.shape[TOKENS]} tokens, not {count}", "give as many")
+    for slot in slots:
+        array = contents[slot.name]
+        sizes = (1, *slot.shape[1:TOKENS], count, *slot.shape[TOKENS + 1 :])
+        given = array.shape[TOKENS] if array.ndim > TOKENS else count
+        if given != count:
+            raise InputError(f"slot {slot.name} would have {given} tokens, not {count}", "give as many")
+        if array.shape != sizes or array.dtype != slot.dtype.numpy:  # assigning would repeat or convert it
+            wanted_type = f"{slot.dtype}[{', '.join(map(str, sizes))}]"
+            raise InputError(
+                f"slot {slot.name} takes {wanted_type}, not {array.dtype} {list(array.shape)}", "give what read gave"
+            )
 
 
 #: Places of a new buffer. Memory that has never been written costs nothing; copying what has been does.

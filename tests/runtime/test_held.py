@@ -197,6 +197,15 @@ def test_what_cannot_be_read_or_loaded(dialect: str) -> None:
         made.session().load(contents, TOKENS[:1, :4])
     with pytest.raises(InputError, match="do not fit the slots"):
         made.session().load({name: contents[name] for name in list(contents)[1:]}, TOKENS[:1, :5])
+    for change in (
+        lambda array: array[:, :1], lambda array: array.astype(np.float64), lambda array: np.concatenate([array, array]),
+        lambda array: array[0, 0],
+    ):  # fmt: skip  # one head would be repeated for all, and numbers converted
+        with pytest.raises(InputError, match=r"takes f32\[1, \d, 5, \d+\], not"):
+            made.session().load({name: change(array) for name, array in contents.items()}, TOKENS[:1, :5])
+    with pytest.raises(InputError, match="the context holds 64 tokens, and 70 are to be loaded"):
+        longer = {name: np.repeat(array[:, :, :1], 70, axis=2) for name, array in contents.items()}
+        compiled(dialect, STATIC).session().load(longer, np.repeat(TOKENS[:1, :1], 70, axis=1))
     ring = compiled(dialect, RING)
     with pytest.raises(InputError, match="do not fit the slots"):  # what left the window is gone
         ring.session().load(contents, TOKENS[:1, :5])

@@ -184,6 +184,11 @@ def test_what_cannot_be_compiled(dialect: str) -> None:
     assert "choose held, explicit" in str(caught.value)
     with pytest.raises(InputError, match="chunk is 0"):
         ag.compile(model, chunk=0)
+    if dialect == "fx":  # nothing would be compiled
+        with pytest.raises(UnsupportedError, match="generates code for graphs that hold their slots, .*: no slots"):
+            ag.compile(_source(dialect), engine="torch.compile")
+        with pytest.raises(UnsupportedError, match="generates code for graphs that hold their slots, .*: asked for"):
+            ag.compile(model, engine="torch.compile", lowering="explicit")
     if dialect == "onnx":
         for engine in ("torch", "torch.compile"):
             with pytest.raises(UnsupportedError, match="is an ONNX graph, which torch does not run"):
