@@ -5,6 +5,7 @@ options: ``engine``, ``pipeline`` (text), ``calibrate`` (whether some pass looks
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 import common  # noqa: F401  # finds actgraph
 from peers.protocol import Run, serve, versions
+
+
+_KEPT = contextlib.ExitStack()
 
 
 @functools.cache
@@ -31,11 +35,12 @@ def program_of(folder: Path, pipeline: str, calibrate: bool) -> Any:
 
 
 def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
-    import torch
+    import torch  # noqa: F401  # its threads are set only where it is there
 
     import actgraph as ag
+    from actgraph.runtime.threads import using_threads
 
-    torch.set_num_threads(threads)
+    _KEPT.enter_context(using_threads(threads))  # also what sessions of onnxruntime open later
     program = program_of(folder, options["pipeline"], options["calibrate"])
     compiled = ag.compile(program, options["engine"], **options.get("compile", {}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -73,3 +74,20 @@ def test_quality_of_a_format() -> None:
 def test_names_that_are_unknown_are_refused(script: str, option: str) -> None:
     made = subprocess.run([sys.executable, BENCHMARKS / script, option, "nobody"], capture_output=True, text=True)
     assert made.returncode == 2 and "nobody" in made.stderr
+
+
+def test_our_runner_has_the_threads_of_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also the sessions of onnxruntime, which do not look at torch's number."""
+    import actgraph as ag
+    from actgraph.runtime.threads import wanted_threads
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    ours = importlib.import_module("ours")
+    seen: list[int] = []
+    monkeypatch.setattr(ours, "program_of", lambda *arguments: None)
+    monkeypatch.setattr(ag, "compile", lambda *arguments, **options: seen.append(wanted_threads()))
+    try:
+        ours.open_runner(tmp_path, {"engine": "onnxruntime", "pipeline": "", "calibrate": False}, 3)
+    finally:
+        ours._KEPT.close()
+    assert seen == [3] and wanted_threads() == 0

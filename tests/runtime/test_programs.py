@@ -185,9 +185,9 @@ def test_what_cannot_be_compiled(dialect: str) -> None:
     with pytest.raises(InputError, match="chunk is 0"):
         ag.compile(model, chunk=0)
     if dialect == "fx":  # nothing would be compiled
-        with pytest.raises(UnsupportedError, match="generates code for graphs that hold their slots, .*: no slots"):
+        with pytest.raises(UnsupportedError, match=r"generates code for graphs that hold their slots, .*: no slots"):
             ag.compile(_source(dialect), engine="torch.compile")
-        with pytest.raises(UnsupportedError, match="generates code for graphs that hold their slots, .*: asked for"):
+        with pytest.raises(UnsupportedError, match=r"generates code for graphs that hold their slots, .*: asked for"):
             ag.compile(model, engine="torch.compile", lowering="explicit")
     if dialect == "onnx":
         for engine in ("torch", "torch.compile"):

@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,6 @@ def _compile(name: str, function: Function) -> bytes:
 
 @functools.cache
 def _machine() -> Any:
-    llvm.initialize_all_targets() if False else None
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     chosen = host()
@@ -106,13 +106,17 @@ def cache_folder() -> Path:
 
 
 _LOADED: dict[str, tuple[int, Any]] = {}
+_LOADING = threading.Lock()
 
 
 def loaded(name: str, function: Function) -> int:
     """The address of a kernel function in this process. It stays loaded."""
     if name not in _LOADED:
-        library = llvm.JITLibraryBuilder().add_object_img(compiled(name, function)).export_symbol(name).link(_jit(), name)
-        _LOADED[name] = (library[name], library)
+        with _LOADING:  # sessions in several threads take their first steps at once, and a name can be linked once only
+            if name not in _LOADED:
+                builder = llvm.JITLibraryBuilder().add_object_img(compiled(name, function)).export_symbol(name)
+                library = builder.link(_jit(), name)
+                _LOADED[name] = (library[name], library)
     return _LOADED[name][0]
 
 
