@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass
 
 from actgraph.errors import InputError
-from actgraph.runtime.kernels.numba.target import Target, host
+from actgraph.runtime.kernels.numba.target import Target, target
 
 _V2 = ("cx16", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave")
@@ -55,22 +55,22 @@ def chosen(cpu: str) -> tuple[Level, ...]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         if cpu not in ("all", "host"):
             raise InputError(f"this processor is no x86-64, so it cannot compile for {cpu}", "give --cpu host")
-        here = host()
+        here = target()
         return (Level("host", "host", here.name, tuple(sorted(here.features)), "1"),)
     if cpu == "all":
         return LEVELS
     if cpu == "host":
-        return (highest(host()),)
+        return (highest(target()),)
     found = [level for level in LEVELS if cpu in (level.name, level.name.removeprefix("x86-64-"))]
     if not found:
         raise InputError(f"there is no processor level {cpu!r}", f"give one of {', '.join(CHOICES)}")
     return tuple(found)
 
 
-def highest(target: Target) -> Level:
+def highest(processor: Target) -> Level:
     """The highest level whose features a processor has. Raises InputError where it has none."""
-    names = {"lzcnt" if name == "abm" else name for name in target.features}
+    names = {"lzcnt" if name == "abm" else name for name in processor.features}
     fits = [level for level in LEVELS if names.issuperset(level.features)]
     if not fits:
-        raise InputError(f"{target.name} is older than {LEVELS[0].name}", "kernels need at least that")
+        raise InputError(f"{processor.name} is older than {LEVELS[0].name}", "kernels need at least that")
     return fits[-1]

@@ -160,6 +160,7 @@ def test_refusals() -> None:
         ("channel_scale", [x, np.ones(8, np.float32)], {"axis": 4}),
         ("lowrank_map", [x, np.ones((8, 2), np.float32), np.ones((3, 2), np.float32)], {}),
         ("index_gate", [x, np.array([8])], {}),
+        ("index_gate", [x, np.ones(4, np.float32)], {}),
         ("topk_gate", [x], {"k": 1, "group_size": 3}),
         ("quantize", [x, np.ones(3, np.float32)], {"axis": 1}),
         ("attention", [np.ones((1, 3, 1, 4), np.float32), *[np.ones((1, 2, 5, 4), np.float32)] * 2], {"scale": 1.0}),

@@ -188,6 +188,14 @@ def test_refusals() -> None:
     listed = [*operands, None, np.array([1, 8])]
     with pytest.raises(InputError, match="beyond the channels"):
         call(LINEAR, listed, form | {"keep": "listed"})
+    three = [np.zeros((3, 8), np.float32), *listed[1:6]]
+    for indices in (np.zeros((2, 4), np.int64), np.zeros((1, 3, 4), np.int64), np.array(1), None, np.zeros(4, np.float32)):
+        with pytest.raises(InputError, match="no indices that fit the tokens of x"):
+            call(LINEAR, [*three, indices], form | {"keep": "listed"})
+    with pytest.raises(InputError, match="the gate has no k"):
+        call(LINEAR, operands, form | {"keep": "top_k", "k": 0})
+    with pytest.raises(InputError, match="a scale"):
+        call(LINEAR, operands, form | {"block_size": -8})
     with pytest.raises(InputError, match="bias"):
         call(LINEAR, [*operands[:4], np.zeros(5, np.float32)], form)
     with pytest.raises(InputError, match="no kernel"):

@@ -25,7 +25,7 @@ from actgraph.runtime.kernels.numba.small import small_kernel
 from actgraph.runtime.kernels.numba.weights import I32
 
 K, GROUP, TOP_AXIS = range(3)
-_ZERO = np.float32(0)
+_ZERO, _I64 = np.float32(0), 7
 
 
 @njit(**OPTIONS)
@@ -79,6 +79,8 @@ def index_shape(frame, part, nparts):
     axis = place_of(frame, 0, integer(frame, 3, 0))
     if axis < 0:
         return 1
+    if element_type(frame, 1) != I32 and element_type(frame, 1) != _I64:
+        return 2
     if rank(frame, 1) < 1 or unfit_tokens(frame, 1, rank(frame, 1) - 1, 1, 0, axis):
         return 2
     set_shape_like(frame, 2, 0)
@@ -123,7 +125,11 @@ INDEX_GATE = OpKernels(
     op="index_gate",
     key_operands=(),
     key_attributes=(),
-    errors=("x has no such channel axis", "indices do not fit the tokens of x", "an index is beyond the channels of x"),
+    errors=(
+        "x has no such channel axis",
+        "indices are no integers that fit the tokens of x",
+        "an index is beyond the channels of x",
+    ),
     operands=(DType.F32, None),
     kernels=[small_kernel("index_gate", index_shape, index)],
 )

@@ -7,6 +7,7 @@ from numba import njit
 
 from actgraph.runtime.kernels.numba.frame import address, element_type, rank, size
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i32s, i64s
+from actgraph.runtime.kernels.numba.operands import token_index
 
 #: The places of ``keep`` among its choices.
 NONE, ABOVE, NOT_BELOW, TOP_K, LISTED = range(5)
@@ -81,29 +82,14 @@ def keep_largest(x, y, count, k, counts):
 
 
 @njit(**OPTIONS)
-def row_of(frame, tensor, token, x):
-    """The row (all axes but the last) of ``tensor`` that goes with a token of ``x``: leading axes broadcast."""
-    axes, found, stride, left = rank(frame, tensor) - 1, 0, 1, token
-    for back in range(rank(frame, x) - 1):
-        length = size(frame, x, rank(frame, x) - 2 - back)
-        here = left % length
-        left //= length
-        if back < axes:
-            own = size(frame, tensor, axes - 1 - back)
-            if own > 1:
-                found += here * stride
-            stride *= own
-    return found
-
-
-@njit(**OPTIONS)
 def keep_listed(x, y, count, frame, indices, token, tensor):
     """``x`` [count] to ``y`` with +0.0 for the channels that are not listed. Returns whether the list is sound."""
     x, y = f32s(x), f32s(y)
     for i in range(count):
         y[i] = np.float32(0)
     length = size(frame, indices, -1)
-    start, short = row_of(frame, indices, token, tensor) * length, element_type(frame, indices) == _I32
+    row = token_index(frame, indices, rank(frame, indices) - 1, 1, tensor, rank(frame, tensor) - 1, token)
+    start, short = row * length, element_type(frame, indices) == _I32
     for j in range(length):
         index = np.int64(i32s(address(frame, indices))[start + j]) if short else i64s(address(frame, indices))[start + j]
         if index >= count:

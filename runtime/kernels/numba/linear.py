@@ -39,6 +39,7 @@ from actgraph.runtime.kernels.numba.frame import (
 )
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i64s, u8s
+from actgraph.runtime.kernels.numba.operands import unfit_tokens
 from actgraph.runtime.kernels.numba.weights import (
     BF16,
     F8E4M3,
@@ -57,6 +58,7 @@ from actgraph.runtime.kernels.numba.weights import (
 X, WEIGHT, SCALE, ZERO, BIAS, THRESHOLDS, INDICES, KEPT, Y = range(9)
 LAYOUT, BLOCK, PACKED, KEEP, THRESHOLD, TOP = range(6)
 TENSORS = 9
+_I64 = 7
 #: How codes are scaled: once for each output; in groups that instructions can follow, where rows fill chunks and have one zero
 #: point; the same for other rows (see ``dot_loose``); or in another way.
 CHANNEL, GROUPS, OTHER, LOOSE = range(4)
@@ -67,6 +69,7 @@ ERRORS = (
     "the last axis of x is not the input axis of weight",
     "an index is beyond the channels of x",
     "a scale, zero point, bias, threshold or mask has another size than weight and x ask for",
+    "the gate has no k, or no indices that fit the tokens of x",
 )
 
 
@@ -81,6 +84,19 @@ def outputs_of(frame):
 
 
 @njit(**OPTIONS)
+def _unfit_set(frame):
+    """Whether a gate by a set of channels lacks its k, or indices that broadcast to the tokens of x."""
+    keep, axes, kind = integer(frame, TENSORS, KEEP), rank(frame, INDICES), element_type(frame, INDICES)
+    if keep == gates.TOP_K:
+        return integer(frame, TENSORS, TOP) < 1
+    if keep != gates.LISTED:
+        return False
+    if address(frame, INDICES) == 0 or axes < 1 or (kind != I32 and kind != _I64):
+        return True
+    return unfit_tokens(frame, INDICES, axes - 1, 1, X, rank(frame, X) - 1)
+
+
+@njit(**OPTIONS)
 def shape(frame, part, nparts):
     packed = 2 if integer(frame, TENSORS, PACKED) != 0 else 1
     by_output = integer(frame, TENSORS, LAYOUT) == 0
@@ -90,7 +106,11 @@ def shape(frame, part, nparts):
         return 1
     set_shape_like(frame, Y, X)
     set_size(frame, Y, -1, outputs)
+    if _unfit_set(frame):
+        return 4
     block = integer(frame, TENSORS, BLOCK)
+    if block < 0:
+        return 3
     scales = outputs * ((inputs + block - 1) // block) if block > 0 else outputs
     for tensor in (SCALE, ZERO):
         if address(frame, tensor) != 0 and elements(frame, tensor) != scales and elements(frame, tensor) != 1:

@@ -2,7 +2,7 @@
 
 What numba makes of a function is taken as LLVM code, stripped of everything that belongs to Python, and given a plain C face
 ``int64_t name(int64_t frame, int64_t part, int64_t nparts)``. The object refers to nothing outside itself. The cache is keyed
-by the sources of this folder, the versions of the compilers, and the processor.
+by the sources of this folder, the layout of frames, the versions of the compilers, and the processor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import numba
 from numba import types
 
 from actgraph.errors import UnsupportedError
-from actgraph.runtime.kernels.numba.target import host
+from actgraph.runtime.kernels.numba.target import target
+from actgraph.runtime.native.library import HEAD, MOST_TENSORS, RANK, TENSOR
 
 Function = Callable[..., Any]  # a numba dispatcher
 _ARGUMENTS = (types.intp, types.intp, types.intp)
@@ -79,10 +80,9 @@ def _compile(name: str, function: Function) -> bytes:
 def _machine() -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    chosen = host()
-    features = ",".join(f"+{name}" for name in sorted(chosen.features))
+    chosen = target()
     triple = llvm.Target.from_triple(llvm.get_process_triple())
-    return triple.create_target_machine(cpu=chosen.name, features=features, opt=3, reloc="pic", codemodel="small")
+    return triple.create_target_machine(cpu=chosen.name, features=chosen.text, opt=3, reloc="pic", codemodel="small")
 
 
 @functools.cache
@@ -91,7 +91,8 @@ def _folder() -> Path:
     key = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         key.update(source.read_bytes())
-    key.update(repr((numba.__version__, llvmlite.__version__, sys.platform, host().name, sorted(host().features))).encode())
+    layout = HEAD, TENSOR, RANK, MOST_TENSORS  # of frames: it stands in the code
+    key.update(repr((numba.__version__, llvmlite.__version__, sys.platform, target().name, target().text, layout)).encode())
     return cache_folder() / "kernels" / key.hexdigest()[:24]
 
 
