@@ -257,6 +257,27 @@ def test_tokens_with_nan_stay_alone() -> None:
     agree(got[[0, 2]], want[[0, 2]], 1e-3)
 
 
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_special_values_spread_as_in_the_reference(special: float) -> None:
+    """Through norms, rotary embeddings, steering, and feed-forward blocks in float: in the same places, and nowhere else."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((4, 2, 33), (33,)))
+    heads_, table = (rng.standard_normal(s).astype(np.float32) for s in ((1, 2, 3, 8), (1, 3, 8)))
+    basis = np.linalg.qr(rng.standard_normal((33, 2)))[0].astype(np.float32)
+    x[1, 0, 5] = heads_[0, 1, 1, 2] = special
+    run("rms_norm", [x, w], {})
+    run("layer_norm", [x, w, w], {})
+    run("rotary", [heads_, table, table], {})
+    for norm in ("none", "restore", "relative"):
+        run("shift", [x, w], {"norm": norm, "scale": 0.5})
+    run("lowrank_map", [x, basis, 2 * np.eye(2, dtype=np.float32)], {})
+    run("target_angle", [x, basis, np.float32(0.5)], {})
+    weights: list[Array | None] = [rng.standard_normal(s).astype(np.float32) for s in ((20, 33), (20, 9), (20, 33))]
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+        got = run("feed_forward", [x, *weights], {"activation": activation, "sparse": "act", "threshold": 0.2}, 1e-5)
+        assert np.isfinite(got[:, 1]).all() and np.isfinite(got[[0, 2, 3]]).all()
+
+
 # --- attention --------------------------------------------------------------------------------------------------------------
 
 
