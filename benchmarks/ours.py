@@ -14,7 +14,6 @@ from typing import Any
 import common  # noqa: F401  # finds actgraph
 from peers.protocol import Run, serve, versions
 
-
 _KEPT = contextlib.ExitStack()
 
 

@@ -14,7 +14,7 @@ from actgraph.errors import InputError
 from actgraph.graph.context import logits_output
 from actgraph.graph.graph import Array
 from actgraph.graph.parity import sample_inputs
-from actgraph.runtime.profiling.floor import weight_bytes
+from actgraph.runtime.profiling.floor import slot_bytes, weight_bytes
 from actgraph.runtime.profiling.profile import Profile
 from actgraph.runtime.profiling.sessions import stream_figure, threads_of
 from actgraph.runtime.session import Compiled, Session, unknown_inputs
@@ -131,7 +131,7 @@ def _language(plan: _Plan) -> _Rounds:
         graphs, driver = compiled.program.graphs, compiled.program.driver
         found = [_stage("prefill", prompt, [spent[:1] for spent in times], weight_bytes(graphs[driver.graph_at(0)]), stream)]
         if tokens > 1:
-            caches = session.bytes * (prompt + tokens // 2) // session.length  # half way through
+            caches = slot_bytes(compiled.slots, prompt + tokens // 2)  # half way through
             size = weight_bytes(graphs[driver.graph_at(1)]) + caches
             found.append(_stage("decode", 1, [spent[1:] for spent in times], size, stream))
         return found

@@ -397,6 +397,9 @@ def test_bench(engine: str) -> None:
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert found.profile is not None and [step.tokens for step in found.profile.steps] == [6, 1, 1, 1]
     assert json.loads(json.dumps(found.to_json()))["stages"]["decode"]["calls"] == 6
+    static = compiled(engine, GATED.replace("last_logits=true", "last_logits=true form=static"))
+    fixed = bench(static, prompt_tokens=6, tokens=4, rounds=1, stream=STREAM)
+    assert fixed.stages[1].bytes == pytest.approx(decode.bytes, rel=1e-3), "of a buffer for 512 tokens what is written counts"
     with pytest.raises(InputError, match="do not fit the context of 512"):
         bench(made, prompt_tokens=500, tokens=20, stream=False)
     with pytest.raises(InputError, match="rounds is 0"):
