@@ -128,9 +128,16 @@ def test_the_kernels_ran(engine: str) -> None:
     made = ag.compile(program(GATED), engine)
     assert made.claims is not None
     before = library().ag_runs()
-    converse(made)
-    assert library().ag_runs() - before >= 6 * len(made.claims["decode"].claimed) - 10 or engine == "torch"
+    found = converse(made)
+    if engine == "onnxruntime":
+        assert library().ag_runs() - before >= 6 * len(made.claims["decode"].claimed) - 10
+    else:  # nothing counts there: their activations of 16 bits show in every step, where another order of sums would not
+        expected = converse(ag.compile(program(GATED), engine, kernels=False))
+        assert all(worst([one], [other]) > 5e-6 for one, other in zip(found, expected, strict=True))
     assert any("in_out" in kernel for kernel in made.claims["decode"].claimed.values())
+    if engine == "onnxruntime":  # what each token of a prompt drops is not skipped: together they drop next to nothing
+        prompt = list(made.claims["prefill"].claimed.values())
+        assert "gate" in prompt and any("out_in" in kernel for kernel in prompt) and not any("in_out" in k for k in prompt)
     assert any("out_in" in kernel for kernel in made.claims["decode"].claimed.values())
 
 
