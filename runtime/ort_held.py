@@ -37,11 +37,11 @@ class HeldOnnx:
     fused: the graph with fused attentions, for calls without padding; ``None`` where ``why_plain`` has a reason.
     """
 
-    def __init__(self, graph: Graph, limit: int | None, *, kernels: bool = False) -> None:
-        """limit: the tokens that a session can hold. kernels: run what has kernels with them."""
+    def __init__(self, graph: Graph, limit: int | None, *, kernels: bool = False, prompts: bool = False) -> None:
+        """limit: the tokens that a session can hold. kernels: run what has kernels with them. prompts: for no single tokens."""
         assert isinstance(graph, OnnxGraph)
         if kernels:
-            graph = with_kernel_ops(graph)
+            graph = with_kernel_ops(graph, gates=not prompts)
         self.graph, self._kernels = graph, kernels
         self.fused: Opened | None = None
         self.why_plain = ""

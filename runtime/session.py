@@ -293,7 +293,8 @@ class Compiled:
             return held
         from actgraph.runtime.ort_held import HeldOnnx
 
-        return {name: HeldOnnx(graph, self.capacity, kernels=self.kernels) for name, graph in graphs}
+        single = self.program.driver.graph_at(1)
+        return {name: HeldOnnx(graph, self.capacity, kernels=self.kernels, prompts=name != single) for name, graph in graphs}
 
     def _capacity(self) -> int | None:
         """How many tokens a session can hold: the size of fixed slots, or what the model says of itself."""

@@ -27,20 +27,22 @@ def fuse(
     rotary: bool = True,
     attentions: bool = True,
     dense: bool = False,
+    gates: bool = True,
     chosen: Chooser = everything,
 ) -> Fused:
     """Rewrite a graph (in a transaction of its own) or what an editor is open on, by the rules that are switched on.
 
-    dense: linears and feed-forwards that are neither gated nor quantized, too. chosen: which places; see ``Chooser``.
+    dense: linears and feed-forwards that are neither gated nor quantized, too. gates: what is gated goes into linears; without,
+    it stays in front of them. chosen: which places; see ``Chooser``.
     Gives how often each rule applied, and where one was asked for and could not be, with the reason.
     """
     if isinstance(target, Graph):
         with target.edit(by="fuse") as editor:
             return fuse(
                 editor, linears=linears, feed_forwards=feed_forwards, norms=norms, rotary=rotary, attentions=attentions,
-                dense=dense, chosen=chosen,
+                dense=dense, gates=gates, chosen=chosen,
             )  # fmt: skip
-    rewriter = Rewriter(target, chosen, dense)
+    rewriter = Rewriter(target, chosen, dense, gates)
     # projections last: a feed-forward that can be fused as a whole is not taken apart
     rules = (
         (rotary, fuse_rotary), (norms, fuse_norms), (attentions, fuse_attentions), (feed_forwards, fuse_feed_forwards),

@@ -37,9 +37,9 @@ def fuse_linears(rewriter: Rewriter) -> None:
 def _fuse(rewriter: Rewriter, linear: Linear) -> None:
     editor = rewriter.editor
     x = _input(linear)
-    gate = input_gate(x)
+    gate = input_gate(x) if rewriter.gates else None
     matrix = matrix_of(linear)
-    kept = _kept(linear.output)
+    kept = _kept(linear.output) if rewriter.gates else None
     quantized = isinstance(matrix, Matrix) and matrix.quantized
     if gate is None and kept is None and not quantized and not rewriter.dense:
         return

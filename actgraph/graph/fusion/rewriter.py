@@ -41,6 +41,7 @@ class Rewriter:
     editor: Editor
     chosen: Chooser
     dense: bool
+    gates: bool = True
     result: Fused = field(default_factory=Fused)
     _made: dict[tuple[Value, str], Value] = field(default_factory=dict)
 
