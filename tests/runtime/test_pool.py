@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actgraph.errors import InputError
-from actgraph.runtime.kernels.calls import call
+from actgraph.graph.graph import Array
+from actgraph.ops.dtypes import DType
+from actgraph.ops.shapes import TensorType
+from actgraph.runtime.kernels.calls import call, describe, frame_of, variant_of
 from actgraph.runtime.kernels.registry import all_kernels
-from actgraph.runtime.native.library import available
+from actgraph.runtime.native.library import available, library
 
 pytestmark = pytest.mark.skipif(not available(), reason="the kernels' library was not built")
 
@@ -42,3 +47,29 @@ def test_more_parts_than_work_and_an_error_of_one_of_them(threads: int) -> None:
     indices[4] = -1
     kept = np.arange(6) != 4
     assert np.array_equal(call(kernels, [x, indices], {}, threads)[:, 0], np.where(kept, x[:, 0], 0))
+
+
+def test_products_that_share_what_was_prepared_for_one_of_them() -> None:
+    """Steps of one group, of weights with a scale for each output and with one for all: the numbers of each alone."""
+    kernels, rng = all_kernels()["linear"], np.random.default_rng(0)
+    x = rng.standard_normal((1, 128)).astype(np.float32)
+    attributes = kernels.definition.complete({"packed": "u4"})
+    kept: list[Any] = []
+
+    def step(scale: Array, shares: int) -> tuple[list[int], Array, Array]:
+        operands: list[Array | None] = [x, rng.integers(0, 256, (64, 64)).astype(np.uint8), scale, np.array(8, np.uint8)]
+        types = [None if a is None else TensorType(DType.of(a.dtype), a.shape) for a in operands]
+        kernel = kernels.find(types, attributes)
+        assert kernel is not None
+        variant, frame, y = variant_of(kernels, kernel), frame_of(kernels, operands, attributes), np.zeros((1, 64), np.float32)
+        describe(frame, len(kernels.definition.inputs), y.ctypes.data, DType.F32.onnx, y.shape)
+        kept.append((operands, variant, frame))
+        return [ctypes.addressof(variant), frame.ctypes.data, 7, shares], y, call(kernels, operands, attributes, 2)
+
+    many, one = np.full(64, 0.5, np.float32), np.array(0.5, np.float32)
+    for scales in ((many, one, many), (one, many, one), (many, many, many)):
+        made = [step(scale, int(place > 0)) for place, scale in enumerate(scales)]
+        steps, place = np.array([words for words, _, _ in made], np.int64), np.zeros(1, np.int64)
+        assert library().ag_replay(steps.ctypes.data, len(steps), 2, place.ctypes.data) == 0
+        for _, got, alone in made:
+            np.testing.assert_allclose(got, alone, rtol=0, atol=2e-4 * np.abs(alone).max())

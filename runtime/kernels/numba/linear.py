@@ -485,7 +485,8 @@ def code_products(kind: int, packed: int) -> Any:
     def products(frame, at, token, n0, n1, n2, n3, p0, p1, p2, p3):
         info, inputs, weight = token_at(frame, token), at[INPUTS], at[WEIGHTS]
         step, form = f32s(info)[0], i64s(info)[3]
-        if form == OTHER or step != step:
+        one_scale = form != CHANNEL and at[MANY_SCALES] == 0  # beside a weight with many, for which the form was chosen
+        if form == OTHER or step != step or one_scale:
             for n in (n0, n1, n2, n3):
                 write(at, token, n, plain_sum(frame, kind, packed, token, n))
             return
