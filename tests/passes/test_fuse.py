@@ -334,3 +334,18 @@ def test_norms_over_other_axes_stay(dialect: str, axis: int, keepdim: bool) -> N
         )
         assert any(node.op_type == "SimplifiedLayerNormalization" for node in twin.model.graph) == whole
         np.testing.assert_allclose(run(opened, inputs), run(graph, inputs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_norms_without_weights(dialect: str, kind: type[torch.nn.Module]) -> None:
+    """Exporters give a layer norm ones in the size of its input."""
+    from actgraph.formats.onnx_export import to_onnx
+
+    norm = torch.nn.Sequential(kind(8, elementwise_affine=False))
+    traced = ag.trace(norm, (torch.randn(2, 3, 8),), dynamic={"input": ("batch", None, None)})
+    graph = traced if dialect == "fx" else to_onnx(traced)
+    fused = graph.clone()
+    assert sum(fuse(fused).counts.values()) == 1
+    fused.verify()
+    inputs = {"input": np.random.default_rng(0).standard_normal((4, 3, 8)).astype(np.float32)}
+    np.testing.assert_allclose(run(fused, inputs), run(graph, inputs), atol=1e-6)

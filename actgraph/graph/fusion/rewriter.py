@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from actgraph.errors import UnsupportedError
 from actgraph.graph.editor import Editor
 from actgraph.graph.evaluate import evaluate
 from actgraph.graph.graph import Array, Graph, Node, Use, Value
@@ -67,10 +68,16 @@ class Rewriter:
         return self._made[key]
 
     def vector(self, value: Value | None) -> Value | None:
-        """A constant of n values, stored as [n]."""
-        if value is None or (value.is_parameter and len(value.shape or ()) == 1):
+        """A constant of n values, stored as [n]. What is computed stays so, such as ones in the size of an input."""
+        flat = value is not None and len(value.shape or ()) == 1
+        if value is None or (value.is_parameter and flat):
             return value
-        return self.stored(value, "vector", lambda data: data.reshape(-1))
+        try:
+            return self.stored(value, "vector", lambda data: data.reshape(-1))
+        except UnsupportedError:
+            if flat:
+                return value
+            raise
 
 
 def same_shape(left: Shape | None, right: Shape | None) -> bool:
