@@ -277,7 +277,7 @@ class Compiled:
             return self._held
 
     def _hold(self) -> dict[str, Any]:
-        graphs = self.program.graphs.items()
+        graphs, single = self.program.graphs.items(), self.program.driver.graph_at(1)
         if self.graph.dialect == "fx":
             from actgraph.graph.fx import FxGraph
             from actgraph.runtime.torch_held import HeldGraph
@@ -289,11 +289,12 @@ class Compiled:
                 # prompts have every length, and are long enough for the overhead of eager calls not to count
                 fixed = len(graphs) == 1 or isinstance(graph.value("input_ids").shape[1], int)  # type: ignore[index]
                 compile = self.engine == "torch.compile" and fixed
-                held[name] = HeldGraph(graph, packed, compile=compile, kernels=self.kernels, placed=self._placed)
+                held[name] = HeldGraph(
+                    graph, packed, compile=compile, kernels=self.kernels, placed=self._placed, prompts=name != single
+                )
             return held
         from actgraph.runtime.ort_held import HeldOnnx
 
-        single = self.program.driver.graph_at(1)
         return {name: HeldOnnx(graph, self.capacity, kernels=self.kernels, prompts=name != single) for name, graph in graphs}
 
     def _capacity(self) -> int | None:

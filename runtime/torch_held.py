@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import fx
@@ -23,7 +25,7 @@ from actgraph.runtime.torch_device import Placed
 from actgraph.runtime.torch_kernels import register_torch_kernels
 from actgraph.runtime.torch_lowering import Lowering
 from actgraph.runtime.torch_packed import Packed
-from actgraph.runtime.torch_recorded import Recording
+from actgraph.runtime.torch_recorded import Recording, Recordings, Reshaped, shapes_of
 
 
 class HeldGraph:
@@ -37,15 +39,17 @@ class HeldGraph:
         compile: bool = False,
         kernels: bool = False,
         placed: Placed | None = None,
+        prompts: bool = False,
     ) -> None:
         """packed: of the program. compile: through ``torch.compile``; the first calls then take a while.
 
-        kernels: run what has kernels with them. placed: the weights of the program on the device to run on, by default the CPU.
+        kernels: run what has kernels with them. prompts: for no single tokens. placed: the weights of the program on the device
+        to run on, by default the CPU.
         """
         if kernels and placed is not None:  # whose own products and norms are as fast
-            graph = with_kernel_ops(graph, dense=False)
+            graph = with_kernel_ops(graph, dense=False, gates=not prompts)
         elif kernels:
-            graph = with_kernel_ops(graph, norms=not compile, small=not compile)  # whose own code for them is as fast
+            graph = with_kernel_ops(graph, norms=not compile, small=not compile, gates=not prompts)  # whose own code is as fast
         if kernels and compile and placed is None:
             register_torch_kernels()
         lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), placed, kernels=kernels, compiled=compile)
@@ -64,6 +68,7 @@ class HeldGraph:
         one = isinstance(shape := graph.value("input_ids").shape, tuple) and shape[-1] == 1
         #: Whether steps of one token are recorded (see ``torch_recorded``).
         self.records = one and placed is None and not compile and bool(self.claims.claimed)
+        self.recordings = Recordings()
         self.compiled = compile
         if compile:
             torch.compiler.assume_constant_result(single)  # type: ignore[no-untyped-call]  # numpy would break the graph
@@ -124,11 +129,13 @@ class TorchState:
         self._compiled = any(held.compiled for held in graphs.values())
         self._device = next((held.device for held in graphs.values()), None)
         self._grows = [slot for slot in slots if slot.update == "append"]
+        self._recordings: dict[str, tuple[Any, Recording]] = {}  # by stage, with the shapes that it is for
+        finalize(self, _give_back, graphs, self._recordings).atexit = False
         self.reset()
 
     def reset(self) -> None:
         self._room = self._used = 0
-        self._recordings: dict[str, Recording] = {}
+        self.let_go()
         for slot in to_reset(self._slots, self._tensors):
             self._keep(slot, tensor_of(filled(slot, self._batch)).to(self._device))
 
@@ -160,13 +167,25 @@ class TorchState:
         }
 
     def _recorded(self, stage: str, held: HeldGraph, inputs: Mapping[str, Array], used: int) -> dict[str, torch.Tensor]:
-        """A step of one token: recorded by the first one since buffers have moved."""
-        recording = self._recordings.get(stage)
-        if recording is not None:
-            return recording(inputs, self._tensors, used)
+        """A step of one token: recorded by the first one of its kind."""
+        shapes, recording = self._recordings.get(stage, (None, None))
+        if recording is None:
+            shapes = shapes_of(held, inputs, self._tensors, used)
+            recording = held.recordings.take(shapes)
+            if recording is not None:
+                recording.move(self._tensors)
+        if recording is not None and recording.fits(used):
+            self._recordings[stage] = shapes, recording
+            with contextlib.suppress(Reshaped):
+                return recording(inputs, self._tensors, used)
         tensors = {name: tensor_of(array) for name, array in inputs.items()}
-        recording = self._recordings[stage] = Recording(held, tensors, self._tensors, used)
+        recording = Recording(held, tensors, self._tensors, used)
+        self._recordings[stage] = shapes, recording
         return recording.results
+
+    def let_go(self) -> None:
+        """Leave what has been recorded to whoever takes the next step of its kind; buffers may move now."""
+        _give_back(self._graphs, self._recordings)
 
     def _keep(self, slot: Slot, tensor: torch.Tensor) -> None:
         if self._compiled:
@@ -176,7 +195,7 @@ class TorchState:
 
     def _grow(self, used: int, count: int) -> None:
         self._room = room_for(used + count, self._room, self._limit)
-        self._recordings.clear()
+        self.let_go()
         for slot in self._grows:
             old = self._tensors[slot.input]
             new = tensor_of(filled(slot, self._batch, self._room)).to(self._device)
@@ -193,3 +212,10 @@ class TorchState:
         for slot in by_token(self._slots):
             self._tensors[slot.input].narrow(TOKENS, 0, count).copy_(tensor_of(contents[slot.name]))
         self._used = count
+
+
+def _give_back(graphs: Mapping[str, HeldGraph], recordings: dict[str, tuple[Any, Recording]]) -> None:
+    """What one session has recorded is for the next one, or for the same one with other buffers."""
+    while recordings:
+        stage, (shapes, recording) = recordings.popitem()
+        graphs[stage].recordings.give(shapes, recording)

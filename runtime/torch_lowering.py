@@ -193,7 +193,7 @@ class Lowering:
             if not isinstance(tensor, torch.Tensor):
                 continue
             linears = [user for user in node.users if user.target is aten.linear.default and user.args[0] is not node]
-            if linears and self.placed is None and packs(tensor):
+            if linears and self.placed is None and not self.kernels and packs(tensor):  # which serves single tokens
                 packed = self._weight(self.packed(tensor))
                 for linear in linears:
                     linear.target = linear_packed

@@ -1,9 +1,9 @@
-"""Steps of single tokens as lists of kernel frames: recorded by the first step of a session, run from C by those that follow.
+"""Steps of single tokens as lists of kernel frames: recorded by the first step, run from C by those that follow.
 
 Between two tokens nothing changes but the token, its position and how many entries growing slots hold. So the first step is
 executed node by node, each kernel's frame is kept, results stay where they are, and a later step writes what has changed into
-the frames and runs them all in one call. What has no kernel (positions, cosines, masks) stays Python, before frames or between
-them; where such a result is read by frames, its address is written into them.
+the frames and runs them all in one call. What has no frame stays Python, before frames or between them; where such a result is
+read by frames, its address is written into them. A recording outlives its session: the next one gives it other buffers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx
-from torch.nn import functional
 
 from actgraph.graph.fx_types import array_of, tensor_of
 from actgraph.graph.graph import Array
-from actgraph.runtime.kernels.numba import activations, linear
-from actgraph.runtime.kernels.numba.objects import loaded
-from actgraph.runtime.kernels.numba.plain import PLAIN
-from actgraph.runtime.native.library import HEAD, TENSOR, Variant, library
+from actgraph.runtime.kernels.numba import linear
+from actgraph.runtime.native.library import HEAD, ROOM, TENSOR, library
 from actgraph.runtime.state import TOKENS
+from actgraph.runtime.torch_frames import (
+    CONTIGUOUS,
+    MAKERS,
+    MOVING,
+    SIZES,
+    Changing,
+    Count,
+    Frame,
+    Front,
+    Growing,
+    Moving,
+    OfSlot,
+    frames_of,
+    known,
+    now,
+)
 from actgraph.runtime.torch_kernels import KernelCall
 from actgraph.runtime.torch_lowering import append, front, write, write_front
 
@@ -35,46 +49,23 @@ if TYPE_CHECKING:
 
 #: The operands of kernels that may be the front of a larger buffer: the op and the places.
 _READS_FRONTS = {"attention": (1, 2, 4, 5)}
-_ARITHMETIC: dict[Any, str] = {torch.add: "add", torch.sub: "subtract", torch.mul: "multiply"}
-_ACTIVATIONS: dict[Any, int] = {functional.silu: activations.SILU, torch.ops.aten.relu.default: activations.RELU}
-_GELUS = {"none": activations.GELU, "tanh": activations.GELU_TANH}
-#: What depends on shapes alone.
-_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
+#: The operands of attention whose sizes the result does not depend on.
+_MAY_GROW = (1, 2, 3, 4, 5)
 #: What products in the layout "out_in" look at before they look at weights, beside x and attributes.
 _PREPARED = (linear.ZERO, linear.THRESHOLDS, linear.INDICES)
-_ROOM = 11
-#: References to an array that only the list of kept ones has, while it is looked at: list, loop, argument. How many are kept.
-_UNREAD, _KEPT = 3, 4
+#: How many copies of a result are kept.
+_KEPT = 4
+#: Inputs that grow have room for this many tokens at least.
+_LEAST_ROOM = 256
+#: How many recordings are kept for sessions to come: of one shape, and shapes.
+_SPARE = 4
 
 
-@dataclass(eq=False)
-class _Front:
-    """The first entries of a slot's buffer, as many as there are tokens."""
+class Reshaped(Exception):
+    """A result of Python has a shape that its readers were not recorded for: the step is to be recorded anew.
 
-    buffer: torch.Tensor
-
-
-@dataclass(eq=False)
-class _Changing:
-    """What Python computes anew in each step. words: where its address stands in the frames."""
-
-    value: Any
-    words: list[int] = field(default_factory=list)
-    index: Array | None = None  # the same, as an index
-
-
-@dataclass(eq=False)
-class _Frame:
-    """A frame to be: its variant, its words, and the texts of its errors."""
-
-    variant: Variant
-    words: Array
-    failed: Callable[[int], None]
-    fronts: list[int] = field(default_factory=list)  # words with the number of tokens that are held
-    rows: list[tuple[int, int]] = field(default_factory=list)  # words with the place of the next entry, bytes of an entry
-    changing: list[tuple[int, _Changing]] = field(default_factory=list)
-    product: Any = None  # of products: equal for those that can be computed together
-    prepares: Any = None  # equal for those that prepare x in the same way
+    It has changed nothing that doing it again would not: entries of tokens are written to the same places.
+    """
 
 
 @dataclass(eq=False)
@@ -82,11 +73,11 @@ class _Stretch:
     """Python code, then frames."""
 
     nodes: list[fx.Node] = field(default_factory=list)
-    frames: list[_Frame] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
 
 
 class Recording:
-    """The steps of one session for single tokens, as long as its buffers stay where they are. Not for several threads at once.
+    """The steps for single tokens of sessions with the same shapes. Not for several threads at once.
 
     results: of the step that was recorded.
     """
@@ -104,32 +95,37 @@ class Recording:
         self._copies: dict[fx.Node, list[Array]] = {}
         self._written: set[int] = set()  # the memory of results of frames
         self._touched: dict[int, list[fx.Node]] = {}  # who reads or writes the memory of a slot, in order
-        moving = {slot.input for output, slot in held.slots.items() if output in held.outputs}
+        self._room = max(_LEAST_ROOM, 2 * (used + 1))
+        moving = moving_slots(held)
         self._own: dict[str, torch.Tensor] = {}  # inputs whose shape never changes, at addresses that never change
+        self._growing: dict[str, torch.Tensor] = {}  # the memory of inputs with an entry for each token
         self._given: dict[str, fx.Node] = {}
-        self._slot_memory = {t.untyped_storage().data_ptr() for name, t in slots.items() if name not in moving}
+        self._slots: dict[str, fx.Node] = {}  # whose buffers stay where they are
+        self._views: list[fx.Node] = []  # of them
+        #: Whether other sessions can go on with it: nothing but frames that know it reads slots.
+        self.portable = True
+        self._slot_memory = {t.untyped_storage().data_ptr(): name for name, t in slots.items() if name not in moving}
         placeholders = [node for node in held.native.nodes if node.op == "placeholder"]
         names = [*held.inputs, None, *[""] * len(held.weights)]
         weights = iter(held.weights)
         for node, name in zip(placeholders, names, strict=True):
             self._level[node] = 0
             if name is None:
-                self._env[node] = _Changing(used)
-                self._used_node = node
+                self._env[node] = Count()
             elif name == "":
                 self._env[node] = next(weights)
                 self._constant.add(node)
             elif name in slots and name not in moving:
                 self._env[node] = slots[name]
+                self._slots[name] = node
             elif name in slots:
-                self._env[node] = _Changing(slots[name])
+                self._env[node] = Changing(slots[name])
                 self._given[name] = node
             elif name not in inputs:
                 self._env[node] = held.defaults[name]
                 self._constant.add(node)
-            elif _grows(inputs[name], used):
-                self._env[node] = _Changing(inputs[name])
-                self._given[name] = node
+            elif grows(inputs[name], used):
+                self._env[node] = self._grow(name, inputs[name])
             else:
                 self._env[node] = self._own[name] = inputs[name].clone()
         with torch.no_grad():
@@ -137,6 +133,14 @@ class Recording:
                 if node.op not in ("placeholder", "output"):
                     self._record(node)
         self._finish(held.native.output_node())
+
+    def _grow(self, name: str, tensor: torch.Tensor) -> Growing:
+        """An input with an entry for each token: in memory of our own, with room for more."""
+        found = Growing(torch.empty(0, dtype=tensor.dtype), tuple(tensor.shape), tensor.dim() - 1)
+        found = Growing(torch.zeros(found.each * self._room, dtype=tensor.dtype), found.shape, found.axis)
+        found.now(self._used).copy_(tensor)
+        self._growing[name] = found.memory
+        return found
 
     # --- recording --------------------------------------------------------------------------------------------------------
 
@@ -146,36 +150,64 @@ class Recording:
             self._constant.add(node)
             self._env[node] = operator.attrgetter(str(node.target))(self._held.root)
             return
-        frame = self._frame_of(node)
-        if frame is not None:
-            level = max((self._level[source] for source in node.all_input_nodes), default=0)
+        args, options = fx.node.map_arg((node.args, node.kwargs), lambda source: self._env[source])
+        sources = node.all_input_nodes
+        stays = self._known(node, args)
+        if stays is None and sources and all(source in self._constant for source in sources):
+            stays = self._compute(node)
+        if stays is not None:
+            return self._keep(node, stays)
+        frames = self._frames_of(node, args, options)
+        if frames:
+            level = max((self._level[source] for source in sources), default=0)
             level = max([level, *(self._level[other] for other in self._earlier(node))])
-            self._at(level).frames.append(frame)
+            self._at(level).frames.extend(frames)
             self._level[node] = level
             self._note(node)
-            return
-        operands = [self._env[source] for source in node.all_input_nodes]
+            return None
         result = self._compute(node)
-        fixed = not any(isinstance(operand, (_Changing, _Front)) for operand in operands)
-        sizes = node.target in _SIZES or not any(isinstance(operand, torch.Tensor) for operand in operands)
-        if fixed and (self._is_view(node, result) if isinstance(result, torch.Tensor) else sizes):
-            self._env[node] = result  # of what never changes its place: neither does it
-            self._level[node] = max((self._level[source] for source in node.all_input_nodes), default=0)
-            if any(source in self._native for source in node.all_input_nodes):
-                self._native.add(node)
-            if all(source in self._constant for source in node.all_input_nodes):
-                self._constant.add(node)
-            return
-        if fixed and all(source in self._constant for source in node.all_input_nodes):
-            self._env[node], self._level[node] = result, 0
-            self._constant.add(node)
-            return
-        level = max((self._level[source] + (source in self._native) for source in node.all_input_nodes), default=0)
+        if not any(isinstance(self._env[source], MOVING) for source in sources) and self._stays(node, result):
+            return self._keep(node, result)
+        level = max((self._level[source] + (source in self._native) for source in sources), default=0)
         if node.target in (write, write_front, append):
             level = max([level, *(self._level[other] + (other in self._native) for other in self._earlier(node))])
+        self.portable = self.portable and not self._slots_of(node)
         self._at(level).nodes.append(node)
-        self._env[node], self._level[node] = _Changing(result), level
+        self._env[node], self._level[node] = Changing(result), level
         self._note(node)
+        return None
+
+    def _keep(self, node: fx.Node, value: Any) -> None:
+        """A node that later steps need not compute."""
+        if self._memory_of(value) in self._slot_memory:
+            self._views.append(node)
+        self._env[node] = value
+        self._level[node] = max((self._level[source] for source in node.all_input_nodes), default=0)
+        if any(source in self._native for source in node.all_input_nodes):
+            self._native.add(node)
+        if all(source in self._constant for source in node.all_input_nodes):
+            self._constant.add(node)
+
+    def _known(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        """What a node gives where that needs no computing; ``None`` for others."""
+        first = args[0] if args else None
+        if node.target is operator.getitem and isinstance(first, (tuple, list)):
+            return first[args[1]]
+        if node.target is torch.ops.aten.clone.default and isinstance(first, torch.Tensor) and first.is_contiguous():
+            return None if first.untyped_storage().data_ptr() in self._slot_memory else first  # nobody writes over it
+        return known(node.target, args, self._used)
+
+    def _stays(self, node: fx.Node, result: Any) -> bool:
+        """Whether ``result``, of operands that never change their places, never changes its own."""
+        sources = [self._env[source] for source in node.all_input_nodes]
+        memory = {source.untyped_storage().data_ptr() for source in sources if isinstance(source, torch.Tensor)}
+        if node.target is write:
+            return False
+        if isinstance(result, (tuple, list)):  # of a split
+            return all(isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() in memory for part in result)
+        if isinstance(result, torch.Tensor):
+            return result.untyped_storage().data_ptr() in memory or (not memory and node.target in MAKERS)
+        return node.target in SIZES or not memory
 
     def _compute(self, node: fx.Node) -> Any:
         """What a node gives for the step that is recorded."""
@@ -185,21 +217,8 @@ class Recording:
             target = getattr(torch.Tensor, str(node.target))
         else:
             target = node.target
-        arguments, options = fx.node.map_arg((node.args, node.kwargs), lambda source: self._value(source))
+        arguments, options = fx.node.map_arg((node.args, node.kwargs), lambda source: now(self._env[source], self._used))
         return target(*arguments, **options)
-
-    def _value(self, node: fx.Node) -> Any:
-        found = self._env[node]
-        if isinstance(found, _Front):
-            return front(found.buffer, self._used + 1)
-        return found.value if isinstance(found, _Changing) else found
-
-    def _is_view(self, node: fx.Node, result: torch.Tensor) -> bool:
-        memory = result.untyped_storage().data_ptr()
-        sources = [self._env[source] for source in node.all_input_nodes]
-        return node.target is not write and any(
-            isinstance(source, torch.Tensor) and source.untyped_storage().data_ptr() == memory for source in sources
-        )
 
     def _at(self, level: int) -> _Stretch:
         while len(self._stretches) <= level:
@@ -210,11 +229,14 @@ class Recording:
         """The slots whose memory a node reads or writes."""
         found = set()
         for source in node.all_input_nodes:
-            value = self._env[source]
-            tensor = value.buffer if isinstance(value, _Front) else value.value if isinstance(value, _Changing) else value
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in self._slot_memory:
-                found.add(tensor.untyped_storage().data_ptr())
+            memory = self._memory_of(self._env[source])
+            if memory in self._slot_memory:
+                found.add(memory)
         return found
+
+    def _memory_of(self, value: Any) -> int:
+        tensor = value.buffer if isinstance(value, Front) else value.value if isinstance(value, Changing) else value
+        return tensor.untyped_storage().data_ptr() if isinstance(tensor, torch.Tensor) else 0
 
     def _note(self, node: fx.Node) -> None:
         for memory in self._slots_of(node):
@@ -226,53 +248,66 @@ class Recording:
 
     # --- frames -----------------------------------------------------------------------------------------------------------
 
-    def _frame_of(self, node: fx.Node) -> _Frame | None:
-        """The frame of a node, which has run; ``None`` where Python has to compute it."""
+    def _frames_of(self, node: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> list[Frame]:
+        """The frames of a node, which have run; none where Python has to compute it."""
         call = getattr(node.target, "kernel_call", None)
-        operands = [self._env[a] if isinstance(a, fx.Node) else a for a in node.args]
-        made: tuple[_Frame, Any] | None = None
+        copies: list[Frame] = []
+        if isinstance(call, KernelCall) or node.target in CONTIGUOUS:
+            args, copies = self._contiguous(args)
         if isinstance(call, KernelCall):
             constant = all(not isinstance(a, fx.Node) or a in self._constant for a in node.args[1:])
-            made = self._kernel(call, operands, constant)
-        elif node.target in (append, write_front):
-            made = self._write(operands)
-        elif node.target in _ARITHMETIC and not node.kwargs and len(operands) == 2:
-            made = _arithmetic(_ARITHMETIC[node.target], operands)
-        elif node.target in _ACTIVATIONS and len(operands) == 1 and not any(node.kwargs.values()):
-            made = _activation(_ACTIVATIONS[node.target], operands[0])
-        elif node.target is torch.ops.aten.gelu.default and len(operands) == 1:
-            made = _activation(_GELUS[str(node.kwargs.get("approximate", "none"))], operands[0])
-        elif node.target is torch.embedding and len(operands) == 2 and not node.kwargs:
-            made = _look_up(*operands)
+            made = self._kernel(call, args, constant)
+        else:
+            made = frames_of(node.target, args, options, self._used)
         if made is None:
-            return None
-        frame, result = made
+            return []
+        frames, result = [*copies, *made[0]], made[1]
+        if not all(frame.of_slots for frame in made[0]) and self._slots_of(node):
+            self.portable = False
         if isinstance(result, torch.Tensor):
             self._written.add(result.untyped_storage().data_ptr())
-        frame.failed(library().ag_run(ctypes.byref(frame.variant), frame.words.ctypes.data, torch.get_num_threads()))
+        for frame in frames:
+            frame.failed(library().ag_run(ctypes.byref(frame.variant), frame.words.ctypes.data, torch.get_num_threads()))
         self._env[node] = result
         self._native.add(node)
-        return frame
+        return frames
 
-    def _kernel(self, call: KernelCall, operands: Sequence[Any], constant: bool) -> tuple[_Frame, torch.Tensor] | None:
+    def _may_grow(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and any(size in (self._used, self._used + 1) for size in value.shape)
+
+    def _contiguous(self, operands: Sequence[Any]) -> tuple[list[Any], list[Frame]]:
+        """Operands of which those that are views with gaps are copied, and the frames that copy."""
+        found, frames = list(operands), []
+        for place, operand in enumerate(operands):
+            if isinstance(operand, torch.Tensor) and not operand.is_contiguous():
+                made = frames_of(torch.ops.aten.clone.default, [operand], {}, self._used)
+                if made is not None and self._memory_of(operand) not in self._slot_memory:
+                    frames += made[0]
+                    found[place] = made[1]
+        return found, frames
+
+    def _kernel(self, call: KernelCall, operands: Sequence[Any], constant: bool) -> tuple[list[Frame], torch.Tensor] | None:
         """constant: all operands but the first are the same in each step."""
         fronts = _READS_FRONTS.get(call.op, ())
-        tensors: list[torch.Tensor | None] = []
-        for place, operand in enumerate(operands):
-            if isinstance(operand, _Front):
-                if place not in fronts:
-                    return None
-                tensors.append(front(operand.buffer, self._used + 1))
-                continue
-            tensor = operand.value if isinstance(operand, _Changing) else operand
-            if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_contiguous()):
+        if any(isinstance(operand, Front) and place not in fronts for place, operand in enumerate(operands)):
+            return None
+        tensors = [
+            front(operand.buffer, operand.count.now(self._used)) if isinstance(operand, Front) else now(operand, self._used)
+            for operand in operands
+        ]
+        for operand, tensor in zip(operands, tensors, strict=True):
+            contiguous = tensor is None or (isinstance(tensor, torch.Tensor) and tensor.is_contiguous())
+            if not contiguous and not isinstance(operand, Front):
                 return None
-            tensors.append(tensor)
+        for place, operand in enumerate(operands):
+            grown = isinstance(operand, Changing) and self._may_grow(operand.value)
+            if (grown or isinstance(operand, Growing)) and not (call.op == "attention" and place in _MAY_GROW):
+                return None  # the result would grow, too
         bound = call.bind(tensors)
         if bound is None:
             return None
         variant, words, result = bound
-        frame = _Frame(variant, words, call.check)
+        frame = Frame(variant, words, call.check, kept=(result,))
         if call.op == "linear" and constant and isinstance(operands[0], torch.Tensor):
             frame.product = tuple(words[HEAD : HEAD + TENSOR].tolist())
             rest = words[HEAD + TENSOR * (linear.TENSORS) :].tolist()
@@ -281,30 +316,18 @@ class Recording:
                 frame.prepares = (frame.product, rest, others, variant.stage[0])
         for place, operand in enumerate(operands):
             at = HEAD + TENSOR * place
-            if isinstance(operand, _Front):
-                words[at + _ROOM] = operand.buffer.shape[TOKENS]
-                frame.fronts.append(at + 3 + TOKENS)
-            elif isinstance(operand, _Changing):
+            if isinstance(operand, Front):
+                words[at + ROOM] = operand.buffer.shape[TOKENS]
+                frame.of_slots += [OfSlot(at, operand.buffer), OfSlot(at + ROOM, operand.buffer, room=1)]
+                frame.moving.append(Moving(at + 3 + TOKENS, 1))
+            elif isinstance(operand, Growing):
+                frame.moving.append(Moving(at + 3 + operand.axis, 1))
+            elif isinstance(operand, Changing):
                 frame.changing.append((at, operand))
-        return frame, result
-
-    def _write(self, operands: Sequence[Any]) -> tuple[_Frame, _Front] | None:
-        """The entries of new tokens behind those that a slot holds."""
-        buffer, new = operands[0], operands[1]
-        if not isinstance(buffer, torch.Tensor) or not isinstance(new, torch.Tensor) or not new.is_contiguous():
-            return None
-        if not buffer.is_contiguous() or new.dtype != buffer.dtype or new.shape[TOKENS] != 1:
-            return None
-        if new.shape[:TOKENS] != buffer.shape[:TOKENS] or new.shape[TOKENS + 1 :] != buffer.shape[TOKENS + 1 :]:
-            return None
-        entry = buffer.stride(TOKENS) * buffer.element_size()
-        rows = new.numel() * new.element_size() // entry
-        frame = _plain(
-            "copy_rows", new.data_ptr(), buffer.data_ptr() + self._used * entry, rows, entry, entry,
-            entry * buffer.shape[TOKENS],
-        )  # fmt: skip
-        frame.rows.append((5, entry))
-        return frame, _Front(buffer)
+                operand.sized &= call.op == "attention" and place in _MAY_GROW
+            elif self._memory_of(operand) in self._slot_memory:
+                frame.of_slots.append(OfSlot(at, operand))
+        return [frame], result
 
     # --- running ----------------------------------------------------------------------------------------------------------
 
@@ -312,27 +335,29 @@ class Recording:
         for stretch in self._stretches:
             stretch.frames = _neighbours(stretch.frames)
         frames = [frame for stretch in self._stretches for frame in stretch.frames]
-        starts = np.cumsum([0, *(len(frame.words) for frame in frames)])
+        starts = np.cumsum([0, *(len(frame.words) for frame in frames)]).tolist()
         self._words = np.concatenate([frame.words for frame in frames]) if frames else np.zeros(0, np.int64)
         base = self._words.ctypes.data
         self._frames = frames
         groups = [group for stretch in self._stretches for group in _groups(stretch.frames)]
+        placed = list(zip(starts, frames, strict=False))
         steps = [
-            (ctypes.addressof(frame.variant), base + 8 * int(start), *groups[place])
-            for place, (frame, start) in enumerate(zip(frames, starts, strict=False))
+            (ctypes.addressof(frame.variant), base + 8 * start, *groups[place]) for place, (start, frame) in enumerate(placed)
         ]
         self._steps = np.array(steps, np.int64).reshape(-1, 4)
-        self._fronts = np.array([start + word for start, f in zip(starts, frames, strict=False) for word in f.fronts], np.int64)
-        rows = [(start + word, size) for start, f in zip(starts, frames, strict=False) for word, size in f.rows]
-        self._rows = np.array([word for word, _ in rows], np.int64)
-        self._entry = np.array([size for _, size in rows], np.int64)
-        self._first = self._words[self._rows] - self._used * self._entry
-        for start, frame in zip(starts, frames, strict=False):
+        moving = [(start + word.word, word.step, word.cycle) for start, frame in placed for word in frame.moving]
+        self._moving, self._step, self._cycle = np.array(moving, np.int64).reshape(-1, 3).T.copy()
+        self._first = self._words[self._moving] - self._step * (self._used % self._cycle)
+        where = {word: place for place, word in enumerate(self._moving.tolist())}
+        self._of_slots = [self._of_slot(start + word.word, where, word) for start, frame in placed for word in frame.of_slots]
+        for start, frame in placed:
             for word, changing in frame.changing:
-                changing.words.append(int(start) + word)
+                changing.words.append(start + word)
         for frame in frames:
             for _, changing in frame.changing:
                 changing.index = np.array(changing.words, np.int64)
+        kept = (*self._own.values(), *self._growing.values(), *self._held.weights)
+        self._kept = self._written | {tensor.untyped_storage().data_ptr() for tensor in kept}
         self._place = np.zeros(1, np.int64)
         self._failed_at = self._place.ctypes.data
         self._steps_at, self._step_bytes = self._steps.ctypes.data, self._steps.strides[0]
@@ -340,16 +365,28 @@ class Recording:
         results = output.args[0]
         assert isinstance(results, (tuple, list))
         self._outputs = [node for node in results if isinstance(node, fx.Node)]
+        self.portable = self.portable and not any(
+            self._memory_of(self._env[node]) in self._slot_memory for node in self._outputs
+        )
         self.results = dict(zip(self._held.outputs, [self._result(node) for node in self._outputs], strict=True))
         self._python = [self._code(stretch.nodes) if stretch.nodes else None for stretch in self._stretches]
         counts = np.cumsum([0, *(len(stretch.frames) for stretch in self._stretches)])
         self._ranges = list(zip(counts[:-1].tolist(), counts[1:].tolist(), strict=True))
         self._array = {name: tensor.numpy() for name, tensor in self._own.items()}
+        self._memory = {name: tensor.numpy() for name, tensor in self._growing.items()}
+
+    def _of_slot(self, word: int, moving: Mapping[int, int], of: OfSlot) -> tuple[int, int, str, int, int]:
+        """For ``move``: the word, its place among the moving ones or -1, the slot, what is added, and for how much room."""
+        place = moving.get(word, -1)
+        value = int(self._first[place] if place >= 0 else self._words[word])
+        start = of.buffer.untyped_storage().data_ptr()
+        behind = value - of.room * of.buffer.shape[TOKENS] if of.room else value - start
+        return word, place, self._slot_memory[start], behind, of.room
 
     def _result(self, node: fx.Node) -> torch.Tensor:
-        """An output: a copy where the next step writes over it."""
-        value: torch.Tensor = self._value(node)
-        return self._copied(node, value) if value.untyped_storage().data_ptr() in self._written else value
+        """An output: a copy where the next step writes over it, or where it is a weight."""
+        value: torch.Tensor = now(self._env[node], self._used)
+        return self._copied(node, value) if value.untyped_storage().data_ptr() in self._kept else value
 
     def _copied(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
         """``value`` in memory that nobody else reads: that of an earlier step where its reader has let go of it.
@@ -383,22 +420,25 @@ class Recording:
         made.output(tuple(env[node] for node in used_later))
         return _Code(fx.GraphModule(self._held.root, made).forward, outside, [self._env[node] for node in used_later])
 
+    def fits(self, used: int) -> bool:
+        """Whether inputs with an entry for each token have room for one more."""
+        return not self._growing or used < self._room
+
     def __call__(self, inputs: Mapping[str, Array], moved: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
         """A step with ``used`` tokens held. moved: slots that are not written in place. Raises InputError."""
         self._used = used
         for name, array in self._array.items():
             np.copyto(array, inputs[name])
+        for name, memory in self._memory.items():
+            memory[: inputs[name].size] = inputs[name].reshape(-1)
         for name, node in self._given.items():
-            self._update(self._env[node], moved[name] if name in moved else torch.from_numpy(inputs[name]))
-        self._env[self._used_node].value = used
-        words = self._words
-        words[self._fronts] = used + 1
-        words[self._rows] = self._first + used * self._entry
+            self._update(self._env[node], moved[name])
+        self._words[self._moving] = self._first + self._step * (used % self._cycle)
         run, threads, steps, size = self._run, torch.get_num_threads(), self._steps_at, self._step_bytes
         with torch.no_grad():
             for code, (start, stop) in zip(self._python, self._ranges, strict=True):
                 if code is not None:
-                    found = code.run(*[self._value(node) for node in code.reads])
+                    found = code.run(*[now(self._env[node], used) for node in code.reads])
                     for value, result in zip(code.writes, found, strict=True):
                         self._update(value, result)
                 error = run(steps + size * start, stop - start, threads, self._failed_at)
@@ -406,13 +446,36 @@ class Recording:
                     self._frames[start + int(self._place[0])].failed(error)
             return {name: self._result(node) for name, node in zip(self._held.outputs, self._outputs, strict=True)}
 
-    def _update(self, changing: _Changing, value: Any) -> None:
+    # --- other sessions ---------------------------------------------------------------------------------------------------
+
+    def move(self, slots: Mapping[str, torch.Tensor]) -> None:
+        """Go on with other buffers, of the same shapes but for the tokens that growing ones have room for."""
+        for name, node in self._slots.items():
+            self._env[node] = slots[name]
+        for word, moving, name, behind, room in self._of_slots:
+            buffer = slots[name]
+            value = behind + room * buffer.shape[TOKENS] if room else behind + buffer.data_ptr()
+            if moving >= 0:
+                self._first[moving] = value
+            else:
+                self._words[word] = value
+
+    def let_go(self) -> None:
+        """Forget the buffers, until ``move``."""
+        self._env |= dict.fromkeys(self._slots.values())
+        self._env |= {node: None for node, value in self._env.items() if isinstance(value, Front)}
+        self._env |= dict.fromkeys(self._views)
+        self.results = {}
+
+    def _update(self, changing: Changing, value: Any) -> None:
         """Put a new value, and where it is, into the place of the old one."""
         if changing.words:
             if not value.is_contiguous():
                 value = value.contiguous()
             self._words[changing.index] = value.data_ptr() or 1
             if value.shape != changing.value.shape:
+                if not changing.sized or value.dim() != changing.value.dim():
+                    raise Reshaped
                 assert changing.index is not None
                 for axis, size in enumerate(value.shape):
                     if size != changing.value.shape[axis]:
@@ -424,12 +487,12 @@ class Recording:
 class _Code:
     run: Callable[..., Any]
     reads: list[fx.Node]
-    writes: list[_Changing]
+    writes: list[Changing]
 
 
-def _neighbours(frames: Sequence[_Frame]) -> list[_Frame]:
+def _neighbours(frames: Sequence[Frame]) -> list[Frame]:
     """``frames`` with products of the same x side by side: they need nothing that comes after the first of them."""
-    ordered: list[_Frame] = []
+    ordered: list[Frame] = []
     for frame in frames:
         place = len(ordered)
         if frame.product is not None:
@@ -439,13 +502,13 @@ def _neighbours(frames: Sequence[_Frame]) -> list[_Frame]:
     return ordered
 
 
-def _groups(frames: Sequence[_Frame]) -> list[tuple[int, int]]:
+def _groups(frames: Sequence[Frame]) -> list[tuple[int, int]]:
     """For each frame its group (see ``ag_step``), and whether it shares what was prepared for the frame before it.
 
     Products of the same x, as of queries, keys and values, are a group, numbered by the address of its first frame.
     """
     groups: list[tuple[int, int]] = []
-    before: _Frame | None = None
+    before: Frame | None = None
     for frame in frames:
         group = shares = 0
         if before is not None and frame.product is not None and frame.product == before.product:
@@ -457,45 +520,57 @@ def _groups(frames: Sequence[_Frame]) -> list[tuple[int, int]]:
     return groups
 
 
-def _grows(tensor: torch.Tensor, used: int) -> bool:
-    """Whether the input has an entry for each token that is held: the shape of all others is the same in each step."""
+def _unread() -> int:
+    """How many references an array has that only a list of kept ones holds, while it is looked at."""
+    known = [np.zeros(1)]
+    for array in known:
+        return sys.getrefcount(array)
+    raise AssertionError
+
+
+_UNREAD = _unread()
+
+
+def moving_slots(held: HeldGraph) -> set[str]:
+    """The inputs of slots that are not written in place: each step gives them anew."""
+    return {slot.input for output, slot in held.slots.items() if output in held.outputs}
+
+
+def grows(tensor: torch.Tensor, used: int) -> bool:
+    """Whether the input has an entry for each token, the new one too: the shape of all others is the same in each step."""
     return tensor.dim() > 1 and tensor.shape[-1] == used + 1
 
 
-def _plain(name: str, *words: int) -> _Frame:
-    """A frame of one of the functions of ``plain``."""
-    variant = Variant()
-    variant.stages = 1
-    variant.stage[0] = loaded(f"plain_{name}", PLAIN[name])
-    return _Frame(variant, np.array([0, 0, 0, 0, *words], np.int64), _never)
+def shapes_of(held: HeldGraph, inputs: Mapping[str, Array], slots: Mapping[str, torch.Tensor], used: int) -> tuple[Any, ...]:
+    """What is equal for sessions that can share a recording, one after the other."""
+    appended = {slot.input for slot in held.slots.values() if slot.update == "append"}
+    given = [(name, array.shape, array.shape[-1] == used + 1) for name, array in inputs.items()]
+    shapes = [(name, shape[:-1] if grown and len(shape) > 1 else shape) for name, shape, grown in given]
+    buffers = [
+        (n, *(size for axis, size in enumerate(t.shape) if axis != TOKENS or n not in appended)) for n, t in slots.items()
+    ]
+    return tuple(shapes), tuple(buffers), torch.get_num_threads()
 
 
-def _never(error: int) -> None:
-    assert not error
+class Recordings:
+    """The recordings of one graph that no session uses at the moment."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[Any, ...], list[Recording]] = {}
 
-def _arithmetic(name: str, operands: Sequence[Any]) -> tuple[_Frame, torch.Tensor] | None:
-    a, b = operands
-    if not all(isinstance(t, torch.Tensor) and t.dtype is torch.float32 and t.is_contiguous() for t in operands):
-        return None
-    if a.shape != b.shape:
-        return None
-    result = torch.empty_like(a)
-    return _plain(name, a.data_ptr(), b.data_ptr(), result.data_ptr(), a.numel()), result
+    def take(self, shapes: tuple[Any, ...]) -> Recording | None:
+        with self._lock:
+            found = self._known.get(shapes)
+            return found.pop() if found else None
 
-
-def _activation(which: int, x: Any) -> tuple[_Frame, torch.Tensor] | None:
-    if not isinstance(x, torch.Tensor) or x.dtype is not torch.float32 or not x.is_contiguous():
-        return None
-    result = torch.empty_like(x)
-    return _plain("activation", x.data_ptr(), result.data_ptr(), x.numel(), which), result
-
-
-def _look_up(table: Any, places: Any) -> tuple[_Frame, torch.Tensor] | None:
-    if not isinstance(table, torch.Tensor) or not isinstance(places, torch.Tensor) or places.dtype is not torch.int64:
-        return None
-    if not table.is_contiguous() or not places.is_contiguous() or table.dim() != 2:
-        return None
-    result = torch.empty((*places.shape, table.shape[1]), dtype=table.dtype)
-    width = table.shape[1] * table.element_size()
-    return _plain("look_up", table.data_ptr(), places.data_ptr(), result.data_ptr(), places.numel(), width), result
+    def give(self, shapes: tuple[Any, ...], recording: Recording) -> None:
+        """Keep a recording for the next session."""
+        if not recording.portable:
+            return
+        recording.let_go()
+        with self._lock:
+            kept = self._known.pop(shapes, [])
+            self._known[shapes] = [*kept, recording][-_SPARE:]  # the newest shapes last
+            while len(self._known) > _SPARE:
+                del self._known[next(iter(self._known))]

@@ -146,8 +146,8 @@ AG_SHARED int64_t ag_run(const ag_variant *variant, int64_t *frame, int64_t npar
     frame[0] = (int64_t)(intptr_t)ag_scratch((size_t)variant->scratch(frame, 0, 1));
     if (!frame[0]) return -1;
   }
-  for (int64_t i = 0; i < variant->stages; i++) {
-    int64_t failed = variant->parallel[i] ? ag_parallel(variant->stage[i], frame, nparts) : variant->stage[i](frame, 0, 1);
+  for (int64_t i = 0; i < variant->stages; i++) { /* the scratch function may have asked for fewer parts */
+    int64_t failed = variant->parallel[i] ? ag_parallel(variant->stage[i], frame, frame[1]) : variant->stage[i](frame, 0, 1);
     if (failed) return failed;
   }
   return 0;

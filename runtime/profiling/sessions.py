@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -72,24 +73,26 @@ class Probe:
         from actgraph.graph.fx_types import tensor_of
         from actgraph.runtime.profiling.torch_frames import TimedRecording
         from actgraph.runtime.profiling.torch_nodes import NodePlan
+        from actgraph.runtime.torch_recorded import Reshaped
 
         held = self.compiled._held_graphs() or {}
         plans = {stage: NodePlan.of_held(stage, graph) for stage, graph in held.items() if graph.records}
 
         def recorded(stage: str, held: Any, inputs: Mapping[str, Array], used: int) -> Any:
-            found = state._recordings.get(stage)
-            if found is not None:
-                return found(inputs, state._tensors, used)
+            _, found = state._recordings.get(stage, (None, None))
+            if found is not None and found.fits(used):
+                with contextlib.suppress(Reshaped):
+                    return found(inputs, state._tensors, used)
             tensors = {name: tensor_of(array) for name, array in inputs.items()}
             made = TimedRecording(plans[stage], self.recorder, held, tensors, state._tensors, used)
-            state._recordings[stage] = made
+            state._recordings[stage] = None, made
             return made.results
 
         def undo() -> None:
-            state._recordings = {}  # buffers may have moved
+            state.let_go()
             del vars(state)["_recorded"]
 
-        state._recordings = {}
+        state.let_go()
         vars(state)["_recorded"] = recorded
         self._undo.append(undo)
 

@@ -12,6 +12,7 @@ from torch import fx
 from actgraph.graph.graph import Array
 from actgraph.runtime.profiling.record import PROFILER, RECORDING, Call, Executed, Recorder, clock
 from actgraph.runtime.profiling.torch_nodes import NodePlan, Reads
+from actgraph.runtime.torch_frames import now
 from actgraph.runtime.torch_recorded import Recording
 
 
@@ -26,6 +27,7 @@ class TimedRecording(Recording):
         if recorder.now is not None:
             recorder.now.add(RECORDING, clock() - begin)
         self._running: tuple[fx.Node, int] | None = None
+        self.portable = False  # it belongs to this profile
         self._about = {node: self._named(node) for node in self._node_of.values()}
         self._split()
 
@@ -34,11 +36,10 @@ class TimedRecording(Recording):
         about = self._plan.nodes[node.name][0]
         return replace(about, kernel="plain") if about.kernel == "torch" else about
 
-    def _frame_of(self, node: fx.Node) -> Any:
-        frame = super()._frame_of(node)
-        if frame is not None:
-            self._node_of[frame] = node
-        return frame
+    def _frames_of(self, node: fx.Node, args: Any, options: Any) -> Any:
+        frames = super()._frames_of(node, args, options)
+        self._node_of |= dict.fromkeys(frames, node)
+        return frames
 
     def _code(self, nodes: Any) -> Any:
         code = super()._code(nodes)
@@ -65,19 +66,19 @@ class TimedRecording(Recording):
 
     def _mark(self, node: fx.Node | None) -> None:
         """A frame has ended, and that of ``node`` begins."""
-        now, step = clock(), self._recorder.now
+        time, step = clock(), self._recorder.now
         if self._running is not None and step is not None:
             done, begin = self._running
             about, reads = self._about[done], self._plan.nodes[done.name][1]
-            step.calls.append(Call(about, begin, now - begin, self._bytes(done, reads)))
+            step.calls.append(Call(about, begin, time - begin, self._bytes(done, reads)))
         after = clock()
         if step is not None:
-            step.add(PROFILER, after - now)
+            step.add(PROFILER, after - time)
         self._running = None if node is None else (node, after)
 
     def _bytes(self, node: fx.Node, reads: Reads) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._value(source))
-        return reads(args, kwargs, self._value(node))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: now(self._env[source], self._used))
+        return reads(args, kwargs, now(self._env[node], self._used))
 
     def __call__(self, inputs: Mapping[str, Array], moved: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
         self._running = None

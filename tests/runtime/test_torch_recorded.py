@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,10 +53,15 @@ def converse(session: ag.Session, prompt: int = 7, steps: int = 20, padding: int
     return found
 
 
-def same(left: list[Array], right: list[Array]) -> None:
+def tolerance(passes: str) -> float:
+    """Frames' cosines differ from torch's in the last place, which here and there moves what is rounded to 16 or 8 bits."""
+    return 1e-2 if "storage=int8" in passes else 2e-4 if "quantize" in passes or "storage=float16" in passes else 2e-6
+
+
+def same(left: list[Array], right: list[Array], passes: str = "") -> None:
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance(passes) * float(np.abs(b).max()))
 
 
 @pytest.mark.parametrize(("name", "passes"), CASES)
@@ -62,25 +69,27 @@ def test_recorded_steps(name: str, passes: str) -> None:
     """Buffers move on the way (see conftest); turns of several tokens stand between steps; rows are padded."""
     for batch, padding in ((1, 0), (2, 3)):
         recorded, plain = (compiled(name, passes, kind).session(batch) for kind in (True, False))
-        same(converse(recorded, padding=padding), converse(plain, padding=padding))
+        same(converse(recorded, padding=padding), converse(plain, padding=padding), passes)
         more = TOKENS[:batch, 27:30]
-        np.testing.assert_allclose(recorded.feed(more)["logits"], plain.feed(more)["logits"], rtol=0, atol=1e-4)
-        same([recorded.feed(TOKENS[:batch, 30:31])["logits"]], [plain.feed(TOKENS[:batch, 30:31])["logits"]])
+        np.testing.assert_allclose(
+            recorded.feed(more)["logits"], plain.feed(more)["logits"], rtol=0, atol=max(1e-4, 10 * tolerance(passes))
+        )
+        same([recorded.feed(TOKENS[:batch, 30:31])["logits"]], [plain.feed(TOKENS[:batch, 30:31])["logits"]], passes)
         recorded.reset()
         plain.reset()
-        same(converse(recorded, 3, 5), converse(plain, 3, 5))
+        same(converse(recorded, 3, 5), converse(plain, 3, 5), passes)
 
 
 def recording_of(session: ag.Session) -> Recording:
-    return next(iter(session._state._recordings.values()))  # type: ignore[attr-defined]
+    return next(iter(session._state._recordings.values()))[1]  # type: ignore[attr-defined]
 
 
 def test_one_call_runs_the_layers() -> None:
-    """All that is left to Python stands before the layers; products of the same x are groups that prepare it once."""
+    """Nothing is left to Python; products of the same x are groups that prepare it once."""
     session = compiled("llama", CASES[0][1], True).session()
     converse(session, steps=2)
     recording = recording_of(session)
-    assert [bool(code) for code in recording._python] == [True]
+    assert recording._python == [None]
     _, sizes = np.unique(recording._steps[recording._steps[:, 2] != 0, 2], return_counts=True)
     assert sizes.tolist() == [3, 2] * 2 or sorted(sizes) == [2, 2, 3, 3]  # queries, keys, values; gate, up
     assert recording._steps[:, 3].sum() >= 3 * 2
@@ -110,14 +119,95 @@ def test_sessions_do_not_disturb_each_other() -> None:
     same(found, alone)
 
 
-def test_a_buffer_that_moves_is_recorded_anew() -> None:
-    session = compiled("llama", CASES[0][1], True).session()
-    session.feed(TOKENS[:1, :4])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("storage", ["same", "float16", "int8"])
+def test_architectures_need_no_python(name: str, storage: str) -> None:
+    passes = f"kv_cache{{storage={storage}}}"
+    recorded, plain = (compiled(name, passes, kind).session(2) for kind in (True, False))
+    same(converse(recorded, padding=2), converse(plain, padding=2), passes)
+    assert recording_of(recorded)._python == [None]
+
+
+def test_a_recording_follows_its_buffers() -> None:
+    """Buffers move as they grow, and memory for masks runs out once."""
+    session, plain = (compiled("llama", CASES[0][1], kind).session() for kind in (True, False))
     seen = set()
+    session.feed(TOKENS[:1, :4])
+    plain.feed(TOKENS[:1, :4])
+    places = set()
     for at in range(4, 24):
-        session.feed(TOKENS[:1, at : at + 1])
+        same([session.feed(TOKENS[:1, at : at + 1])["logits"]], [plain.feed(TOKENS[:1, at : at + 1])["logits"]])
         seen.add(id(recording_of(session)))
-    assert 2 <= len(seen) <= 4
+        places.add(session._state._tensors["past_key_values.0.key"].data_ptr())  # type: ignore[attr-defined]
+    assert len(seen) == 1
+    assert len(places) > 1
+    recording_of(session)._room = 20
+    same([session.feed(TOKENS[:1, :1])["logits"]], [plain.feed(TOKENS[:1, :1])["logits"]])
+    assert id(recording_of(session)) not in seen
+    assert recording_of(session)._room > 20
+
+
+def test_sessions_share_recordings_one_after_the_other() -> None:
+    """The next session of the same shapes goes on with the recording, which holds none of the buffers meanwhile."""
+    made = compiled("llama", "kv_cache{storage=float16}", True)
+    (held,) = [graph for graph in made._held.values() if graph.records]  # type: ignore[union-attr]
+    session = made.session()
+    expected = converse(session)
+    recording = recording_of(session)
+    buffer = weakref.ref(session._state._tensors["past_key_values.0.key"])  # type: ignore[attr-defined]
+    other = made.session()
+    same(converse(other), expected)
+    assert recording_of(other) is not recording  # which is in use
+    del session
+    gc.collect()
+    assert buffer() is None
+    later = made.session()
+    same(converse(later), expected)
+    assert recording_of(later) is recording
+    later.reset()
+    rows = made.session(2)
+    converse(rows)
+    assert recording_of(rows) is not recording
+    again = made.session()
+    same(
+        converse(again, 5, 9),
+        converse(compiled("llama", "kv_cache{storage=float16}", False).session(), 5, 9),
+        "storage=float16",
+    )
+    assert recording_of(again) is recording
+    assert sum(map(len, held.recordings._known.values())) <= 4
+
+
+def test_results_of_python_that_grow() -> None:
+    """Attention probabilities that are clipped have an entry for each token: frames have room for those of one step."""
+    passes = "kv_cache{}, clip{site=blocks.0.attn.pattern max=0.5}"
+    same(converse(compiled("llama", passes, True).session()), converse(compiled("llama", passes, False).session()))
+
+
+def test_outputs_that_are_inputs_belong_to_the_caller() -> None:
+    native = fx.Graph()
+    tokens, _ = native.placeholder("input_ids"), native.placeholder("used")
+    native.output((native.call_function(torch.reshape, (tokens, [1, 1])), native.call_function(torch.mul, (tokens, 2))))
+    held = SimpleNamespace(
+        native=native, root=torch.nn.Module(), weights=(), inputs=["input_ids"], outputs=["x", "y"], slots={}, defaults={},
+    )  # fmt: skip
+    recording = Recording(held, {"input_ids": torch.tensor([[3]])}, {}, 7)  # type: ignore[arg-type]
+    first = recording.results
+    second = recording({"input_ids": np.array([[5]])}, {}, 8)
+    assert (first["x"].item(), second["x"].item(), second["y"].item()) == (3, 5, 10)
+
+
+def test_slots_that_python_reads_are_recorded_for_each_session() -> None:
+    """Window masks read how long a slot is through an op without a frame."""
+    made = compiled("gemma3", "kv_cache{form=growing}", True)
+    session = made.session()
+    converse(session, steps=2)
+    recording = recording_of(session)
+    assert not recording.portable
+    expected = converse(made.session(), 5, 6)
+    session.reset()
+    same(converse(session, 5, 6), expected)
+    assert recording_of(session) is not recording
 
 
 def test_what_the_size_of_a_weight_shapes_is_no_constant() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from numba import njit
 
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f64s, i64s
-from actgraph.runtime.native.library import HEAD, RANK, TENSOR
+from actgraph.runtime.native.library import HEAD, RANK, ROOM, TENSOR
 
 
 @njit(**OPTIONS)
@@ -58,7 +58,7 @@ def size(frame, tensor, axis):
 def room(frame, tensor):
     """How many rows (of the last axis) lie between neighbours on the third axis from the end: those that the tensor has, or
     more where it is the front of a larger buffer. Kernels that read such fronts use this; all others get whole tensors."""
-    more = i64s(frame)[HEAD + TENSOR * tensor + 11]
+    more = i64s(frame)[HEAD + TENSOR * tensor + ROOM]
     return more if more > 0 else size(frame, tensor, -2)
 
 

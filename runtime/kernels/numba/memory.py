@@ -32,6 +32,12 @@ def bits_as_f32(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def f32_as_bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 as a 32-bit integer."""
+    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
 def sqrt(typing: Any, value: Any) -> Any:
     """The square root of a float32, rounded once; NaN below 0."""
 

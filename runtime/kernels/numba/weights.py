@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from actgraph.runtime.kernels.numba.memory import OPTIONS, bits_as_f32, f32s, i8s, i16s, i32s, u8s
+from actgraph.runtime.kernels.numba.memory import OPTIONS, bits_as_f32, f32_as_bits, f32s, i8s, i16s, i32s, u8s
 
 #: ONNX element types.
 F32, U8, I8, I32, F16, BF16, F8E4M3, F8E5M2 = 1, 2, 3, 6, 10, 16, 17, 19
@@ -44,6 +44,18 @@ def float_at(address, kind, index):
     if kind == F8E4M3:
         return _small_float(np.int64(u8s(address)[index]), 8, 4, False)
     return _small_float(np.int64(u8s(address)[index]), 8, 5, True)
+
+
+@njit(**OPTIONS)
+def f16_bits(value):
+    """The float16 nearest to a float32, half to even, as bits: infinity from 65520 on; NaN stays NaN."""
+    bits = f32_as_bits(value)
+    sign, size = (bits >> np.int32(16)) & np.int32(0x8000), bits & np.int32(0x7FFFFFFF)
+    normal = (size - np.int32(0x38000000) + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))) >> np.int32(13)
+    small = f32_as_bits(bits_as_f32(size) + np.float32(0.5)) - np.int32(0x3F000000)  # the sum rounds to what is left of it
+    found = small if size < np.int32(0x38800000) else normal
+    beyond = np.int32(0x7E00) if size > np.int32(0x7F800000) else np.int32(0x7C00)
+    return np.int16(sign | (beyond if size >= np.int32(0x47800000) else found))
 
 
 @njit(**OPTIONS)
