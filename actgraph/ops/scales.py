@@ -50,8 +50,8 @@ def torch_spread(parameter: torch.Tensor, like: torch.Tensor, axis: int, block: 
 
 
 def body_spread(b: BodyBuilder, parameter: BodyValue, like: BodyValue, axis: int, block: int) -> BodyValue:
-    """As ``torch_spread``: each entry of ``axis`` repeated ``block`` times, the surplus cut off."""
-    if not block:
+    """As ``torch_spread``: each entry of ``axis`` repeated ``block`` times, the surplus cut off; one number stays one."""
+    if not block or parameter.rank == 0:
         return layout.body_channels(b, parameter, axis)
     rank = b.rank_of(parameter)
     tile = [1] * (rank + 1)

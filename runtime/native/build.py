@@ -32,7 +32,12 @@ _EXPORTS = "{ global: RegisterCustomOps; ag_runs; local: *; };\n"
 
 #: Ops whose kernels take what they decline in sessions: operands of element types that the library converts, and what is faster
 #: without them.
-TOTAL = frozenset({"linear", "feed_forward", "attention", "shift", "channel_scale", "lowrank_map", "target_angle"})
+TOTAL = frozenset(
+    {"linear", "feed_forward", "attention", "shift", "channel_scale", "lowrank_map", "target_angle", "quantize", "dequantize"}
+)
+
+#: Ops that are in a plugin only where they are asked for.
+ASKED_FOR = {"dequantize": "onnxruntime runs products with its body faster than with its results; --op dequantize takes it"}
 
 Progress = Callable[[int, int], None]
 
@@ -64,7 +69,8 @@ def build(
 ) -> Plugin:
     """Write the shared library ``output`` and say what is in it.
 
-    cpu: see ``levels.chosen``. ops: the ops to take, by default all that can be in a plugin. only: names of stages; kernels
+    cpu: see ``levels.chosen``. ops: the ops to take, by default all that can be in a plugin but
+    those of ``ASKED_FOR``. only: names of stages; kernels
     without one of them are left out. progress: called with how many of how many functions are compiled. Raises InputError and
     UnsupportedError; then nothing is written.
     """
@@ -77,7 +83,7 @@ def build(
             raise InputError(f"no op {op!r} has kernels", f"give some of {', '.join(known)}")
         if why_left_out(known[op]):
             raise InputError(f"{op} cannot be in a plugin: {why_left_out(known[op])}", "it runs by its body")
-    left_out = {} if ops else {op: why for op, each in known.items() if (why := why_left_out(each))}
+    left_out = {} if ops else {op: why for op, each in known.items() if (why := why_left_out(each) or ASKED_FOR.get(op, ""))}
     taken = {op: each for op, each in known.items() if (op in ops if ops else op not in left_out)}
     if not output.parent.is_dir():
         raise InputError(f"there is no folder {output.parent}", "make it first")

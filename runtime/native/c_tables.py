@@ -74,6 +74,8 @@ def _op(number: int, table: OpTable) -> str:
     fields = {
         "name": _text(table.name), "inputs": len(table.input_types), "outputs": len(table.output_types),
         "attributes": len(table.attributes), "input_type": _list(table.input_types), "optional": _list(table.optional),
+        "accepts": _list(table.accepts), "input_names": _text(table.input_names), "result_attribute": table.result_attribute,
+        "result_type": _list(table.result_types), "written_type": _list(table.written_types),
         "output_type": _list(table.output_types), "follows": int(table.follows), "key_input": _list(table.key_inputs),
         "key_inputs": len(table.key_inputs), "key_attribute": _list(table.key_attributes),
         "key_attributes": len(table.key_attributes), "attribute": f"attributes_{number}", "error": f"errors_{number}",

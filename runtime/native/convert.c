@@ -1,7 +1,8 @@
 /* Element types that no kernel reads as they are stored.
 
 Ops compute float16 and bfloat16 in float32 and round once, and read their other operands in float32 as well, so converting at
-the door of a kernel is what the op says. Integers of 16 and 4 bits become int32. */
+the door of a kernel is what the op says. Integers of 16 and 4 bits become int32; codes
+of 4 bits are written as bytes, and packed. */
 #include "plugin.h"
 
 #include <string.h>
@@ -77,7 +78,14 @@ int ag_convert(const void *from, int64_t type, void *to, int64_t wanted, int64_t
     if (type == UINT4) EACH(uint8_t, int32_t, in[i / 2] >> 4 * (i & 1) & 15);
     if (type == INT4) EACH(uint8_t, int32_t, ((in[i / 2] >> 4 * (i & 1) & 15) ^ 8) - 8);
   }
+  if (wanted == (type == INT8 ? INT4 : type == UINT8 ? UINT4 : 0)) {
+    const uint8_t *in = from;
+    uint8_t *out = to;
+    for (int64_t i = 0; i < count; i += 2) out[i / 2] = (uint8_t)((in[i] & 15) | (i + 1 < count ? in[i + 1] & 15 : 0) << 4);
+    return 1;
+  }
   if (type == FLOAT32) {
+    if (wanted == FLOAT64) EACH(float, double, in[i]);
     if (wanted == FLOAT16) EACH(float, uint16_t, narrowed(in[i]));
     if (wanted == BFLOAT16) EACH(float, uint16_t, shortened(in[i]));
   }

@@ -134,7 +134,8 @@ OrtStatus *ag_infer(const OrtCustomOp *custom, OrtShapeInferContext *context) {
     if (!variant || variant->shape(frames[round], 0, 1)) return NULL;
   }
   for (int64_t i = 0; i < op->outputs; i++) {
-    int64_t type = op->follows ? main_type : op->output_type[i];
+    int64_t type = op->follows ? main_type : op->output_type[i]; /* onnxruntime takes it from elsewhere: see input_kind */
+    if (op->result_attribute >= 0) type = op->result_type[attributes_of(op, frames[0])[op->result_attribute]];
     TRY(set_output(context, (size_t)i, type, frames, op->inputs + i, &unknown));
   }
   return NULL;

@@ -27,7 +27,7 @@ types, ranks, sizes, attributes and at which inputs are present, never at what i
 #define AG_SHARED AG_EXPORT
 #endif
 
-enum { AG_HEAD = 4, AG_TENSOR = 12, AG_RANK = 8, AG_TENSORS = 24, AG_ATTRIBUTES = 24, AG_STAGES = 6, AG_KEY = 8 };
+enum { AG_HEAD = 4, AG_TENSOR = 12, AG_RANK = 8, AG_TENSORS = 24, AG_ATTRIBUTES = 24, AG_STAGES = 6, AG_KEY = 8, AG_CHOICES = 8 };
 enum { AG_WORDS = AG_HEAD + AG_TENSOR * AG_TENSORS + AG_ATTRIBUTES };
 
 enum { AG_AS_IT_IS = -1 }; /* an input of several types, which kernels tell apart: only float64 is converted */
@@ -52,7 +52,7 @@ typedef struct {
 
 typedef struct {
   const char *name;
-  int64_t kind;                 /* 0: integer, 1: float, 2: string, 3: axes */
+  int64_t kind;                 /* 0: integer, 1: float, 2: string, 3: axes, 4: in no frame */
   int64_t fallback;             /* its value where the node has none, as in the frame */
   const char *choices;          /* of a string, separated by | */
   int64_t required;             /* 1: a node must have it */
@@ -62,9 +62,14 @@ typedef struct {
   const char *name;
   int64_t inputs, outputs, attributes;
   int64_t input_type[AG_TENSORS];     /* ONNX element type that kernels read; 0: several; AG_AS_IT_IS */
+  int64_t accepts[AG_TENSORS];        /* what a node may give: bit t for ONNX element type t */
+  const char *input_names;            /* separated by | */
   int64_t optional[AG_TENSORS];
   int64_t output_type[AG_TENSORS];    /* ONNX element type that kernels write */
   int64_t follows;                    /* 1: outputs are rounded to the type of input 0 */
+  int64_t result_attribute;           /* an attribute that names the type of the outputs; -1: none */
+  int64_t result_type[AG_CHOICES];    /* by its choice: the ONNX element type of the outputs, and the one that kernels write */
+  int64_t written_type[AG_CHOICES];
   int64_t key_input[AG_KEY], key_inputs;
   int64_t key_attribute[AG_KEY], key_attributes;
   const ag_attribute *attribute;

@@ -14,7 +14,7 @@ from actgraph.errors import UnsupportedError
 HEAD, TENSOR, RANK = 4, 12, 8
 #: The word of a tensor, behind its sizes, that says for how many rows its buffer has room where it is the front of one.
 ROOM = 11
-STAGES, KEY, MOST_TENSORS = 6, 8, 24
+STAGES, KEY, MOST_TENSORS, CHOICES = 6, 8, 24, 8
 
 Function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
@@ -53,9 +53,14 @@ class Op(ctypes.Structure):
         ("outputs", ctypes.c_int64),
         ("attributes", ctypes.c_int64),
         ("input_type", ctypes.c_int64 * MOST_TENSORS),
+        ("accepts", ctypes.c_int64 * MOST_TENSORS),
+        ("input_names", ctypes.c_char_p),
         ("optional", ctypes.c_int64 * MOST_TENSORS),
         ("output_type", ctypes.c_int64 * MOST_TENSORS),
         ("follows", ctypes.c_int64),
+        ("result_attribute", ctypes.c_int64),
+        ("result_type", ctypes.c_int64 * CHOICES),
+        ("written_type", ctypes.c_int64 * CHOICES),
         ("key_input", ctypes.c_int64 * KEY),
         ("key_inputs", ctypes.c_int64),
         ("key_attribute", ctypes.c_int64 * KEY),

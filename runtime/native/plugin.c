@@ -64,10 +64,53 @@ int64_t ag_choice(const char *choices, const char *text, size_t length) {
   }
 }
 
+/* Whether a node has an attribute, whatever its kind. */
+static int present(const OrtKernelInfo *info, const char *attribute) {
+  int64_t integer;
+  float number;
+  size_t size = 0;
+  OrtStatus *status[] = {
+      KernelInfoGetAttribute_int64(api)(info, attribute, &integer),
+      KernelInfoGetAttribute_float(api)(info, attribute, &number),
+      KernelInfoGetAttribute_string(api)(info, attribute, NULL, &size),
+      KernelInfoGetAttributeArray_int64(api)(info, attribute, NULL, &size),
+      KernelInfoGetAttributeArray_float(api)(info, attribute, NULL, &size),
+  };
+  int found = 0;
+  for (size_t i = 0; i < sizeof status / sizeof *status; i++) {
+    found |= !status[i];
+    if (status[i]) ReleaseStatus(api)(status[i]);
+  }
+  return found;
+}
+
 static OrtStatus *bad_attribute(const Entry *entry, const ag_attribute *attribute, const char *text) {
   char message[160];
   snprintf(message, sizeof message, "attribute %s %s", attribute->name, text);
   return fail(entry, message);
+}
+
+/* Of an attribute that cannot be read. */
+static OrtStatus *unread(const Entry *entry, const OrtKernelInfo *info, const ag_attribute *attribute) {
+  if (present(info, attribute->name)) return bad_attribute(entry, attribute, "is of the wrong kind");
+  return attribute->required ? bad_attribute(entry, attribute, "is missing") : NULL;
+}
+
+/* Whether an attribute that onnxruntime gives as no integers is something else: it gives any attribute so. */
+static int misread(const OrtKernelInfo *info, const char *attribute) {
+  int64_t integer;
+  float number;
+  size_t size = 0, floats = 0;
+  OrtStatus *status[] = {
+      KernelInfoGetAttribute_int64(api)(info, attribute, &integer),
+      KernelInfoGetAttribute_float(api)(info, attribute, &number),
+      KernelInfoGetAttribute_string(api)(info, attribute, NULL, &size),
+      KernelInfoGetAttributeArray_float(api)(info, attribute, NULL, &floats),
+  };
+  int found = !status[0] || !status[1] || !status[2] || (!status[3] && floats);
+  for (size_t i = 0; i < sizeof status / sizeof *status; i++)
+    if (status[i]) ReleaseStatus(api)(status[i]);
+  return found;
 }
 
 /* Axes as a set; one that no tensor can have is bit 0. */
@@ -77,8 +120,9 @@ static OrtStatus *read_axes(const Entry *entry, const OrtKernelInfo *info, const
   OrtStatus *absent = KernelInfoGetAttributeArray_int64(api)(info, attribute->name, NULL, &wanted);
   if (absent) {
     ReleaseStatus(api)(absent);
-    return attribute->required ? bad_attribute(entry, attribute, "is missing") : NULL;
+    return unread(entry, info, attribute);
   }
+  if (!wanted && misread(info, attribute->name)) return bad_attribute(entry, attribute, "is of the wrong kind");
   if (wanted > AG_RANK) return bad_attribute(entry, attribute, "has more than 8 axes");
   TRY(KernelInfoGetAttributeArray_int64(api)(info, attribute->name, axes, &count));
   for (*word = 0; count; count--) {
@@ -90,6 +134,7 @@ static OrtStatus *read_axes(const Entry *entry, const OrtKernelInfo *info, const
 
 static OrtStatus *read_attribute(const Entry *entry, const OrtKernelInfo *info, const ag_attribute *attribute, int64_t *word) {
   *word = attribute->fallback;
+  if (attribute->kind == 4) return NULL;
   if (attribute->kind == 3) return read_axes(entry, info, attribute, word);
   OrtStatus *status;
   if (attribute->kind == 0) {
@@ -103,23 +148,28 @@ static OrtStatus *read_attribute(const Entry *entry, const OrtKernelInfo *info, 
     }
   } else {
     char text[64];
-    size_t size = sizeof text;
-    if (!(status = KernelInfoGetAttribute_string(api)(info, attribute->name, text, &size))) {
-      *word = ag_choice(attribute->choices, text, strlen(text));
+    size_t size = 0;
+    if (!(status = KernelInfoGetAttribute_string(api)(info, attribute->name, NULL, &size))) {
+      *word = -1;
+      if (size <= sizeof text) {
+        TRY(KernelInfoGetAttribute_string(api)(info, attribute->name, text, &size));
+        *word = ag_choice(attribute->choices, text, strlen(text));
+      }
       if (*word < 0) return bad_attribute(entry, attribute, "has a value that is no choice");
     }
   }
   if (!status) return NULL;
-  ReleaseStatus(api)(status); /* the node does not have it */
-  return attribute->required ? bad_attribute(entry, attribute, "is missing") : NULL;
+  ReleaseStatus(api)(status);
+  return unread(entry, info, attribute);
 }
 
-/* The element type of an input of a node; 0: absent. */
-static int64_t type_of(const OrtKernelInfo *info, int64_t input) {
+/* The element type of an input of a node, or of an output; 0: absent. */
+static int64_t type_of(const OrtKernelInfo *info, int64_t place, int of_output) {
   OrtTypeInfo *about = NULL;
   const OrtShape *tensor = NULL;
   int type = 0;
-  OrtStatus *status = KernelInfo_GetInputTypeInfo(api)(info, (size_t)input, &about);
+  OrtStatus *status = of_output ? KernelInfo_GetOutputTypeInfo(api)(info, (size_t)place, &about)
+                                : KernelInfo_GetInputTypeInfo(api)(info, (size_t)place, &about);
   if (!status) status = CastTypeInfoToTensorInfo(api)(about, &tensor);
   if (!status && tensor) status = GetTensorElementType(api)(tensor, &type);
   if (status) ReleaseStatus(api)(status);
@@ -155,6 +205,38 @@ static OrtStatus *keep(Node *node, int64_t input, const OrtValue *value, int64_t
   return NULL;
 }
 
+/* Refuses inputs of types that no kernel reads: nothing else looks at those that choose no kernel. */
+static OrtStatus *check_types(const Entry *entry, const OrtKernelInfo *info) {
+  static const char *const kinds[] = {"no type", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string",
+                                      "bool", "float16", "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16",
+                                      "float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz", "uint4", "int4"};
+  const char *name = entry->op.input_names;
+  for (int64_t i = 0; i < entry->op.inputs; i++) {
+    int64_t type = type_of(info, i, 0);
+    int length = (int)strcspn(name, "|");
+    if (type < 0 || type > 62 || !((entry->op.accepts[i] | 1) >> type & 1)) {
+      char message[200];
+      const char *kind = type >= 0 && type < (int64_t)(sizeof kinds / sizeof *kinds) ? kinds[type] : "of another type";
+      snprintf(message, sizeof message, "input %.*s is %s, which its kernels do not read", length, name, kind);
+      return fail(entry, message);
+    }
+    name += length + (name[length] != 0);
+  }
+  return NULL;
+}
+
+/* An op whose outputs have the type that an attribute names takes that type from the model: see input_kind. */
+static OrtStatus *check_result(const Entry *entry, const OrtKernelInfo *info, int64_t *frame) {
+  const ag_op *op = &entry->op;
+  size_t given;
+  if (op->result_attribute < 0) return NULL;
+  TRY(KernelInfo_GetInputCount(api)(info, &given));
+  if ((int64_t)given > op->inputs) return fail(entry, "has more inputs than the op");
+  if (type_of(info, 0, 1) != op->result_type[attributes_of(op, frame)[op->result_attribute]])
+    return bad_attribute(entry, op->attribute + op->result_attribute, "names another type than the model gives its output");
+  return NULL;
+}
+
 static OrtStatus *fill(Node *node, const OrtKernelInfo *info, int64_t *types) {
   Entry *entry = node->entry;
   const ag_op *op = &entry->op;
@@ -164,10 +246,12 @@ static OrtStatus *fill(Node *node, const OrtKernelInfo *info, int64_t *types) {
   memcpy(attributes_of(op, frame), attributes, sizeof(int64_t) * (size_t)op->attributes);
   for (int64_t i = 0; i < op->inputs; i++) {
     int64_t *tensor = tensor_of(frame, i);
-    tensor[0] = tensor[1] = types[i] = type_of(info, i); /* absent where the type is 0 */
+    tensor[0] = tensor[1] = types[i] = type_of(info, i, 0); /* absent where the type is 0 */
   }
   const ag_variant *variant = ag_find(entry, frame);
   if (!variant) return fail(entry, "there is no kernel for these types and attributes");
+  TRY(check_types(entry, info));
+  TRY(check_result(entry, info, frame));
   atomic_store(&node->variant, variant);
   for (int64_t i = 0; i < op->inputs; i++) {
     int constant = 0;
@@ -183,7 +267,7 @@ static OrtStatus *fill(Node *node, const OrtKernelInfo *info, int64_t *types) {
 static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *unused, const OrtKernelInfo *info, void **made) {
   (void)unused;
   const Face *face = (const Face *)custom;
-  if (face->type == FLOAT64)
+  if (type_of(info, 0, 0) == FLOAT64 && face->entry->op.input_type[0] == FLOAT32)
     return fail(face->entry, "its kernels do not compute in float64; save the file with all ops inlined (--inline all), or "
                              "open it without the plugin");
   Node *node = calloc(1, sizeof *node);
@@ -302,8 +386,9 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     OrtValue *value = NULL;
     TRY(KernelContext_GetOutput(api)(context, (size_t)i, tensor + 3, (size_t)tensor[2], &value));
     if (value) TRY(describe(entry, value, tensor));
-    if (!value || tensor[1] == op->output_type[i]) continue;
-    results[i] = (void *)(intptr_t)tensor[0], stored[place] = tensor[1], tensor[1] = op->output_type[i];
+    int64_t own_type = written(op, frame, i);
+    if (!value || tensor[1] == own_type) continue;
+    results[i] = (void *)(intptr_t)tensor[0], stored[place] = tensor[1], tensor[1] = own_type;
     wanted += rounded_up(4 * elements_of(tensor));
   }
   frame[1] = parts();
@@ -335,12 +420,22 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
 static const ag_op *op_of(const OrtCustomOp *custom) { return &((const Face *)custom)->entry->op; }
 static const char *name(const OrtCustomOp *custom) { return op_of(custom)->name; }
 static const char *provider(const OrtCustomOp *custom) { return (void)custom, NULL; }
-static size_t inputs(const OrtCustomOp *custom) { return (size_t)op_of(custom)->inputs; }
+/* onnxruntime finds the types of outputs from those of inputs, before it asks the op. Where an attribute decides, it must find
+nothing, and take what the model says: that is so for a list of inputs of any types. */
+static int listed(const OrtCustomOp *custom) { return op_of(custom)->result_attribute >= 0; }
+static size_t inputs(const OrtCustomOp *custom) { return listed(custom) ? 1 : (size_t)op_of(custom)->inputs; }
 static size_t outputs(const OrtCustomOp *custom) { return (size_t)op_of(custom)->outputs; }
-static int input_optional(const OrtCustomOp *custom, size_t i) { return op_of(custom)->optional[i] ? 1 : 0; }
+/* 0: required, 1: optional, 2: a list */
+static int input_kind(const OrtCustomOp *custom, size_t i) { return listed(custom) ? 2 : op_of(custom)->optional[i] ? 1 : 0; }
+static int least(const OrtCustomOp *custom) {
+  int count = 0;
+  while (count < op_of(custom)->inputs && !op_of(custom)->optional[count]) count++;
+  return count;
+}
 /* All inputs but the first may be of any type: what kernels do not read is converted or refused. */
 static int input_type(const OrtCustomOp *custom, size_t i) { return i ? 0 : (int)((const Face *)custom)->type; }
 static int output_type(const OrtCustomOp *custom, size_t i) {
+  if (listed(custom)) return 0;
   return (int)(op_of(custom)->follows ? ((const Face *)custom)->type : op_of(custom)->output_type[i]);
 }
 static int required(const OrtCustomOp *custom, size_t i) { return (void)custom, (void)i, 0; }
@@ -358,9 +453,9 @@ static Face face_of(Entry *entry, int64_t type) {
   return (Face){
       .custom = {.version = ORT_API_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type,
                  .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = outputs,
-                 .KernelDestroy = destroy, .GetInputCharacteristic = input_optional, .GetOutputCharacteristic = required,
+                 .KernelDestroy = destroy, .GetInputCharacteristic = input_kind, .GetOutputCharacteristic = required,
                  .GetInputMemoryType = required,
-                 .GetVariadicInputMinArity = zero, .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = zero,
+                 .GetVariadicInputMinArity = least, .GetVariadicInputHomogeneity = zero, .GetVariadicOutputMinArity = zero,
                  .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create, .KernelComputeV2 = compute,
                  .InferOutputShapeFn = ag_infer, .GetStartVersion = one, .GetEndVersion = newest},
       .entry = entry, .type = type};
@@ -375,9 +470,10 @@ AG_SHARED int64_t ag_add_op(const ag_op *op) {
     Entry *entry = table.count < MAX_OPS ? calloc(1, sizeof *entry) : NULL;
     if (entry) {
       entry->op = *op;
-      entry->faces_count = op->input_type[0] == FLOAT32 ? MAX_FACES : 1;
+      int several = op->input_type[0] == FLOAT32 && op->result_attribute < 0;
+      entry->faces_count = several ? MAX_FACES : 1;
       for (int i = 0; i < entry->faces_count; i++)
-        entry->faces[i] = face_of(entry, op->input_type[0] == FLOAT32 ? floats[i] : op->input_type[0]);
+        entry->faces[i] = face_of(entry, several ? floats[i] : op->result_attribute < 0 ? op->input_type[0] : 0);
       table.entries[table.count++] = entry;
     }
     full = !entry;

@@ -7,7 +7,7 @@
 #include <stdatomic.h>
 
 enum { MAX_OPS = 128, MAX_VARIANTS = 128, MAX_FACES = 4 };
-enum { FLOAT32 = 1, UINT16 = 4, INT16 = 5, INT32 = 6, FLOAT16 = 10, FLOAT64 = 11, BFLOAT16 = 16, UINT4 = 21, INT4 = 22 };
+enum { FLOAT32 = 1, UINT8 = 2, INT8 = 3, UINT16 = 4, INT16 = 5, INT32 = 6, FLOAT16 = 10, FLOAT64 = 11, BFLOAT16 = 16, UINT4 = 21, INT4 = 22 };
 
 struct Entry;
 
@@ -15,7 +15,7 @@ struct Entry;
 typedef struct {
   OrtCustomOp custom; /* first: onnxruntime hands it back */
   struct Entry *entry;
-  int64_t type; /* of input 0; 0: any */
+  int64_t type; /* of input 0; 0: any, told apart when a kernel is made */
 } Face;
 
 typedef struct Entry {
@@ -37,6 +37,12 @@ extern const OrtApi *ag_api;
 
 static inline int64_t *tensor_of(int64_t *frame, int64_t tensor) { return frame + AG_HEAD + AG_TENSOR * tensor; }
 static inline int64_t *attributes_of(const ag_op *op, int64_t *frame) { return tensor_of(frame, op->inputs + op->outputs); }
+
+/* The element type that kernels write to an output. */
+static inline int64_t written(const ag_op *op, int64_t *frame, int64_t output) {
+  if (op->result_attribute < 0) return op->output_type[output];
+  return op->written_type[attributes_of(op, frame)[op->result_attribute]];
+}
 
 /* The kernel for the element types and attributes in a frame; NULL: none. Types in the frame become those of the kernel. */
 const ag_variant *ag_find(const Entry *entry, int64_t *frame);

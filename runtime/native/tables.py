@@ -13,7 +13,7 @@ from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import REQUIRED, OpDef
 from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels
-from actgraph.runtime.native.library import KEY, MOST_TENSORS, Attribute, Op
+from actgraph.runtime.native.library import CHOICES, KEY, MOST_TENSORS, Attribute, Op
 
 _KINDS = {"int": 0, "bool": 0, "float": 1, "str": 2, "ints": 3}
 #: In place of an input's element type: see ``OpKernels.as_they_are``.
@@ -22,8 +22,8 @@ AS_IT_IS = -1
 
 @dataclass(frozen=True)
 class AttributeTable:
-    """``ag_attribute``: kind 0 is an integer, 1 a float, 2 a string, 3 a set of axes. fallback: its word in frames of nodes
-    that lack it.
+    """``ag_attribute``: kind 0 is an integer, 1 a float, 2 a string, 3 a set of axes, 4 in no frame. fallback: its word in
+    frames of nodes that lack it.
     """
 
     name: str
@@ -39,9 +39,14 @@ class OpTable:
 
     name: str
     input_types: tuple[int, ...]
+    accepts: tuple[int, ...]
+    input_names: str
     optional: tuple[int, ...]
     output_types: tuple[int, ...]
     follows: bool
+    result_attribute: int
+    result_types: tuple[int, ...]
+    written_types: tuple[int, ...]
     key_inputs: tuple[int, ...]
     key_attributes: tuple[int, ...]
     attributes: tuple[AttributeTable, ...]
@@ -56,15 +61,22 @@ def table_of(kernels: OpKernels) -> OpTable:
         raise UnsupportedError(f"{definition.qualified_name} has more operands or attributes than a kernel can have")
     if len(kernels.key_operands) + len(kernels.key_attributes) > KEY:
         raise UnsupportedError(f"the kernels of {definition.qualified_name} are told apart by too many things")
+    if len(kernels.written) > CHOICES:
+        raise UnsupportedError(f"{definition.qualified_name} has results of more types than a kernel can have")
     return OpTable(
         name=definition.onnx_name,
         input_types=tuple(
             AS_IT_IS if place in kernels.as_they_are else 0 if kind is None else kind.onnx
             for place, kind in enumerate(kernels.operands)
         ),
+        accepts=tuple(sum(1 << kind.onnx for kind in kernels.accepted(place)) for place in range(len(definition.inputs))),
+        input_names="|".join(operand.name for operand in definition.inputs),
         optional=tuple(int(operand.optional) for operand in definition.inputs),
         output_types=(kernels.result.onnx,) * len(definition.outputs),
         follows=kernels.operands[0] is DType.F32 and _result(definition, DType.F16) is DType.F16,
+        result_attribute=names.index(kernels.result_attribute) if kernels.result_attribute else -1,
+        result_types=tuple(DType(choice).onnx for choice in kernels.written),
+        written_types=tuple(kind.onnx for kind in kernels.written.values()),
         key_inputs=kernels.key_operands,
         key_attributes=tuple(names.index(name) for name in kernels.key_attributes),
         attributes=tuple(_attribute(kernels, attribute) for attribute in definition.attributes),
@@ -85,7 +97,7 @@ def _result(definition: OpDef, kind: DType) -> DType | None:
 def _attribute(kernels: OpKernels, attribute: Any) -> AttributeTable:
     required, word = attribute.default is REQUIRED, 0
     if attribute.kind not in _KINDS:  # a list of floats stands in no frame: see OpKernels.word
-        return AttributeTable(attribute.name, 0, 0, "", False)
+        return AttributeTable(attribute.name, 4, 0, "", False)
     if not required:
         value = attribute.default
         word = int(np.float64(value).view(np.int64)) if attribute.kind == "float" else kernels.word(attribute.name, value)
@@ -98,8 +110,11 @@ def as_structure(table: OpTable) -> tuple[Op, list[Any]]:
     op.name = table.name.encode()
     op.inputs, op.outputs, op.attributes = len(table.input_types), len(table.output_types), len(table.attributes)
     op.input_type[: op.inputs], op.optional[: op.inputs] = table.input_types, table.optional
+    op.accepts[: op.inputs], op.input_names = table.accepts, table.input_names.encode()
     op.output_type[: op.outputs] = table.output_types
     op.follows = int(table.follows)
+    op.result_attribute, choices = table.result_attribute, len(table.result_types)
+    op.result_type[:choices], op.written_type[:choices] = table.result_types, table.written_types
     op.key_inputs, op.key_attributes = len(table.key_inputs), len(table.key_attributes)
     op.key_input[: op.key_inputs], op.key_attribute[: op.key_attributes] = table.key_inputs, table.key_attributes
     attributes = (Attribute * max(op.attributes, 1))()

@@ -15,7 +15,8 @@ from actgraph.ops.registry import OpDef
 from actgraph.runtime.kernels.registry import all_kernels, kernel_for
 from actgraph.runtime.native.library import library
 from actgraph.runtime.ort_kernels import register, register_library
-from tests.conformance.harness import Case, build, feeds, from_torch, to_torch, types_of
+from tests.conformance.harness import Case, feeds, from_torch, to_torch, types_of
+from tests.runtime.plugin_models import call_model
 
 THREADS = (1, 2, 3)
 
@@ -55,7 +56,7 @@ def run_as_operator(op: OpDef, operands: Sequence[Array | None], attributes: dic
     chosen = kernel_for(op.name, types_of(operands), op.complete(attributes))
     assert chosen is not None
     register(*chosen)
-    session = _session(build(op, attributes, types_of(operands), 21).SerializeToString())
+    session = _session(call_model(op, attributes, types_of(operands)).SerializeToString())
     library().ag_set_parts(threads)
     try:
         before = library().ag_runs()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from actgraph.graph.graph import Array
 from actgraph.ops.dtypes import DType
-from actgraph.ops.registry import get_op
+from actgraph.ops.registry import OpDef, get_op
 from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.registry import all_kernels
 from actgraph.runtime.native.library import available
@@ -37,6 +37,15 @@ def with_kernels(*names: str) -> None:
     assert len(found) == len(names)
     for kernel in found:
         register(kernels, kernel)
+
+
+def call_model(op: OpDef, attributes: Mapping[str, Any], types: Sequence[TensorType | None]) -> onnx.ModelProto:
+    """One call of an op, its function in the file, absent operands at the end left out as in files that actgraph writes."""
+    model = build(op, op.complete(dict(attributes)), types, 21)
+    for node in model.graph.node:
+        while node.domain == "actgraph" and not node.input[-1]:
+            node.input.pop()
+    return model
 
 
 def linear_model(operands: Mapping[int, Array], constant: tuple[int, ...] = (), **attributes: Any) -> onnx.ModelProto:

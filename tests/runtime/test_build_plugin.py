@@ -29,12 +29,12 @@ from actgraph.runtime.native.library import library
 from actgraph.runtime.native.tables import table_of
 from tests import zoo
 from tests.conformance.harness import Case, assert_conforms, feeds, run_torch, types_of
-from tests.conformance.harness import build as model_of
 from tests.runtime.plugin_models import (
     INT8_TOLERANCE,
     SCALE,
     WEIGHT,
     X,
+    call_model,
     close,
     linear_model,
     names,
@@ -191,7 +191,12 @@ def test_what_c_is_told_of_result_types_is_what_the_ops_say() -> None:
         types = types_of(case.operands())
         assert types[0] is not None
         result = case.op.infer(types, case.attributes)[0].dtype
-        assert result is (types[0].dtype if table_of(kernels).follows else kernels.result), str(case)
+        table = table_of(kernels)
+        if table.result_attribute >= 0:
+            choice = case.op.attributes[table.result_attribute].choices.index(case.attributes[kernels.result_attribute])
+            assert table.result_types[choice] == result.onnx and not table.follows, str(case)
+        else:
+            assert result is (types[0].dtype if table.follows else kernels.result), str(case)
         seen.add((table_of(kernels).follows, types[0].dtype))
     assert {(True, DType.F16), (False, DType.F16)} <= seen
 
@@ -248,7 +253,7 @@ def test_every_call_of_every_op_of_a_plugin(whole: module.Plugin) -> None:
     assert {"linear", "feed_forward", "shift"} <= set(whole.ops)
     for case in _calls(whole.ops):
         operands = case.operands()
-        model = model_of(case.op, case.attributes, types_of(operands), 21)
+        model = call_model(case.op, case.attributes, types_of(operands))
         if operands[0] is not None and operands[0].dtype == np.float64:
             with pytest.raises(Exception, match="its kernels do not compute in float64"):
                 session(model, whole.path)

@@ -20,7 +20,7 @@ from actgraph.errors import UnsupportedError
 from actgraph.graph.graph import Array
 from actgraph.runtime.kernels.registry import all_kernels
 from actgraph.runtime.native.library import library
-from actgraph.runtime.native.tables import OpTable
+from actgraph.runtime.native.tables import OpTable, table_of
 from tests.runtime.plugin_models import (
     BIAS,
     INDICES,
@@ -249,6 +249,72 @@ def test_attributes_are_checked_when_the_session_opens() -> None:
     layout.s = b"sideways"
     with pytest.raises(Exception, match="actgraph: Linear: attribute layout has a value that is no choice"):
         session(model)
+
+
+def _attribute(kind: str) -> onnx.AttributeProto:
+    """One called "a" of each kind that there is."""
+    tensor, graph = helper.make_tensor("t", TensorProto.FLOAT, [1], [1.0]), helper.make_graph([], "g", [], [])
+    values = {
+        "int": 1, "float": 1.5, "text": "out_in", "ints": [1, 2], "floats": [1.5], "texts": ["out_in"], "tensor": tensor,
+        "graph": graph,
+    }  # fmt: skip
+    return helper.make_attribute("a", values[kind])
+
+
+@pytest.mark.parametrize(
+    ("name", "right"), [("layout", "text"), ("block_size", "int"), ("k", "int"), ("threshold", "float"), ("packed", "text")]
+)
+def test_attributes_of_another_kind_are_refused_and_absent_ones_have_their_defaults(name: str, right: str) -> None:
+    operands = drawn()
+    for kind in ("int", "float", "text", "ints", "floats", "texts", "tensor", "graph"):
+        if kind == right:
+            continue
+        model = linear_model(operands)
+        attributes = model.graph.node[0].attribute
+        place = next(i for i, a in enumerate(attributes) if a.name == name)
+        attributes[place].CopyFrom(_attribute(kind))
+        attributes[place].name = name
+        with pytest.raises(Exception, match=f"actgraph: Linear: attribute {name} is of the wrong kind"):
+            session(model)
+    model = linear_model(operands)
+    (want,) = session(model).run(None, names(operands))
+    del model.graph.node[0].attribute[:]
+    np.testing.assert_array_equal(session(model).run(None, names(operands))[0], want)
+
+
+@pytest.mark.parametrize("length", [62, 63, 64, 65, 500])
+def test_texts_of_any_length_that_are_no_choice(length: int) -> None:
+    model = linear_model(drawn())
+    next(a for a in model.graph.node[0].attribute if a.name == "keep").s = b"x" * length
+    with pytest.raises(Exception, match="actgraph: Linear: attribute keep has a value that is no choice"):
+        session(model)
+
+
+@pytest.mark.parametrize("kind", ["BOOL", "INT64", "UINT32", "FLOAT"])
+def test_operands_of_types_that_kernels_do_not_read_are_refused_when_the_session_opens(kind: str) -> None:
+    """Zero points choose no kernel: one of another type was read as 32-bit integers."""
+    operands = int8()
+    operands[ZERO] = np.arange(64).astype(np.int32)
+    model = linear_model(operands)
+    next(v for v in model.graph.input if v.name == f"in_{ZERO}").type.tensor_type.elem_type = TensorProto.DataType.Value(kind)
+    spelled = {"BOOL": "bool", "FLOAT": "float32"}.get(kind, kind.lower())
+    with pytest.raises(Exception, match=f"actgraph: Linear: input zero_point is {spelled}, which its kernels do not read"):
+        session(model)
+    listed = {**{place: drawn()[place] for place in (X, WEIGHT)}, INDICES: np.array([0, 2])}
+    model = linear_model(listed, keep="listed")
+    next(v for v in model.graph.input if v.name == f"in_{INDICES}").type.tensor_type.elem_type = TensorProto.INT16
+    with pytest.raises(Exception, match="actgraph: Linear: input indices is int16, which its kernels do not read"):
+        session(model)
+
+
+def test_what_c_is_told_that_kernels_accept_is_what_the_ops_take() -> None:
+    """And of types that no kernel reads, kernels take nothing but what the library converts."""
+    for kernels in all_kernels().values():
+        table = table_of(kernels)
+        assert table.input_names.split("|") == [operand.name for operand in kernels.definition.inputs]
+        for place, operand in enumerate(kernels.definition.inputs):
+            kinds = operand.dtypes - kernels.refused.get(place, frozenset())
+            assert table.accepts[place] == sum(1 << kind.onnx for kind in kinds) > 0
 
 
 def test_an_element_type_without_a_kernel_is_refused_when_the_session_opens() -> None:

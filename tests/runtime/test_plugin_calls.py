@@ -76,6 +76,22 @@ def test_too_many_axes_are_refused_when_the_session_opens() -> None:
         session(model)
 
 
+@needs_library
+@pytest.mark.parametrize("value", [-1, 1.5, "-1", [1.5]], ids=["int", "float", "text", "floats"])
+def test_axes_of_another_kind_are_refused_when_the_session_opens(value: Any) -> None:
+    operands: list[Array | None] = [np.ones((2, 3), np.float32), np.ones(3, np.float32), None, None]
+    op = get_op("shift")
+    register(KERNELS["shift"], KERNELS["shift"].kernels[0])
+    for axes, text in ((value, "is of the wrong kind"), ([-1] * 9, "has more than 8 axes")):
+        model = model_of(op, op.complete({"norm": "restore"}), types_of(operands), 21)
+        node = model.graph.node[0]
+        kept = [a for a in node.attribute if a.name != "norm_axes"]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute("norm_axes", axes)])
+        with pytest.raises(Exception, match=f"actgraph: Shift: attribute norm_axes {text}"):
+            session(model)
+
+
 # --- feed_forward: gates that are stored in another way than up -------------------------------------------------------------
 
 
@@ -128,9 +144,18 @@ def test_a_gate_of_a_type_that_is_not_read() -> None:
     register(kernels, next(k for k in kernels.kernels if k.types == (DType.F32, DType.I8)))
     model = model_of(op, op.complete(attributes), types, 21)
     model.graph.input[3].type.tensor_type.elem_type = onnx.TensorProto.INT64
-    opened = session(model)
-    with pytest.raises(Exception, match="gate_weight has an element type that no kernel reads"):
-        opened.run(None, {**feeds(operands), model.graph.input[3].name: np.ones((40, 48), np.int64)})
+    with pytest.raises(Exception, match="FeedForward: input gate_weight is int64, which its kernels do not read"):
+        session(model)
+
+
+@needs_library
+def test_blocks_of_a_negative_size() -> None:
+    op = get_op("feed_forward")
+    for kind in ("i8", "f32"):
+        operands, attributes = block(kind, kind)
+        agree(call(KERNELS["feed_forward"], operands, attributes), reference(op, operands, attributes), 1e-3)
+        with pytest.raises(InputError, match="a scale has another size than its weight asks for"):
+            call(KERNELS["feed_forward"], operands, {"block_size": -16})
 
 
 # --- in plugins -------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ def top_shape(frame, part, nparts):
     axis, group = place_of(frame, 0, integer(frame, 2, TOP_AXIS)), integer(frame, 2, GROUP)
     if axis < 0:
         return 1
+    if integer(frame, 2, K) < 1:
+        return 3
     if group < 0 or (group > 0 and size(frame, 0, axis) % group != 0):
         return 2
     set_shape_like(frame, 1, 0)
@@ -111,9 +113,8 @@ TOPK_GATE = OpKernels(
     op="topk_gate",
     key_operands=(),
     key_attributes=(),
-    errors=("x has no such channel axis", "group_size does not divide the axis"),
+    errors=("x has no such channel axis", "group_size does not divide the axis", "k is not positive"),
     operands=(DType.F32,),
-    claims=lambda types, attributes: attributes["k"] > 0,
     kernels=[
         NumbaKernel(
             (), (), Stage("topk_gate_shape", top_shape), (Stage("topk_gate", topk, parallel=True),),

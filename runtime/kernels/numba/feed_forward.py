@@ -37,7 +37,7 @@ from actgraph.runtime.kernels.numba.frame import (
 )
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels, Stage
 from actgraph.runtime.kernels.numba.linear import CODES, FLOATS, code_products, float_products, preparation
-from actgraph.runtime.kernels.numba.linear_gathered import code_main, finish, float_main, listing
+from actgraph.runtime.kernels.numba.linear_gathered import choose, code_main, finish, float_main
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i64s, u8s
 from actgraph.runtime.kernels.numba.weights import BF16, F8E4M3, F8E5M2, F16, F32, I8, PACKED_U4, U8
 from actgraph.runtime.native.library import HEAD, TENSOR, words
@@ -103,6 +103,8 @@ def shape(frame, part, nparts):
             return 1
         if not _readable(element_type(frame, GATE)):
             return 4
+    if integer(frame, TENSORS, BLOCK) < 0:
+        return 2
     block = max(integer(frame, TENSORS, BLOCK), 1)
     up_groups, down_groups = neurons * ((inputs + block - 1) // block), outputs * ((neurons + block - 1) // block)
     if _unfit(frame, UP_SCALE, neurons, up_groups) or _unfit(frame, DOWN_SCALE, outputs, down_groups):
@@ -335,8 +337,7 @@ FEED_FORWARD = OpKernels(
 
 _FIRST: dict[tuple[DType, str], tuple[Stage, Stage]] = {}
 _SECOND: dict[tuple[DType, str], tuple[Stage, Stage]] = {}
-_VALUES = Stage("feed_forward_list_values", _on_down(listing(False)))
-_QUADS = Stage("feed_forward_list_quads", _on_down(listing(True)))
+_CHOOSE = Stage("feed_forward_choose", _on_down(choose))
 _FLOAT_X = Stage("feed_forward_prepare_float", _prepare(preparation(F32, 0)))
 for _dtype, _kind, _load, _width in FLOATS:
     _FIRST[_dtype, ""] = (
@@ -344,7 +345,7 @@ for _dtype, _kind, _load, _width in FLOATS:
         Stage(f"feed_forward_neurons_{_dtype}", _neurons_stage(float_products(_load, _kind, _width)), parallel=True),
     )
     _SECOND[_dtype, ""] = (
-        _VALUES,
+        _CHOOSE,
         Stage(f"feed_forward_down_{_dtype}", _on_down(float_main(_load, _kind, _width)), parallel=True),
     )
 for _dtype, _kind, _packed, _name in CODES:
@@ -355,7 +356,7 @@ for _dtype, _kind, _packed, _name in CODES:
         Stage(f"feed_forward_prepare_{_label}", _prepare(preparation(_kind, _packed))),
         Stage(f"feed_forward_neurons_{_label}", _neurons_stage(code_products(_kind, _packed)), parallel=True),
     )
-    _SECOND[_dtype, _name] = _QUADS, Stage(f"feed_forward_down_{_label}", _on_down(code_main(_kind, _packed)), parallel=True)
+    _SECOND[_dtype, _name] = _CHOOSE, Stage(f"feed_forward_down_{_label}", _on_down(code_main(_kind, _packed)), parallel=True)
 
 for (_up, _packing), _first in _FIRST.items():
     for (_down, _other), _second in _SECOND.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,9 @@ class OpKernels:
     key_operands, key_attributes: what a kernel is chosen by. errors: the texts of the numbers that functions return, from 1 on.
     operands: the element type of each operand that is always the same (``None``: any). result: the type of the output.
     claims: ``(types of all operands, complete attributes) -> whether it is for them``, where more than the key decides.
+    result_attribute: the attribute that names the type of the outputs, where there is one; written: the type that kernels write
+    for each of its choices, in their order. Sessions call kernels that write ``result``.
+    refused: types of operands that the op takes and its kernels do not.
     as_they_are: operands of several types that kernels tell apart by themselves: nothing but float64 is converted for them.
     """
 
@@ -56,12 +59,19 @@ class OpKernels:
     operands: tuple[DType | None, ...]
     result: DType = DType.F32
     claims: Claims | None = None
+    result_attribute: str = ""
+    written: Mapping[str, DType] = field(default_factory=dict)
+    refused: Mapping[int, frozenset[DType]] = field(default_factory=dict)
     as_they_are: tuple[int, ...] = ()
     kernels: list[NumbaKernel] = field(default_factory=list)
 
     @property
     def definition(self) -> OpDef:
         return get_op(self.op)
+
+    def accepted(self, operand: int) -> frozenset[DType]:
+        """The element types of an operand that kernels read, by themselves or after the library's conversions."""
+        return self.definition.inputs[operand].dtypes - self.refused.get(operand, frozenset())
 
     def find(self, types: Sequence[TensorType | None], attributes: dict[str, Any]) -> NumbaKernel | None:
         """The kernel for operands of these types (``None``: absent) and complete attributes, or ``None``."""
