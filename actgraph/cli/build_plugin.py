@@ -27,7 +27,9 @@ def build_plugin(
     ] = "all",
     op: Annotated[
         list[str] | None,
-        typer.Option("--op", metavar="OP", help="Take kernels of this op only; may be repeated.", show_default="all"),
+        typer.Option(
+            "--op", metavar="OP", help="Take kernels of this op only; may be repeated.", show_default="all but dequantize"
+        ),
     ] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

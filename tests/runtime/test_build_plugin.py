@@ -183,6 +183,18 @@ def test_what_cannot_be_in_a_plugin_is_said() -> None:
     assert not Path("never.so").exists()
 
 
+def test_ops_whose_bodies_are_faster_are_taken_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_compile", lambda *arguments: None)
+    monkeypatch.setattr(module, "_link", lambda compiler, work: (work / "plugin.so").write_bytes(b""))
+    everything = build(tmp_path / "all.so", "host")
+    assert everything.left_out == module.ASKED_FOR and set(module.ASKED_FOR) == {"dequantize"}
+    assert {*everything.ops, *everything.left_out} == set(all_kernels()) and {"quantize", "topk_gate"} <= set(everything.ops)
+    some = build(tmp_path / "some.so", "host", ops=["linear", "dequantize"])
+    assert set(some.ops) == {"linear", "dequantize"} and not some.left_out
+
+
 def test_what_c_is_told_of_result_types_is_what_the_ops_say() -> None:
     """Over all samples in all types: outputs have the type of the first operand, or always that of the kernels."""
     seen = set()
