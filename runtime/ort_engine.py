@@ -67,7 +67,7 @@ class OrtRunner:
         self._names = list(keys)
         self._keys = keys
         self._check = InputChecker(graph, graph.dim_ranges, graph.optional)
-        self.session, self._weights = open_graph(twin, optimize=optimize, profile=profile)
+        self.session, self._weights = open_graph(twin, optimize=optimize, profile=profile, owned=True)
         declared = {item.type for item in (*self.session.get_inputs(), *self.session.get_outputs())}
         self._binary = any(kind.startswith("tensor(") and kind not in _IN_NUMPY for kind in declared)
 
@@ -92,12 +92,13 @@ class OrtRunner:
 
 
 def open_graph(
-    graph: OnnxGraph, *, optimize: bool = True, threads: int = 0, kernels: bool = False, profile: str = ""
+    graph: OnnxGraph, *, optimize: bool = True, threads: int = 0, kernels: bool = False, profile: str = "", owned: bool = False
 ) -> tuple[ort.InferenceSession, dict[str, Array]]:
     """A session on a copy of ``graph``, and the weights that it reads where they are: keep them as long as the session.
 
     threads: how many compute one operator; 0: as many as ``using_threads`` says, or there are cores. kernels: all its
     actgraph nodes have kernels (see ``ort_kernels``). profile: onnxruntime's profiler writes a file whose name begins so.
+    owned: ``graph`` is read by nobody else and need not be copied.
     """
     import onnxruntime as ort
 
@@ -111,7 +112,7 @@ def open_graph(
         register_library(options)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with _model_source(graph.clone()) as (source, weights):
+    with _model_source(graph if owned else graph.clone()) as (source, weights):
         if weights:
             shared = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), shared)

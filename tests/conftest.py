@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,29 @@ def _few_threads() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_collections() -> None:
+    """What is imported is never garbage, and graphs that tests share hardly ever: full collections walked over all of it
+    again and again, which took a tenth of the time of the suite."""
+    import onnx_ir  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import torch.export  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(1000, 10, 1000)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_in_onnxruntime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of sessions wait for work by spinning, on cores that other tests need. Tests of the runtime keep them."""
+    if "runtime" in request.path.parts:
+        return
+    from actgraph.runtime import ort_engine, threads
+
+    monkeypatch.setattr(ort_engine, "wanted_threads", lambda: threads.wanted_threads() or 1)
 
 
 @pytest.fixture(scope="session")
