@@ -71,10 +71,10 @@ def run(command: list[str], page: str, cwd: Path, environment: dict[str, str]) -
     assert result.returncode == 0, f"{page}: {command[-1]}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
-#: The guides run for a while; the README is what everybody tries first.
-RUN = ["README.md", *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES if page.startswith("docs/"))]
+RUN = ["README.md", *(page for page in PAGES if page.startswith("docs/"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN)
 def test_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     execute(page, tmp_path, surroundings(tmp_path, ROOT))
@@ -90,6 +90,7 @@ def test_walk_throughs_of_contributing_run(tmp_path: Path) -> None:
     assert (copy / "passes" / "sparsify" / "shrink.py").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name: str, tmp_path: Path) -> None:
     run([sys.executable, str(ROOT / "examples" / name)], name, tmp_path, surroundings(tmp_path, ROOT))

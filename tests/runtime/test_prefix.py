@@ -28,7 +28,8 @@ FORMS = ("growing graphs=combined", "static graphs=combined", "growing", "static
 @functools.cache
 def cached(dialect: str, form: str, before: str = "", name: str = "gpt2") -> Graph | ag.Program:
     graph = zoo.captured(name) if dialect == "fx" else zoo.exported(name)
-    result = ag.run(graph, f"{before}{', ' if before else ''}kv_cache{{form={form}}}")
+    passes = f"{before}{', ' if before else ''}kv_cache{{form={form}}}"
+    result = ag.run(graph, passes, parity="none", reproducer=False)
     return result.program if "combined" not in form else result.graph
 
 

@@ -23,6 +23,7 @@ from tests import zoo
 every_engine = pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 
 
+@functools.cache
 def _llama(key_heads: int) -> ag.Graph:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,9 +36,13 @@ def _llama(key_heads: int) -> ag.Graph:
 
 
 @functools.cache
+def cached(key_heads: int) -> ag.Program:
+    return ag.run(_llama(key_heads), "kv_cache", parity="none", reproducer=False).program
+
+
+@functools.cache
 def compiled(key_heads: int, engine: str, lowering: str) -> ag.Compiled:
-    program = ag.run(_llama(key_heads), "kv_cache", parity="none", reproducer=False).program
-    return ag.compile(program, engine, lowering=lowering, chunk=100)
+    return ag.compile(cached(key_heads), engine, lowering=lowering, chunk=100)
 
 
 def talk(made: ag.Compiled, batch: int, counts: tuple[int, ...], padded: int | None = None) -> list[Array]:
@@ -102,10 +107,7 @@ def test_sizes_are_marked_as_torch_marks_them() -> None:
 
 @every_engine
 def test_padding_that_cannot_be_told_is_refused(engine: str) -> None:
-    graph = ag.trace(
-        _OnlyTokens(zoo.model("gpt2")), (torch.zeros((2, 8), dtype=torch.int64),), dynamic={"input_ids": ("batch", "seq")}
-    )
-    made = ag.compile(ag.run(graph, "kv_cache", parity="none", reproducer=False).program, engine)
+    made = ag.compile(_without_mask(), engine)
     valid = np.ones((2, 6), np.int64)
     made.session(2).feed(np.ones((2, 6), np.int64), valid)
     valid[1, :3] = 0
@@ -120,6 +122,14 @@ class _OnlyTokens(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": self.model(input_ids=input_ids, use_cache=False).logits}
+
+
+@functools.cache
+def _without_mask() -> ag.Program:
+    graph = ag.trace(
+        _OnlyTokens(zoo.model("gpt2")), (torch.zeros((2, 8), dtype=torch.int64),), dynamic={"input_ids": ("batch", "seq")}
+    )
+    return ag.run(graph, "kv_cache", parity="none", reproducer=False).program
 
 
 @every_engine
@@ -152,7 +162,7 @@ def test_the_order_of_inputs_does_not_matter() -> None:
 
 
 def test_decode_alone_and_what_is_no_model() -> None:
-    program = ag.run(_llama(2), "kv_cache", parity="none", reproducer=False).program
+    program = cached(2)
     with pytest.raises(InputError, match="takes 1 token at a time") as caught:
         ag.generate(program.graphs["decode"], [3, 4], 2)
     assert "give its folder" in str(caught.value)

@@ -35,6 +35,17 @@ def program(passes: str, cache: str = "kv_cache{last_logits=true}") -> ag.Progra
     return ag.run(zoo.captured("stories260k"), text, corpus=TEXTS, parity="none", reproducer=False).program
 
 
+@functools.cache
+def compiled(passes: str, engine: str, kernels: bool) -> ag.Compiled:
+    """Of ``program``: all kernels that it needs, or none."""
+    return ag.compile(program(passes), engine, **({"require_kernels": True} if kernels else {"kernels": False}))
+
+
+@functools.cache
+def without_kernels(passes: str, engine: str, batch: int = 1) -> list[Array]:
+    return converse(compiled(passes, engine, False), batch)
+
+
 TEXTS = ["Once upon a time there was a little girl who liked to play.", "The sun was warm and the birds sang in the tree."]
 
 
@@ -58,24 +69,22 @@ def worst(found: list[Array], expected: list[Array]) -> float:
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_kernels_change_nothing(passes: str, engine: str) -> None:
     """One row and three, prompts and single tokens; and the kernels are what ran."""
-    model = program(passes)
-    made, plain = ag.compile(model, engine, require_kernels=True), ag.compile(model, engine, kernels=False)
+    made = compiled(passes, engine, True)
     assert made.claims is not None and (made.claims["decode"].claimed or not passes)
     for batch in (1, 3):
-        found = errors(converse(made, batch), converse(plain, batch))
+        expected = without_kernels(passes, engine, batch)
+        found = errors(converse(made, batch), expected)
         assert np.median(found) < FORMATS[passes]
         # a value next to a threshold may fall on its other side, with all that follows
         assert found.max() < (0.3 if "sparsify" in passes else FORMATS[passes])
         if passes and batch == 1:
-            other = converse(ag.compile(program(""), engine, kernels=False))
-            assert np.median(errors(other, converse(plain))) > 10 * FORMATS[passes]
+            assert np.median(errors(without_kernels("", engine), expected)) > 10 * FORMATS[passes]
 
 
 def test_bfloat16_weights_are_kept_in_no_other_form() -> None:
     """The kernels of both graphs read the 16 bits: nothing casts them, and no matrix in float32 is held."""
-    model = program("quantize{weights=bf16 embeddings=true}")
     for engine in ("torch", "onnxruntime"):
-        made = ag.compile(model, engine, require_kernels=True)
+        made = compiled("quantize{weights=bf16 embeddings=true}", engine, True)
         assert made.claims is not None and made._held is not None
         for claims in made.claims.values():
             assert len([kernel for kernel in claims.claimed.values() if "bf16" in kernel]) == 36
@@ -132,7 +141,7 @@ def test_the_kernels_ran(engine: str) -> None:
     if engine == "onnxruntime":
         assert library().ag_runs() - before >= 6 * len(made.claims["decode"].claimed) - 10
     else:  # nothing counts there: their activations of 16 bits show in every step, where another order of sums would not
-        expected = converse(ag.compile(program(GATED), engine, kernels=False))
+        expected = without_kernels(GATED, engine)
         assert all(worst([one], [other]) > 5e-6 for one, other in zip(found, expected, strict=True))
     assert any("in_out" in kernel for kernel in made.claims["decode"].claimed.values())
     if engine == "onnxruntime":  # what each token of a prompt drops is not skipped: together they drop next to nothing
@@ -141,15 +150,16 @@ def test_the_kernels_ran(engine: str) -> None:
     assert any("out_in" in kernel for kernel in made.claims["decode"].claimed.values())
 
 
+@pytest.mark.slow
 def test_torch_compile_calls_kernels() -> None:
     """Whole graphs, without breaks (they are compiled with fullgraph)."""
     found = converse(ag.compile(program(GATED), "torch.compile"))
-    assert worst(found, converse(ag.compile(program(GATED), "torch", kernels=False))) < ROUNDED
+    assert worst(found, without_kernels(GATED, "torch")) < ROUNDED
 
 
 def test_text_is_the_same() -> None:
     texts = {
-        (engine, kernels): ag.generate(ag.compile(program(GATED), engine, kernels=kernels), "Once upon a time", 40).text
+        (engine, kernels): ag.generate(compiled(GATED, engine, kernels), "Once upon a time", 40).text
         for engine in ("torch", "onnxruntime")
         for kernels in (False, True)
     }
