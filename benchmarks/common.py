@@ -121,11 +121,14 @@ def make_vector(folder: Path) -> Path:
 
 
 def bytes_per_token(config: dict[str, Any], bits: int, gated: float, tokens: float) -> float:
-    """What one more token must read: the weights of linears (scales aside) that are not gated off, and a float32 cache."""
+    """What one more token must read: the weights of linears (scales aside) that are not gated off, and the cache.
+
+    Keys and values are float32 beside float32 weights, else float16.
+    """
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     groups = config.get("num_key_value_heads") or heads
     block = hidden * head * (2 * heads + 2 * groups) + 3 * hidden * config["intermediate_size"]
     weights = layers * block * (1 - gated) + hidden * config["vocab_size"]
-    return weights * bits / 8 + 2 * 4 * layers * groups * head * tokens
+    return weights * bits / 8 + 2 * (4 if bits == 32 else 2) * layers * groups * head * tokens

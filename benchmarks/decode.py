@@ -276,7 +276,8 @@ def chosen(group: str, args: argparse.Namespace) -> list[Runner]:
     if args.runners is not None:
         asked = [ALIASES.get(name, name) for name in args.runners]
         bits = {32: "f32", 16: "bf16", 8: "int8", 4: "int4"}
-        return [RUNNERS[n] for n in asked if n in names or (bits[RUNNERS[n].bits] == group and not RUNNERS[n].steered)]
+        of = {n: "steer" if RUNNERS[n].steered else bits[RUNNERS[n].bits] for n in asked}
+        return [RUNNERS[n] for n in asked if n in names or of[n] == group]
     if args.peers is not None:
         names = [name for name in names if RUNNERS[name].ours or name in args.peers or RUNNERS[name].env in args.peers]
     return [RUNNERS[name] for name in names]
@@ -299,6 +300,9 @@ def main() -> None:
     parser.add_argument("--no-reference", action="store_true", help="leave `agrees` out where transformers is no runner")
     parser.add_argument("--save", type=Path, help="append the lines to this file, and leave out the groups that it has")
     args = parser.parse_args()
+    peers = {name for runner in RUNNERS.values() if not runner.ours for name in (runner.name, runner.env) if name}
+    if unknown := set(args.peers or ()) - peers:
+        parser.error(f"there is no peer {', '.join(sorted(unknown))}: they are {', '.join(sorted(peers))}")
     args.env = args.env.absolute()
     quality = "quality" in args.groups
     args.groups = [group for group in args.groups if group != "quality"]

@@ -24,18 +24,20 @@ HERE = Path(__file__).resolve().parent
 VECTOR = "@vector@"
 _TEAL = "sparsify{{method=teal sparsity={0}}}"
 _CACHE = "kv_cache{last_logits=true}"
+#: Beside weights of fewer bits keys and values are float16, as those of llama.cpp are.
+_HALF = "kv_cache{last_logits=true storage=float16}"
 #: The pipeline of each format and gating; the head stays dense (teal gates the linears of the blocks), quantized or not.
 PIPELINES = {
     "f32": _CACHE,
     "f32-gated50": f"{_TEAL.format(0.5)}, {_CACHE}",
     "f32-gated70": f"{_TEAL.format(0.7)}, {_CACHE}",
-    "bf16": f"quantize{{weights=bf16}}, {_CACHE}",
-    "bf16-gated50": f"{_TEAL.format(0.5)}, quantize{{weights=bf16}}, {_CACHE}",
-    "int8": f"quantize{{weights=int8}}, {_CACHE}",
-    "int8-gated50": f"{_TEAL.format(0.5)}, quantize{{weights=int8}}, {_CACHE}",
-    "int8-gated70": f"{_TEAL.format(0.7)}, quantize{{weights=int8}}, {_CACHE}",
-    "int4": f"quantize{{weights=int4 group_size=32}}, {_CACHE}",
-    "int4-gated50": f"{_TEAL.format(0.5)}, quantize{{weights=int4 group_size=32}}, {_CACHE}",
+    "bf16": f"quantize{{weights=bf16}}, {_HALF}",
+    "bf16-gated50": f"{_TEAL.format(0.5)}, quantize{{weights=bf16}}, {_HALF}",
+    "int8": f"quantize{{weights=int8}}, {_HALF}",
+    "int8-gated50": f"{_TEAL.format(0.5)}, quantize{{weights=int8}}, {_HALF}",
+    "int8-gated70": f"{_TEAL.format(0.7)}, quantize{{weights=int8}}, {_HALF}",
+    "int4": f"quantize{{weights=int4 group_size=32}}, {_HALF}",
+    "int4-gated50": f"{_TEAL.format(0.5)}, quantize{{weights=int4 group_size=32}}, {_HALF}",
     # a vector at every block that is not folded into a bias
     "f32-steer": f"steer{{vector={VECTOR} site=blocks.*.resid_post fold=false}}, {_CACHE}",
 }

@@ -302,3 +302,21 @@ def test_lesser_processors(processor: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_sums_of_many_inputs_do_not_overflow() -> None:
+    """70,000 products of the largest codes are more than 32 bits hold."""
+    count = 70_000
+    x, weight = np.ones((1, count), np.float32), np.full((count, 64), 127, np.int8)
+    attributes = {"layout": "in_out", "keep": "abs>", "threshold": 0.5}
+    got = call(LINEAR, [x, weight, np.ones(64, np.float32)], attributes, 1)
+    np.testing.assert_allclose(got, np.full((1, 64), 127.0 * count), rtol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [2560, 2561, 2624, 5121, 5200])
+@pytest.mark.parametrize("kind", ["f32", "i8", "u4"])
+def test_rows_in_several_pieces(kind: str, outputs: int) -> None:
+    """Rows longer than what is summed at once."""
+    operands, form = drawn(kind, "in_out", (1, 64, outputs + outputs % 2), 32 if kind == "u4" else 0)
+    attributes = {**form, "keep": "abs>", "threshold": 0.3}
+    check(call(LINEAR, operands, attributes, 2), reference(OP, operands, OP.complete(attributes)), operands, attributes)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from actgraph.runtime.kernels.numba.functions import round_even
-from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s, i32s
+from actgraph.runtime.kernels.numba.memory import OPTIONS, bits_as_f32, f32s, i8s, i32s
 
 STEPS = 32639  # 127 * 256 + 127
 
@@ -19,12 +19,12 @@ STEPS = 32639  # 127 * 256 + 127
 @njit(**OPTIONS)
 def step_of(h, count):
     """The step for a row: positive, 0 for a row of zeros, or NaN where a value is not finite."""
-    h = f32s(h)
-    largest, odd = np.float32(0), np.float32(0)
-    for i in range(count):
-        largest = max(largest, abs(h[i]))
-        odd += h[i] * np.float32(0)  # 0 for finite values, else NaN
-    return largest / np.float32(STEPS) + odd
+    bits, largest = i32s(h), np.int32(0)
+    for i in range(count):  # sizes of floats are in the order of their bits, as which vectors compare them
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    if largest >= np.int32(0x7F800000):
+        return np.float32(np.nan)
+    return bits_as_f32(largest) / np.float32(STEPS)
 
 
 @njit(**OPTIONS)

@@ -1,8 +1,8 @@
 """The op ``linear`` for weights stored by inputs ([K, N], layout "in_out"): see ``gather``.
 
-What a gate drops, and what is 0 without one, is never read. Parts are ranges of the list of what is kept (half of each row for
-each thread was measured to be slower by half), and their sums are added in order: results depend on the number of parts by
-rounding, and on nothing else.
+What a gate drops, and what is 0 without one, is never read. Parts are ranges of the inputs (half of each row for each thread
+was measured to be slower by half): each gates, lists and multiplies its own, codes with a step of their own, and the sums are
+added in order: results depend on the number of parts by rounding, and on nothing else.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from actgraph.runtime.kernels.numba import gather
+from actgraph.runtime.kernels.numba import gates, gather
 from actgraph.runtime.kernels.numba.codes import code, inverse_of, low_byte, step_of
-from actgraph.runtime.kernels.numba.frame import address, elements, integer, parts, rows, share
+from actgraph.runtime.kernels.numba.frame import address, elements, integer, number, parts, rows, share
 from actgraph.runtime.kernels.numba.gather import TILE
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, Stage
 from actgraph.runtime.kernels.numba.linear import (
@@ -22,13 +22,17 @@ from actgraph.runtime.kernels.numba.linear import (
     BLOCK,
     CODES,
     FLOATS,
+    KEEP,
     KEPT,
     LINEAR,
     SCALE,
     TENSORS,
+    THRESHOLD,
+    THRESHOLDS,
     TOKEN,
     WEIGHT,
     ZERO,
+    X,
     Y,
     gate,
     gated_at,
@@ -38,16 +42,30 @@ from actgraph.runtime.kernels.numba.linear import (
     padded,
     scale_at,
     shape,
-    token_at,
     zero_at,
 )
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s, i32s, i64s
 from actgraph.runtime.kernels.numba.weights import I8, PACKED_I4, U8, code_at, float_at
 
-# --- scratch: as for "out_in" up to the gated x; then for each token the lists, then for each part its sums -----------------
+# --- scratch: as for "out_in" up to the gated x; then for each part its list, then for each token and part its sums ----------
 #
+# A part lists those of its own range of inputs, for one token after the other; nothing but sums goes from thread to thread.
 # A list of up to `room` places: [room places: 8 bytes][room values or, of codes, room / 4 upper and lower quads: 4 bytes]
-# [first quad and sum of codes of each group: 16 bytes]. Groups are padded to quads, so that room is at most 4 K + 4.
+# [first quad and sum of codes of each group: 16 bytes]. Groups are padded to quads, so that room is at most 4 inputs + 4.
+
+
+@njit(**OPTIONS)
+def group_of(frame):
+    """How many inputs have one scale; or, where all have one, how many products of codes surely fit one 32-bit sum."""
+    block = integer(frame, TENSORS, BLOCK)
+    return block if block > 0 else min(max(inputs_of(frame), 1), 65536)
+
+
+@njit(**OPTIONS)
+def _range(frame, part, nparts):
+    """The inputs of a part, whole groups of them."""
+    block = integer(frame, TENSORS, BLOCK)
+    return share(inputs_of(frame), block if block > 0 else 16, part, nparts)
 
 
 @njit(**OPTIONS)
@@ -61,8 +79,10 @@ def _list_bytes(inputs):
 
 
 @njit(**OPTIONS)
-def _list_at(frame, token):
-    return gated_at(frame, rows(frame, 0)) + token * _list_bytes(inputs_of(frame))
+def _list_at(frame, part):
+    """The list of a part, in memory of its own: parts before it have at most as many inputs as begin before its range."""
+    start, _ = _range(frame, part, parts(frame))
+    return gated_at(frame, rows(frame, 0)) + _list_bytes(start) + part * _list_bytes(0)
 
 
 @njit(**OPTIONS)
@@ -73,7 +93,8 @@ def _sum_bytes(outputs):
 
 @njit(**OPTIONS)
 def _sums_at(frame, part):
-    return _list_at(frame, rows(frame, 0)) + part * _sum_bytes(outputs_of(frame))
+    lists = _list_bytes(inputs_of(frame)) + parts(frame) * _list_bytes(0)
+    return gated_at(frame, rows(frame, 0)) + lists + part * _sum_bytes(outputs_of(frame))
 
 
 @njit(**OPTIONS)
@@ -85,7 +106,8 @@ def _part_at(frame, part):
 @njit(**OPTIONS)
 def in_out_bytes(tokens, inputs, outputs, nparts):
     """Scratch memory of a linear of these sizes."""
-    return 1024 + tokens * (TOKEN + padded(inputs) * 4 + _list_bytes(inputs) + nparts * _sum_bytes(outputs))
+    lists = _list_bytes(inputs) + nparts * _list_bytes(0)
+    return 1024 + lists + tokens * (TOKEN + padded(inputs) * 4 + nparts * _sum_bytes(outputs))
 
 
 @njit(**OPTIONS)
@@ -93,19 +115,41 @@ def in_out_scratch(frame, part, nparts):
     return in_out_bytes(rows(frame, 0), inputs_of(frame), outputs_of(frame), parts(frame))
 
 
-@njit(**OPTIONS)
-def group_of(frame):
-    """How many inputs have one scale."""
-    block = integer(frame, TENSORS, BLOCK)
-    return block if block > 0 else max(inputs_of(frame), 1)
+# --- what is kept -------------------------------------------------------------------------------------------------------------
 
 
 @njit(**OPTIONS)
-def _list_values(frame, token):
-    """The kept inputs of a token and their values. Returns how many."""
-    inputs, at = inputs_of(frame), _list_at(frame, token)
-    h, places, values, count = f32s(gated_at(frame, token)), i64s(at), f32s(at + _room(inputs) * 8), 0
-    for i in range(inputs):
+def choose(frame, part, nparts):
+    """Gates that look at all of x; thresholds are for the parts."""
+    keep = integer(frame, TENSORS, KEEP)
+    if keep == gates.TOP_K or keep == gates.LISTED:
+        for token in range(rows(frame, 0)):
+            if not gate(frame, token, gated_at(frame, token)):
+                return 2
+    return 0
+
+
+@njit(**OPTIONS)
+def _gated(frame, token, start, stop):
+    """Where the gated x of a token is, of which ``start`` to ``stop`` are ready."""
+    x, to, keep = address(frame, X) + 4 * token * inputs_of(frame), gated_at(frame, token), integer(frame, TENSORS, KEEP)
+    if keep == gates.NONE:
+        return x
+    if keep != gates.TOP_K and keep != gates.LISTED:
+        thresholds = address(frame, THRESHOLDS)
+        many = thresholds != 0 and elements(frame, THRESHOLDS) > 1
+        own = thresholds + 4 * start if many else thresholds
+        gates.drop_below(
+            x + 4 * start, to + 4 * start, stop - start, keep, number(frame, TENSORS, THRESHOLD), own, many
+        )  # fmt: skip
+    return to
+
+
+@njit(**OPTIONS)
+def _list_values(at, room, h, start, stop):
+    """The kept inputs from ``start`` to ``stop`` and their values. Returns how many."""
+    h, places, values, count = f32s(h), i64s(at), f32s(at + room * 8), 0
+    for i in range(start, stop):
         places[count] = i
         values[count] = h[i]
         count += h[i] != np.float32(0)
@@ -113,60 +157,31 @@ def _list_values(frame, token):
 
 
 @njit(**OPTIONS)
-def _list_quads(frame, token, step):
-    """The kept inputs of a token in quads, group by group: 0 in the places that are left over. Returns how many quads.
+def _list_quads(at, room, h, start, stop, block, step):
+    """The kept inputs from ``start`` to ``stop`` in quads, group by group: 0 in the places that are left over.
 
-    Behind the lists: for each group its first quad, and the sum of its codes.
+    Behind the lists: for each group its first quad, and the sum of its codes; then how many quads there are.
     """
-    inputs, at, block = inputs_of(frame), _list_at(frame, token), group_of(frame)
-    room, h, inverse = _room(inputs), f32s(gated_at(frame, token)), inverse_of(step)
-    places, highs, lows, starts = i64s(at), i32s(at + room * 8), i32s(at + room * 12), i64s(at + room * 16)
-    count, groups = 0, (inputs + block - 1) // block
-    for group in range(groups):
-        starts[2 * group] = count // 4
-        total, high, low = np.int64(0), np.int32(0), np.int32(0)
-        stop = min(group * block + block, inputs)
-        for i in range(group * block, stop):
-            if h[i] == np.float32(0):
-                continue
-            value = code(h[i], inverse)
+    h, inverse, count, group = f32s(h), inverse_of(step), 0, 0
+    places, highs, lows, starts = i64s(at), i8s(at + room * 8), i8s(at + room * 12), i64s(at + room * 16)
+    for begin in range(start, stop, block):
+        first, total = count, np.int64(0)
+        for i in range(begin, min(begin + block, stop)):
+            places[count] = i
+            count += h[i] != np.float32(0)
+        for j in range(first, count):
+            value = code(h[places[j]], inverse)
             rest = low_byte(value)
             total += np.int64(value)
-            shift = np.int32(8 * (count & 3))
-            high |= (((value - rest) >> np.int32(8)) & np.int32(255)) << shift
-            low |= (rest & np.int32(255)) << shift
-            places[count] = i
+            highs[j] = np.int8((value - rest) >> np.int32(8))
+            lows[j] = np.int8(rest)
+        starts[2 * group], starts[2 * group + 1] = first // 4, total
+        group += 1
+        while count & 3 != 0:
+            places[count] = places[count - 1]
+            highs[count] = lows[count] = np.int8(0)
             count += 1
-            if count & 3 == 0:
-                highs[count // 4 - 1], lows[count // 4 - 1] = high, low
-                high, low = np.int32(0), np.int32(0)
-        if count & 3 != 0:
-            while count & 3 != 0:
-                places[count] = places[count - 1]
-                count += 1
-            highs[count // 4 - 1], lows[count // 4 - 1] = high, low
-        starts[2 * group + 1] = total
-    starts[2 * groups] = count // 4
-    return count // 4
-
-
-def listing(codes: bool) -> Any:
-    @njit(**OPTIONS)
-    def prepare(frame, part, nparts):
-        inputs = inputs_of(frame)
-        for token in range(rows(frame, 0)):
-            h, info = gated_at(frame, token), token_at(frame, token)
-            if not gate(frame, token, h):
-                return 2
-            step = step_of(h, inputs) if codes else np.float32(0)
-            f32s(info)[0] = step
-            if codes and step == step:
-                i64s(info)[2] = _list_quads(frame, token, step)
-            else:
-                i64s(info)[2] = _list_values(frame, token)
-        return 0
-
-    return prepare
+    starts[2 * group] = count // 4
 
 
 @njit(**OPTIONS)
@@ -200,26 +215,29 @@ def finish(frame, part, nparts):
 
 
 @njit(**OPTIONS)
-def _plain(frame, kind, packed, token, part, nparts, y, listed):
-    """Columns of a part, value by value, to ``y``: of the list of kept values, or of all inputs where they are not listed."""
-    inputs, outputs, weight, at = inputs_of(frame), outputs_of(frame), address(frame, WEIGHT), _list_at(frame, token)
-    h, places, values = f32s(gated_at(frame, token)), i64s(at), f32s(at + _room(inputs) * 8)
-    count, block, out = i64s(token_at(frame, token))[2] if listed else inputs, group_of(frame), f32s(y)
-    start, stop = share(outputs, 1, part, nparts)
-    for n in range(start, stop):
+def _plain(frame, kind, packed, h, start, stop, first, last, y):
+    """Add the columns ``first`` to ``last`` of the inputs ``start`` to ``stop``, value by value."""
+    outputs, weight, block = outputs_of(frame), address(frame, WEIGHT), group_of(frame)
+    h, out, grouped = f32s(h), f32s(y), integer(frame, TENSORS, BLOCK) > 0
+    for n in range(first, last):
         total = np.float32(0)
-        for j in range(count):
-            k, x = (places[j], values[j]) if listed else (j, h[j])
-            if x == np.float32(0):
+        for k in range(start, stop):
+            if h[k] == np.float32(0):
                 continue
-            index = k // block * outputs + n if integer(frame, TENSORS, BLOCK) > 0 else n
+            index = k // block * outputs + n if grouped else n
             zero = zero_at(frame, index)
             if packed != 0 or kind in (U8, I8):
                 value = np.float32(code_at(weight, kind, packed, k * outputs + n) - zero)
             else:
                 value = float_at(weight, kind, k * outputs + n) - np.float32(zero)
-            total += x * value * scale_at(frame, index)
-        out[n] = total
+            total += h[k] * value * scale_at(frame, index)
+        out[n] += total
+
+
+@njit(**OPTIONS)
+def _clear(y, count):
+    for n in range(count):
+        f32s(y)[n] = np.float32(0)
 
 
 def float_main(load: Any, kind: int, width: int) -> Any:
@@ -227,20 +245,20 @@ def float_main(load: Any, kind: int, width: int) -> Any:
 
     @njit(**OPTIONS)
     def main(frame, part, nparts):
-        inputs, outputs = inputs_of(frame), outputs_of(frame)
-        plain = integer(frame, TENSORS, BLOCK) != 0 or address(frame, ZERO) != 0
+        outputs, at = outputs_of(frame), _list_at(frame, part)
+        start, stop = _range(frame, part, nparts)
+        room, plain = _room(stop - start), integer(frame, TENSORS, BLOCK) != 0 or address(frame, ZERO) != 0
+        wide = gather.tile_width((outputs + 15) // 16 * 16, 16)
         for token in range(rows(frame, 0)):
-            y = _sums_of(frame, token, part)
-            for n in range(outputs):
-                f32s(y)[n] = np.float32(0)
+            h, y = _gated(frame, token, start, stop), _sums_of(frame, token, part)
+            _clear(y, outputs)
             if plain:
-                _plain(frame, kind, 0, token, part, nparts, y, True)
+                _plain(frame, kind, 0, h, start, stop, 0, outputs, y)
                 continue
-            at, count = _list_at(frame, token), i64s(token_at(frame, token))[2]
-            first, last = share(count, 4, part, nparts)
-            for tile in range(0, outputs, TILE):
-                end = min(tile + TILE, outputs)
-                add(y, address(frame, WEIGHT), outputs * width, at, at + _room(inputs) * 8, first, last, tile, end)
+            count = _list_values(at, room, h, start, stop)
+            for tile in range(0, outputs, wide):
+                end = min(tile + wide, outputs)
+                add(y, address(frame, WEIGHT), outputs * width, at, at + room * 8, 0, count, tile, end)
             if address(frame, SCALE) != 0:
                 for n in range(outputs):
                     f32s(y)[n] *= scale_at(frame, n)
@@ -256,72 +274,42 @@ def code_main(kind: int, packed: int) -> Any:
 
     @njit(**OPTIONS)
     def main(frame, part, nparts):
-        inputs, outputs, weight = inputs_of(frame), outputs_of(frame), address(frame, WEIGHT)
-        whole, line, block = outputs // chunk * chunk, outputs // codes_a_byte, group_of(frame)
-        grouped = integer(frame, TENSORS, BLOCK) > 0
-        groups, room, sums = (inputs + block - 1) // block, _room(inputs), _sums_at(frame, part)
-        one_zero = address(frame, ZERO) == 0 or elements(frame, ZERO) == 1
+        outputs, weight, at, block = outputs_of(frame), address(frame, WEIGHT), _list_at(frame, part), group_of(frame)
+        whole, line, sums = outputs // chunk * chunk, outputs // codes_a_byte, _sums_at(frame, part)
+        start, stop = _range(frame, part, nparts)
+        room, groups, before = _room(stop - start), (stop - start + block - 1) // block, start // block
+        wide = gather.tile_width(whole, chunk)
+        one_zero, single = address(frame, ZERO) == 0 or elements(frame, ZERO) == 1, elements(frame, SCALE) == 1
+        scales, zero = 0 if single else address(frame, SCALE), zero_at(frame, 0) + offset
+        starts, highs, lows = i64s(at + room * 16), at + room * 8, at + room * 12
         for token in range(rows(frame, 0)):
-            info, y = token_at(frame, token), _sums_of(frame, token, part)
-            step, quads, at = f32s(info)[0], i64s(info)[2], _list_at(frame, token)
-            for n in range(outputs):
-                f32s(y)[n] = np.float32(0)
+            h, y = _gated(frame, token, start, stop), _sums_of(frame, token, part)
+            step = step_of(h + 4 * start, stop - start)
+            _clear(y, outputs)
             if step != step or not one_zero:
-                _plain(frame, kind, packed, token, part, nparts, y, step != step)
+                _plain(frame, kind, packed, h, start, stop, 0, outputs, y)
                 continue
-            starts, highs, lows = i64s(at + room * 16), at + room * 8, at + room * 12
-            if grouped:
-                first_group, last_group = share(groups, 1, part, nparts)
-                final = starts[2 * last_group]
-            else:
-                first_group, last_group = 0, 1
-                first, final = share(quads, 1, part, nparts)
-            single = elements(frame, SCALE) == 1
-            scales, zero = 0 if single else address(frame, SCALE), zero_at(frame, 0) + offset
-            for tile in range(0, whole, TILE):
-                end = min(tile + TILE, whole)
+            _list_quads(at, room, h, start, stop, block, step)
+            for tile in range(0, whole, wide):
+                end = min(tile + wide, whole)
                 for place in range(2 * TILE):
                     i32s(sums)[place] = 0
-                for group in range(first_group, last_group):
-                    if grouped:
-                        first, last, total = starts[2 * group], starts[2 * group + 2], starts[2 * group + 1]
-                    else:
-                        last, total = final, _sum_of_codes(highs, lows, first, final)
+                for group in range(groups):
+                    first, total, last = starts[2 * group], starts[2 * group + 1], starts[2 * group + 2]
                     if last > first:
                         add(
-                            sums, weight, line, at, highs, lows, first, last, final, tile // codes_a_byte,
+                            sums, weight, line, at, highs, lows, first, last, starts[2 * groups], tile // codes_a_byte,
                             end // codes_a_byte,
                         )  # fmt: skip
-                        here = scales + 4 * (tile + (group * outputs if grouped else 0)) if scales != 0 else 0
-                        take(sums, y + 4 * tile, end - tile, step, zero * total, here, scale_at(frame, 0))
-            if part == 0:
-                for n in range(whole, outputs):
-                    f32s(y)[n] = _column(frame, kind, packed, token, n)
+                        own = tile + (before + group) * outputs if integer(frame, TENSORS, BLOCK) > 0 else tile
+                        take(
+                            sums, y + 4 * tile, end - tile, step, zero * total, scales + 4 * own if scales != 0 else 0,
+                            scale_at(frame, 0),
+                        )  # fmt: skip
+            _plain(frame, kind, packed, h, start, stop, whole, outputs, y)  # columns that fill no vector
         return 0
 
     return main
-
-
-@njit(**OPTIONS)
-def _sum_of_codes(highs, lows, first, last):
-    """The sum of the codes in a range of quads."""
-    high, low, total = i8s(highs), i8s(lows), np.int64(0)
-    for place in range(4 * first, 4 * last):
-        total += 256 * np.int64(high[place]) + low[place]
-    return total
-
-
-@njit(**OPTIONS)
-def _column(frame, kind, packed, token, n):
-    """One column of codes that fills no vector."""
-    inputs, outputs, weight, block = inputs_of(frame), outputs_of(frame), address(frame, WEIGHT), group_of(frame)
-    h, total = f32s(gated_at(frame, token)), np.float32(0)
-    for k in range(inputs):
-        if h[k] != np.float32(0):
-            index = k // block * outputs + n if integer(frame, TENSORS, BLOCK) > 0 else n
-            q = code_at(weight, kind, packed, k * outputs + n) - zero_at(frame, index)
-            total += h[k] * np.float32(q) * scale_at(frame, index)
-    return total
 
 
 _SHAPE, _SCRATCH = Stage("linear_shape", shape), Stage("linear_in_out_scratch", in_out_scratch)
@@ -333,7 +321,7 @@ for _dtype, _kind, _load, _width in FLOATS:
             shape=_SHAPE,
             scratch=_SCRATCH,
             stages=(
-                Stage("linear_list_values", listing(False)),
+                Stage("linear_choose", choose),
                 Stage(f"linear_in_out_{_dtype}", float_main(_load, _kind, _width), parallel=True),
                 Stage("linear_in_out_finish", finish),
             ),
@@ -347,7 +335,7 @@ for _dtype, _kind, _packed, _name in CODES:
             shape=_SHAPE,
             scratch=_SCRATCH,
             stages=(
-                Stage("linear_list_quads", listing(True)),
+                Stage("linear_choose", choose),
                 Stage(f"linear_in_out_{_name or _dtype}", code_main(_kind, _packed), parallel=True),
                 Stage("linear_in_out_finish", finish),
             ),
