@@ -22,8 +22,9 @@ def with_kernel_ops(
     In a graph of single tokens these are all large linears (gated ones of the same x are one), and attentions over caches of 8
     or 16 bits. In others linears that are neither gated nor quantized stay the engine's, whose product of many tokens is
     faster. norms: norms and rotary embeddings too, for engines that have none. dense: large linears of single tokens at all.
-    small: small ones as well, for engines that call kernels at next to no cost. gates: gates go into linears, whose kernels then skip what each token drops;
-    not in graphs for prompts alone, whose tokens drop nearly nothing together (256 tokens took 2 to 4 times as long).
+    small: small ones as well, for engines that call kernels at next to no cost. gates: gates go into linears, whose kernels
+    then skip what each token drops; not in graphs for prompts alone, whose tokens drop nearly nothing together (256 tokens
+    took 2 to 4 times as long).
     """
     twin: AnyGraph = graph.clone()  # type: ignore[assignment]
     tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)

@@ -217,7 +217,7 @@ def _pairs(name: str) -> Callable[..., Made | None]:
         a, b = (torch.tensor(value, dtype=dtype) if isinstance(value, (int, float)) else value for value in args)
         if not all(isinstance(value, torch.Tensor) and value.dtype is dtype for value in (a, b)):
             return None
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        shape = np.broadcast_shapes(a.shape, b.shape)
         levels = _levels(shape, [a.expand(shape).stride(), b.expand(shape).stride()])
         if levels is None:
             return None
@@ -258,7 +258,7 @@ def _each(name: str) -> Callable[..., Made | None]:
 
 
 def _power(args: Sequence[Any], options: Mapping[str, Any], used: int) -> Made | None:
-    name = {2: "square", 3: "cube"}.get(args[1]) if isinstance(args[1], (int, float)) else None
+    name = {2.0: "square", 3.0: "cube"}.get(float(args[1])) if isinstance(args[1], (int, float)) else None
     return _each(name)(args[:1], options, used) if name is not None else None
 
 
