@@ -326,6 +326,38 @@ def measure(shape: str, form: str, gate: int, stream: Bandwidth, args: argparse.
         )  # fmt: skip
 
 
+def overhead(args: argparse.Namespace) -> None:
+    """What a call costs beside its work: a linear of 64 x 64, by each way that reaches the kernel, and torch's own."""
+    import torch
+    from torch.nn import functional
+
+    from actgraph.ops.registry import get_op
+    from actgraph.runtime.torch_kernels import kernel_call, register_torch_kernels
+
+    torch.set_num_threads(args.threads)
+    register_torch_kernels()
+    x, weight = torch.randn(1, 64), torch.randn(64, 64)
+    call = kernel_call(get_op("linear"), {})
+    assert call is not None
+    rest = [None] * 6
+    ways: dict[str, Callable[[], Any]] = {
+        "torch.ops.actgraph.linear": lambda: torch.ops.actgraph.linear(x, weight, *rest),
+        "kernel of a session": lambda: call(x, weight, *rest),
+        "torch.nn.functional.linear": lambda: functional.linear(x, weight),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad():
+        for round in range(-1, args.rounds):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                for _ in range(2000):
+                    way()
+                if round >= 0:
+                    times[name].append((time.perf_counter() - start) / 2000)
+    for name, found in times.items():
+        common.emit("kernels", figure="call", runner=name, unit="us", value=round_to(statistics.median(found) * 1e6))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="inputs x outputs; default: %(default)s")
@@ -343,6 +375,7 @@ def main() -> None:
         "kernels", figure="read bandwidth", value=round_to(stream.measure(5) / 1e9), unit="GB/s", how=stream.how,
         threads=args.threads, processor=common.processor(),
     )  # fmt: skip
+    overhead(args)
     for shape in args.shapes:
         for form in args.formats:
             for gate in args.gates:
