@@ -12,7 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/actgraph demo
 
+# Kernels first, on all cores: test processes would compile the same ones beside each other.
 test: $(VENV)/installed-for-tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compile_kernels $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist worksteal
 
 slow: $(VENV)/installed-for-tests
