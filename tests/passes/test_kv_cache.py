@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import actgraph as ag
 from actgraph.errors import OptionError, PassError
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.graph import Graph
-from actgraph.graph.executor import executor_for
+from actgraph.graph.executor import Runner, executor_for
 from actgraph.graph.graph import Array
 from actgraph.graph.slots import slots_of, with_initial_slots
 from actgraph.ops.dtypes import DType
@@ -33,14 +34,20 @@ def tokens(graph: Graph, seed: int = 0) -> Array:
     return np.random.default_rng(seed).integers(1, vocabulary, (2, LENGTH))
 
 
+@functools.lru_cache(maxsize=4)
+def opened(graph: Graph) -> Runner:
+    """A graph that is run in many ways is opened once. It must not be edited in place afterwards."""
+    return executor_for(graph).open(graph)
+
+
 def whole(graph: Graph, ids: Array, mask: Array) -> Array:
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    return executor_for(graph).open(graph)({"input_ids": ids, "attention_mask": mask, "position_ids": positions})["logits"]
+    return opened(graph)({"input_ids": ids, "attention_mask": mask, "position_ids": positions})["logits"]
 
 
 def stepwise(graph: Graph, ids: Array, mask: Array, steps: tuple[int, ...], garbage: float = 0.0) -> Array:
     """The logits of ``ids`` fed in steps; places of a fixed cache that hold nothing yet start as ``garbage``."""
-    run = executor_for(graph).open(graph)
+    run = opened(graph)
     slots = slots_of(graph).values()
     state: dict[str, Array] = {}
     for slot in slots:
