@@ -370,6 +370,7 @@ class Recording:
         )
         self.results = dict(zip(self._held.outputs, [self._result(node) for node in self._outputs], strict=True))
         self._python = [self._code(stretch.nodes) if stretch.nodes else None for stretch in self._stretches]
+        self._given_away = self._direct()
         counts = np.cumsum([0, *(len(stretch.frames) for stretch in self._stretches)])
         self._ranges = list(zip(counts[:-1].tolist(), counts[1:].tolist(), strict=True))
         self._array = {name: tensor.numpy() for name, tensor in self._own.items()}
@@ -389,20 +390,47 @@ class Recording:
         return self._copied(node, value) if value.untyped_storage().data_ptr() in self._kept else value
 
     def _copied(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-        """``value`` in memory that nobody else reads: that of an earlier step where its reader has let go of it.
+        array = self._unread(node, value)
+        np.copyto(array, array_of(value))
+        return tensor_of(array)
 
-        Fresh memory would be given back and cleared again in each step, which costs ten times the copy.
+    def _unread(self, node: fx.Node, like: torch.Tensor) -> Array:
+        """Memory for a result that nobody else reads: that of an earlier step where its reader has let go of it.
+
+        Fresh memory would be given back and cleared again in each step, which costs ten times a copy.
         """
-        known = self._copies.setdefault(node, [])
-        shape, source = tuple(value.shape), array_of(value)
+        known, shape = self._copies.setdefault(node, []), tuple(like.shape)
         for array in known:
             if array.shape == shape and sys.getrefcount(array) == _UNREAD:
-                np.copyto(array, source)
-                return tensor_of(array)
-        array = source.copy()
+                return array
+        made = np.empty(shape, array_of(like).dtype)
         if len(known) < _KEPT:
-            known.append(array)
-        return tensor_of(array)
+            known.append(made)
+        return made
+
+    def _direct(self) -> list[tuple[str, fx.Node, int]]:
+        """Outputs that one frame writes and nothing reads, and the word of that frame: it can write to the caller's memory."""
+        found, read = [], {node for code in self._python if code is not None for node in code.reads}
+        for name, node in zip(self._held.outputs, self._outputs, strict=True):
+            value = self._env[node]
+            if not isinstance(value, torch.Tensor) or not value.is_contiguous() or self._outputs.count(node) > 1:
+                continue
+            words = np.flatnonzero(self._words == value.data_ptr())
+            whole = value.untyped_storage().nbytes() == value.nbytes and value.untyped_storage().data_ptr() in self._written
+            if whole and len(words) == 1 and words[0] not in self._moving and node not in read and self._sole(node):
+                found.append((name, node, int(words[0])))
+        return found
+
+    def _sole(self, node: fx.Node) -> bool:
+        """Whether nothing but the output reads a result, or what it is a view of."""
+        while True:
+            if len(node.users) > 1:
+                return False
+            value, sources = self._env[node], [s for s in node.all_input_nodes if isinstance(self._env[s], torch.Tensor)]
+            same = [s for s in sources if self._memory_of(self._env[s]) == self._memory_of(value)]
+            if not same:
+                return True
+            (node,) = same[:1]
 
     def _code(self, nodes: Sequence[fx.Node]) -> _Code:
         """Python code for nodes of one stretch."""
@@ -434,6 +462,11 @@ class Recording:
         for name, node in self._given.items():
             self._update(self._env[node], moved[name])
         self._words[self._moving] = self._first + self._step * (used % self._cycle)
+        results: dict[str, torch.Tensor] = {}
+        for name, node, word in self._given_away:
+            array = self._unread(node, self._env[node])
+            self._words[word] = array.ctypes.data
+            results[name] = tensor_of(array)
         run, threads, steps, size = self._run, torch.get_num_threads(), self._steps_at, self._step_bytes
         with torch.no_grad():
             for code, (start, stop) in zip(self._python, self._ranges, strict=True):
@@ -444,7 +477,10 @@ class Recording:
                 error = run(steps + size * start, stop - start, threads, self._failed_at)
                 if error:
                     self._frames[start + int(self._place[0])].failed(error)
-            return {name: self._result(node) for name, node in zip(self._held.outputs, self._outputs, strict=True)}
+            for name, node in zip(self._held.outputs, self._outputs, strict=True):
+                if name not in results:
+                    results[name] = self._result(node)
+        return results
 
     # --- other sessions ---------------------------------------------------------------------------------------------------
 
@@ -520,7 +556,7 @@ def _groups(frames: Sequence[Frame]) -> list[tuple[int, int]]:
     return groups
 
 
-def _unread() -> int:
+def _references() -> int:
     """How many references an array has that only a list of kept ones holds, while it is looked at."""
     known = [np.zeros(1)]
     for array in known:
@@ -528,7 +564,7 @@ def _unread() -> int:
     raise AssertionError
 
 
-_UNREAD = _unread()
+_UNREAD = _references()
 
 
 def moving_slots(held: HeldGraph) -> set[str]:

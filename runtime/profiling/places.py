@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from actgraph.graph.graph import Graph
+from actgraph.graph.graph import Graph, Node
 
 #: The site of nodes that work for no layer, or for several: masks, positions, tables.
 OTHER = "other"
@@ -45,7 +45,23 @@ class SiteNames:
                     roles.add(role)
                 if role or names:
                     found[value.name] = role or names[0]
+        for node in graph.nodes():
+            whole = node.outputs[0].name if node.outputs else ""
+            parts = _parts(node, found) if whole and whole not in found else []
+            if parts:
+                found[whole] = "+".join([parts[0], *(part.rpartition(".")[2] for part in parts[1:])])
+                roles |= {found[whole]} if roles.issuperset(parts) else set()
         return SiteNames(found, frozenset(roles))
+
+
+def _parts(node: Node, found: Mapping[str, str]) -> list[str]:
+    """The sites that slices of a linear are, where it stands for several: ``blocks.0.mlp.gate`` and ``blocks.0.mlp.up``."""
+    if node.op != "actgraph.linear":
+        return []
+    readers = [use.node.prim if use.node is not None else None for use in node.output.uses]
+    if not all(reader is not None and reader.op == "slice" for reader in readers):
+        return []
+    return sorted(found.get(reader.output.name, "") for reader in readers if reader is not None)
 
 
 def reads_sizes(op: str) -> bool:

@@ -93,15 +93,17 @@ def test_rows_are_the_wall_time(engine: str) -> None:
 @engines
 def test_sites_are_those_of_the_model(engine: str) -> None:
     profile = profiled(engine)
-    parts = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up")
-    linears = [f"blocks.{i}.{part}" for i in range(5) for part in parts]
-    for stage in ("prefill", "decode"):
+    apart = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up")
+    together = ("attn.k+q+v", "attn.out", "mlp.gate+up")  # gated linears of the same x, for single tokens
+    for stage, parts in (("prefill", apart), ("decode", together if available() else apart)):
+        linears = [f"blocks.{i}.{part}" for i in range(5) for part in parts]
         found = {row.site: row for row in profile.rows if row.stage == stage}
         assert {*linears, "logits", "embed", "final_norm", "blocks.0.attn.norm", "blocks.4.mlp.act"} <= set(found)
         graph = compiled(engine).program.graphs[stage]
         known = {site.name for site in graph.sites()} | {name.rpartition(".")[0] for name in SiteNames.of(graph).roles}
-        assert {site for site in found if not site.startswith("(")} <= known | {OTHER}
-        assert "linear" in found["blocks.3.mlp.gate"].op or "MatMul" in found["blocks.3.mlp.gate"].op
+        assert {site.split("+")[0] for site in found if not site.startswith("(")} <= known | {OTHER}
+        gate = found["blocks.3.mlp.gate+up" if parts is together else "blocks.3.mlp.gate"]
+        assert "linear" in gate.op or "MatMul" in gate.op
     turned = {row.site for row in profile.rows if "otary" in row.op}
     assert turned == {f"blocks.{i}.attn" for i in range(5)}, "what has no site stands in the layer that it works for"
 
@@ -152,13 +154,13 @@ def test_bytes_are_those_that_must_be_read(engine: str) -> None:
     head = rows["logits"]  # of every token, by a dense kernel: int8 codes and a scale for each output
     assert head.weights == head.steps * (512 * 64 + 512 * 4) and not head.at_most
     assert head.activations == head.steps * 64 * 4
-    gate = rows["blocks.0.mlp.gate"]
-    whole = 64 * 172 + 172 * 4
+    gate = rows["blocks.0.mlp.gate+up"]
+    whole = 2 * (64 * 172 + 172 * 4)
     if engine == "onnxruntime":
         assert gate.at_most and gate.weights == gate.steps * whole
     else:  # the rows of inputs that are kept
         assert not gate.at_most and 0 < gate.weights < gate.steps * whole
-        assert (gate.weights - gate.steps * 172 * 4) % 172 == 0
+        assert (gate.weights - gate.steps * 2 * 172 * 4) % (2 * 172) == 0
     assert rows["embed"].weights == rows["embed"].steps * 64 * 4, "one row of the table"
     attention = next(row for row in profile.rows if row.stage == "decode" and "ttention" in row.op)
     held = (6, 7, 11)[-attention.steps :]  # the first step of torch may be one that is recorded
@@ -218,8 +220,8 @@ def test_tables_and_json() -> None:
         groups = [row[1] for row in table.rows if row[0] == "decode"]
         assert len(set(groups)) == len(groups) and groups[-1] == "all"
     roles = {row[1]: row for row in profile.table("role", stage="decode").rows}
-    assert roles["blocks.*.mlp.gate"][2] == "15" and "blocks.*.attn" in roles
-    assert "blocks.0.mlp.gate" not in roles
+    assert roles["blocks.*.mlp.gate+up"][2] == "15" and "blocks.*.attn" in roles
+    assert "blocks.0.mlp.gate+up" not in roles
     short = profile.table("site", stage="decode", top=4).rows
     assert len(short) == 6 and short[4][1].endswith("more)") and short[5][1] == "all"
     from rich.console import Console
@@ -233,7 +235,7 @@ def test_tables_and_json() -> None:
     data = json.loads(json.dumps(profile.to_json()))
     assert data["stream"] == STREAM and len(data["rows"]) == len(profile.rows) and data["total"] == profile.total
     assert data["rows"][0].keys() >= {"node", "op", "site", "stage", "kernel", "calls", "total", "median", "bytes", "bandwidth"}
-    assert "onnxruntime" in repr(profile) and "blocks.0.mlp.gate" in str(profile)
+    assert "onnxruntime" in repr(profile) and "blocks.0.mlp.gate+up" in str(profile)
 
 
 @engines

@@ -162,10 +162,10 @@ def _rows(frame, tensor, pair, start, each):
 
 
 @njit(**OPTIONS)
-def _score(frame, query, pair, start, scores, count, cap):
-    """The capped products of a query with ``count`` keys."""
+def _score(frame, query, pair, start, scores, count, cap, ahead, step):
+    """The capped products of a query with ``count`` keys; prefetches as ``score`` does."""
     kind, width, s = element_type(frame, KEY), size(frame, QUERY, 3), f32s(scores)
-    score(kind, query, _rows(frame, KEY, pair, start, bytes_of(kind)), scores, count, width)
+    score(kind, query, _rows(frame, KEY, pair, start, bytes_of(kind)), scores, count, width, ahead, step)
     if kind == I8:
         times(scores, _rows(frame, KEY_SCALE, pair, start, 4), count)
     if cap != _ZERO:
@@ -188,8 +188,8 @@ def _hide(frame, scores, place, step, start, count):
 
 
 @njit(**OPTIONS)
-def _block(frame, state, pair, start, scores, count):
-    """Scores of ``count`` keys into the state of a query."""
+def _block(frame, state, pair, start, scores, count, ahead, step):
+    """Scores of ``count`` keys into the state of a query; prefetches as ``score`` does."""
     s, known = f32s(scores), f32s(state)
     old = known[0]
     best, whole = simd.splat_f32(old), count // 16 * 16
@@ -207,7 +207,7 @@ def _block(frame, state, pair, start, scores, count):
     kind, width = element_type(frame, VALUE), size(frame, VALUE, 3)
     if kind == I8:
         times(scores, _rows(frame, VALUE_SCALE, pair, start, 4), count)
-    mix(kind, _rows(frame, VALUE, pair, start, bytes_of(kind)), width, scores, count, state + 64, factor)
+    mix(kind, _rows(frame, VALUE, pair, start, bytes_of(kind)), width, scores, count, state + 64, factor, ahead, step)
 
 
 @njit(**OPTIONS)
@@ -221,28 +221,34 @@ def prepare(frame, part, nparts):
 
 
 @njit(**OPTIONS)
-def _fetch(frame, tensor, pair, start, stop):
-    """Prefetch a block of keys or values of a head: heads lie far apart, and no hardware looks from one to the next.
+def _line(frame, tensor):
+    """Bytes of a row of keys or values."""
+    return size(frame, tensor, 3) * bytes_of(element_type(frame, tensor))
 
-    Blocks that are hidden from the first query are left out.
-    """
-    mask, count = address(frame, MASK), min(KEYS, stop - start)
-    if mask != 0 and element_type(frame, MASK) != F32:
-        groups = size(frame, KEY, 1)
-        head = pair % groups * (size(frame, QUERY, 1) // groups)
-        place, step = _mask_row(frame, pair // groups, head, 0)
-        if not _any_seen(mask, place, step, start, start + count):
-            return
-    line = size(frame, tensor, 3) * bytes_of(element_type(frame, tensor))
-    first = address(frame, tensor) + (pair * room(frame, tensor) + start) * line
-    for offset in range(0, count * line, 64):
-        simd.prefetch_far(first + offset)
+
+@njit(**OPTIONS)
+def _fetch(first, stop):
+    """Prefetch what lies from one address to another."""
+    for address_ in range(first, stop, 64):
+        simd.prefetch_far(address_)
+
+
+@njit(**OPTIONS)
+def _keys_behind(frame, unit, last, start, end, splits):
+    """Where the block of keys that a part reads after that of ``start`` begins, and how many there are."""
+    pair, begin, keys = unit // splits, start + KEYS, size(frame, KEY, 2)
+    if begin >= end:
+        if unit + 1 >= last:
+            return 0, 0
+        pair, (begin, end) = (unit + 1) // splits, share(keys, KEYS, (unit + 1) % splits, splits)
+    return _rows(frame, KEY, pair, begin, bytes_of(element_type(frame, KEY))), max(min(KEYS, end - begin), 0)
 
 
 @njit(**OPTIONS)
 def attend(frame, part, nparts):
     batches, heads, queries = size(frame, QUERY, 0), size(frame, QUERY, 1), size(frame, QUERY, 2)
     groups, keys, values, splits = size(frame, KEY, 1), size(frame, KEY, 2), size(frame, VALUE, 3), _splits(frame)
+    key_line, value_line = _line(frame, KEY), _line(frame, VALUE)
     each, scores, cap = heads // groups, _scores_at(frame, part), np.float32(number(frame, TENSORS, SOFTCAP))
     masked, truth = address(frame, MASK) != 0, False
     if masked:
@@ -260,12 +266,13 @@ def attend(frame, part, nparts):
                     state[i] = _ZERO
         for start in range(begin, end, KEYS):
             count = min(KEYS, end - start)
-            _fetch(frame, VALUE, pair, start, end)
-            if start + KEYS < end:
-                _fetch(frame, KEY, pair, start + KEYS, end)
-            elif unit + 1 < last:
-                from_, to = share(keys, KEYS, (unit + 1) % splits, splits)
-                _fetch(frame, KEY, (unit + 1) // splits, from_, to)
+            # heads lie far apart, and no hardware looks from one to the next: values are prefetched as keys are scored, and the
+            # keys behind them as values are mixed
+            value_ahead = _rows(frame, VALUE, pair, start, bytes_of(element_type(frame, VALUE)))
+            ahead, more = _keys_behind(frame, unit, last, start, end, splits)
+            if unit == first and start == begin:
+                row = _rows(frame, KEY, pair, start, bytes_of(element_type(frame, KEY)))
+                _fetch(row, row + count * key_line)
             for head in range(group * each, group * each + each):
                 for query in range(queries):
                     row = (batch * heads + head) * queries + query
@@ -274,10 +281,16 @@ def attend(frame, part, nparts):
                         place, step = _mask_row(frame, batch, head, query)
                         if truth and not _any_seen(address(frame, MASK), place, step, start, start + count):
                             continue
-                    _score(frame, _query_at(frame, row), pair, start, scores, count, cap)
+                    lead = head == group * each and query == 0
+                    _score(
+                        frame, _query_at(frame, row), pair, start, scores, count, cap, value_ahead, value_line if lead else 0
+                    )  # fmt: skip
                     if masked:
                         _hide(frame, scores, place, step, start, count)
-                    _block(frame, _state_at(frame, split, row), pair, start, scores, count)
+                    behind = key_line if lead and more > 0 else 0
+                    _block(frame, _state_at(frame, split, row), pair, start, scores, count, ahead, behind)
+                    if behind > 0 and more > count:
+                        _fetch(ahead + count * key_line, ahead + more * key_line)
     return 0
 
 

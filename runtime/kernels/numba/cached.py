@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import njit
 from numba.extending import intrinsic
 
-from actgraph.runtime.kernels.numba import dot, simd
+from actgraph.runtime.kernels.numba import simd
 from actgraph.runtime.kernels.numba.memory import OPTIONS, f32s, i8s
 from actgraph.runtime.kernels.numba.target import target
 from actgraph.runtime.kernels.numba.weights import BF16, F16, F32, I8, float_at
@@ -46,19 +46,16 @@ def _number_at(address, kind, index):
 
 def _scoring(load: Any, kind: int, bytes_each: int) -> Any:
     @njit(**OPTIONS)
-    def score(query, key, scores, count, width):
+    def score(query, key, scores, count, width, ahead, step):
         line, s, whole = bytes_each * width, f32s(scores), width // 16 * 16
         for t in range(0, count, 4):
             t1, t2, t3 = min(t + 1, count - 1), min(t + 2, count - 1), min(t + 3, count - 1)
             r0, r1, r2, r3 = key + t * line, key + t1 * line, key + t2 * line, key + t3 * line
+            for place in range(t * step, (t + 4) * step, 64):
+                simd.prefetch_far(ahead + place)
             a = b = c = d = simd.splat_f32(np.float32(0))
             for k in range(0, whole, 16):
                 v, at = simd.load_f32(query + 4 * k), bytes_each * k
-                if at % 64 == 0:
-                    simd.prefetch_far(r0 + at + dot.AHEAD)
-                    simd.prefetch_far(r1 + at + dot.AHEAD)
-                    simd.prefetch_far(r2 + at + dot.AHEAD)
-                    simd.prefetch_far(r3 + at + dot.AHEAD)
                 a, b = simd.fma(load(r0 + at), v, a), simd.fma(load(r1 + at), v, b)
                 c, d = simd.fma(load(r2 + at), v, c), simd.fma(load(r3 + at), v, d)
             s0, s1, s2, s3 = simd.sum_f32(a), simd.sum_f32(b), simd.sum_f32(c), simd.sum_f32(d)
@@ -75,16 +72,18 @@ def _scoring(load: Any, kind: int, bytes_each: int) -> Any:
 
 def _mixing(load: Any, kind: int, bytes_each: int) -> Any:
     @njit(**OPTIONS)
-    def mix(value, width, scores, count, to, factor):
+    def mix(value, width, scores, count, to, factor, ahead, step):
         p, line, c = f32s(scores), bytes_each * width, 0
         kept = simd.splat_f32(factor)
         while c + 64 <= width:
             at = to + 4 * c
             a, b = simd.mul(simd.load_f32(at), kept), simd.mul(simd.load_f32(at + 64), kept)
             d, e = simd.mul(simd.load_f32(at + 128), kept), simd.mul(simd.load_f32(at + 192), kept)
-            row = value + bytes_each * c
+            row, once = value + bytes_each * c, step if c == 0 else 0
             for t in range(count):
                 w = simd.splat_f32(p[t])
+                for place in range(t * once, (t + 1) * once, 64):
+                    simd.prefetch_far(ahead + place)
                 a, b = simd.fma(load(row), w, a), simd.fma(load(row + 16 * bytes_each), w, b)
                 d, e = simd.fma(load(row + 32 * bytes_each), w, d), simd.fma(load(row + 48 * bytes_each), w, e)
                 row += line
@@ -122,29 +121,32 @@ def bytes_of(kind):
 
 
 @njit(**OPTIONS)
-def score(kind, query, key, scores, count, width):
-    """The products of a query with ``count`` keys of ``width`` numbers."""
+def score(kind, query, key, scores, count, width, ahead, step):
+    """The products of a query with ``count`` keys of ``width`` numbers.
+
+    With each key the ``step`` bytes that belong to it are prefetched from ``ahead`` on.
+    """
     if kind == F32:
-        _score_f32(query, key, scores, count, width)
+        _score_f32(query, key, scores, count, width, ahead, step)
     elif kind == I8:
-        _score_i8(query, key, scores, count, width)
+        _score_i8(query, key, scores, count, width, ahead, step)
     elif kind == F16:
-        _score_f16(query, key, scores, count, width)
+        _score_f16(query, key, scores, count, width, ahead, step)
     else:
-        _score_bf16(query, key, scores, count, width)
+        _score_bf16(query, key, scores, count, width, ahead, step)
 
 
 @njit(**OPTIONS)
-def mix(kind, value, width, scores, count, to, factor):
-    """``to = factor * to + scores @ value`` for ``count`` rows of values of ``width`` numbers."""
+def mix(kind, value, width, scores, count, to, factor, ahead, step):
+    """``to = factor * to + scores @ value`` for ``count`` rows of values of ``width`` numbers; prefetches as ``score`` does."""
     if kind == F32:
-        _mix_f32(value, width, scores, count, to, factor)
+        _mix_f32(value, width, scores, count, to, factor, ahead, step)
     elif kind == I8:
-        _mix_i8(value, width, scores, count, to, factor)
+        _mix_i8(value, width, scores, count, to, factor, ahead, step)
     elif kind == F16:
-        _mix_f16(value, width, scores, count, to, factor)
+        _mix_f16(value, width, scores, count, to, factor, ahead, step)
     else:
-        _mix_bf16(value, width, scores, count, to, factor)
+        _mix_bf16(value, width, scores, count, to, factor, ahead, step)
 
 
 @njit(**OPTIONS)
