@@ -152,7 +152,7 @@ class TorchState:
         count = inputs["input_ids"].shape[1]
         if self._grows and used + count > self._room:
             self._grow(used, count)
-        if held.records:
+        if held.records and used:  # the first token looks like its mask
             results = self._recorded(stage, held, inputs, used)
         else:
             tensors = {name: tensor_of(array).to(self._device) for name, array in inputs.items()}
@@ -181,7 +181,8 @@ class TorchState:
         tensors = {name: tensor_of(array) for name, array in inputs.items()}
         recording = Recording(held, tensors, self._tensors, used)
         self._recordings[stage] = shapes, recording
-        return recording.results
+        results, recording.results = recording.results, {}
+        return results
 
     def let_go(self) -> None:
         """Leave what has been recorded to whoever takes the next step of its kind; buffers may move now."""

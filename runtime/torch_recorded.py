@@ -12,6 +12,7 @@ import ctypes
 import operator
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,7 @@ class Recording:
         self._constant: set[fx.Node] = set()  # weights, and what is made of weights alone
         self._copies: dict[fx.Node, list[Array]] = {}
         self._written: set[int] = set()  # the memory of results of frames
+        self._frames_by: dict[fx.Node, int] = {}  # how many frames write the result of a node
         self._touched: dict[int, list[fx.Node]] = {}  # who reads or writes the memory of a slot, in order
         self._room = max(_LEAST_ROOM, 2 * (used + 1))
         moving = moving_slots(held)
@@ -132,7 +134,9 @@ class Recording:
             for node in held.native.nodes:
                 if node.op not in ("placeholder", "output"):
                     self._record(node)
+        self._names = held.outputs
         self._finish(held.native.output_node())
+        del self._held  # which keeps recordings for sessions to come
 
     def _grow(self, name: str, tensor: torch.Tensor) -> Growing:
         """An input with an entry for each token: in memory of our own, with room for more."""
@@ -171,7 +175,8 @@ class Recording:
         level = max((self._level[source] + (source in self._native) for source in sources), default=0)
         if node.target in (write, write_front, append):
             level = max([level, *(self._level[other] + (other in self._native) for other in self._earlier(node))])
-        self.portable = self.portable and not self._slots_of(node)
+        grown = any(isinstance(self._env[source], Growing) for source in sources)  # whose shape may have been ambiguous
+        self.portable = self.portable and not grown and not self._slots_of(node)
         self._at(level).nodes.append(node)
         self._env[node], self._level[node] = Changing(result), level
         self._note(node)
@@ -234,6 +239,13 @@ class Recording:
                 found.add(memory)
         return found
 
+    def _memories_of(self, value: Any) -> list[int]:
+        """What a value that stays where it is lies in."""
+        if isinstance(value, Growing):
+            return [self._memory_of(value.memory)]
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        return [self._memory_of(part) for part in parts if isinstance(part, torch.Tensor)]
+
     def _memory_of(self, value: Any) -> int:
         tensor = value.buffer if isinstance(value, Front) else value.value if isinstance(value, Changing) else value
         return tensor.untyped_storage().data_ptr() if isinstance(tensor, torch.Tensor) else 0
@@ -262,6 +274,10 @@ class Recording:
         if made is None:
             return []
         frames, result = [*copies, *made[0]], made[1]
+        self._frames_by[node] = len(made[0])
+        writes = node.target in (append, write, write_front)
+        if writes and self._memory_of(args[1]) in self._slot_memory:
+            self.portable = False  # from one slot to another
         if not all(frame.of_slots for frame in made[0]) and self._slots_of(node):
             self.portable = False
         if isinstance(result, torch.Tensor):
@@ -351,13 +367,13 @@ class Recording:
         where = {word: place for place, word in enumerate(self._moving.tolist())}
         self._of_slots = [self._of_slot(start + word.word, where, word) for start, frame in placed for word in frame.of_slots]
         for start, frame in placed:
+            frame.of_slots.clear()  # they would keep the buffers
             for word, changing in frame.changing:
                 changing.words.append(start + word)
         for frame in frames:
             for _, changing in frame.changing:
                 changing.index = np.array(changing.words, np.int64)
-        kept = (*self._own.values(), *self._growing.values(), *self._held.weights)
-        self._kept = self._written | {tensor.untyped_storage().data_ptr() for tensor in kept}
+        self._kept = self._written | {memory for value in self._env.values() for memory in self._memories_of(value)}
         self._place = np.zeros(1, np.int64)
         self._failed_at = self._place.ctypes.data
         self._steps_at, self._step_bytes = self._steps.ctypes.data, self._steps.strides[0]
@@ -368,7 +384,7 @@ class Recording:
         self.portable = self.portable and not any(
             self._memory_of(self._env[node]) in self._slot_memory for node in self._outputs
         )
-        self.results = dict(zip(self._held.outputs, [self._result(node) for node in self._outputs], strict=True))
+        self.results = dict(zip(self._names, [self._result(node) for node in self._outputs], strict=True))
         self._python = [self._code(stretch.nodes) if stretch.nodes else None for stretch in self._stretches]
         self._given_away = self._direct()
         counts = np.cumsum([0, *(len(stretch.frames) for stretch in self._stretches)])
@@ -404,33 +420,33 @@ class Recording:
             if array.shape == shape and sys.getrefcount(array) == _UNREAD:
                 return array
         made = np.empty(shape, array_of(like).dtype)
+        known[:] = [array for array in known if array.shape == shape]
         if len(known) < _KEPT:
             known.append(made)
         return made
 
     def _direct(self) -> list[tuple[str, fx.Node, int]]:
-        """Outputs that one frame writes and nothing reads, and the word of that frame: it can write to the caller's memory."""
+        """Outputs that one frame writes and nothing else reads, and its word that says where: the caller's memory may be."""
         found, read = [], {node for code in self._python if code is not None for node in code.reads}
-        for name, node in zip(self._held.outputs, self._outputs, strict=True):
+        for name, node in zip(self._names, self._outputs, strict=True):
             value = self._env[node]
-            if not isinstance(value, torch.Tensor) or not value.is_contiguous() or self._outputs.count(node) > 1:
-                continue
-            words = np.flatnonzero(self._words == value.data_ptr())
-            whole = value.untyped_storage().nbytes() == value.nbytes and value.untyped_storage().data_ptr() in self._written
-            if whole and len(words) == 1 and words[0] not in self._moving and node not in read and self._sole(node):
-                found.append((name, node, int(words[0])))
+            if isinstance(value, torch.Tensor) and self._outputs.count(node) == 1 and self._has_one_frame(node, read):
+                words = np.flatnonzero(self._words == value.data_ptr())
+                whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+                if whole and len(words) == 1 and words[0] not in self._moving:
+                    found.append((name, node, int(words[0])))
         return found
 
-    def _sole(self, node: fx.Node) -> bool:
-        """Whether nothing but the output reads a result, or what it is a view of."""
-        while True:
-            if len(node.users) > 1:
+    def _has_one_frame(self, node: fx.Node, read: set[fx.Node]) -> bool:
+        """Whether one frame writes a result, or what it is a view of, and nothing else reads that."""
+        while len(node.users) == 1 and node not in read:
+            if node in self._frames_by:
+                return self._frames_by[node] == 1
+            sources = [source for source in node.all_input_nodes if self._memory_of(self._env[source])]
+            if len(sources) != 1 or self._memory_of(self._env[sources[0]]) != self._memory_of(self._env[node]):
                 return False
-            value, sources = self._env[node], [s for s in node.all_input_nodes if isinstance(self._env[s], torch.Tensor)]
-            same = [s for s in sources if self._memory_of(self._env[s]) == self._memory_of(value)]
-            if not same:
-                return True
-            (node,) = same[:1]
+            (node,) = sources
+        return False
 
     def _code(self, nodes: Sequence[fx.Node]) -> _Code:
         """Python code for nodes of one stretch."""
@@ -477,7 +493,7 @@ class Recording:
                 error = run(steps + size * start, stop - start, threads, self._failed_at)
                 if error:
                     self._frames[start + int(self._place[0])].failed(error)
-            for name, node in zip(self._held.outputs, self._outputs, strict=True):
+            for name, node in zip(self._names, self._outputs, strict=True):
                 if name not in results:
                     results[name] = self._result(node)
         return results
@@ -501,7 +517,8 @@ class Recording:
         self._env |= dict.fromkeys(self._slots.values())
         self._env |= {node: None for node, value in self._env.items() if isinstance(value, Front)}
         self._env |= dict.fromkeys(self._views)
-        self.results = {}
+        for node in self._given.values():
+            self._env[node].value = torch.empty_like(self._env[node].value, device="meta")
 
     def _update(self, changing: Changing, value: Any) -> None:
         """Put a new value, and where it is, into the place of the old one."""
@@ -564,7 +581,7 @@ def _references() -> int:
     raise AssertionError
 
 
-_UNREAD = _references()
+_UNREAD = min(_references(), 3)  # a debugger may hold one more
 
 
 def moving_slots(held: HeldGraph) -> set[str]:
@@ -585,7 +602,7 @@ def shapes_of(held: HeldGraph, inputs: Mapping[str, Array], slots: Mapping[str, 
     buffers = [
         (n, *(size for axis, size in enumerate(t.shape) if axis != TOKENS or n not in appended)) for n, t in slots.items()
     ]
-    return tuple(shapes), tuple(buffers), torch.get_num_threads()
+    return tuple(shapes), tuple(buffers)
 
 
 class Recordings:
@@ -594,19 +611,21 @@ class Recordings:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[tuple[Any, ...], list[Recording]] = {}
+        #: Given back, perhaps by a finalizer in the middle of anything: nothing is locked for it.
+        self._returned: deque[tuple[tuple[Any, ...], Recording]] = deque(maxlen=_SPARE)
 
     def take(self, shapes: tuple[Any, ...]) -> Recording | None:
         with self._lock:
+            while self._returned:
+                of, recording = self._returned.popleft()
+                self._known[of] = [*self._known.pop(of, []), recording][-_SPARE:]  # the newest shapes last
+            while len(self._known) > _SPARE:
+                del self._known[next(iter(self._known))]
             found = self._known.get(shapes)
             return found.pop() if found else None
 
     def give(self, shapes: tuple[Any, ...], recording: Recording) -> None:
         """Keep a recording for the next session."""
-        if not recording.portable:
-            return
-        recording.let_go()
-        with self._lock:
-            kept = self._known.pop(shapes, [])
-            self._known[shapes] = [*kept, recording][-_SPARE:]  # the newest shapes last
-            while len(self._known) > _SPARE:
-                del self._known[next(iter(self._known))]
+        if recording.portable:
+            recording.let_go()
+            self._returned.append((shapes, recording))

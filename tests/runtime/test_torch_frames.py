@@ -82,6 +82,13 @@ def test_each(function: Callable[..., torch.Tensor], ulps: int) -> None:
         torch.testing.assert_close(run(function, columns), function(columns), rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+def test_one_number_for_many() -> None:
+    """An operand that is expanded has fewer numbers than it shows."""
+    gate = x(1, 4, 1).expand(1, 4, 8)
+    assert run(aten.sigmoid.default, gate) is None
+    torch.testing.assert_close(run(torch.mul, gate, x(1, 4, 8)), gate * x(1, 4, 8))
+
+
 def test_powers() -> None:
     a = x(3, 5)
     torch.testing.assert_close(run(torch.pow, a, 3.0), a**3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,6 +197,99 @@ def test_outputs_that_are_inputs_belong_to_the_caller() -> None:
     first = recording.results
     second = recording({"input_ids": np.array([[5]])}, {}, 8)
     assert (first["x"].item(), second["x"].item(), second["y"].item()) == (3, 5, 10)
+
+
+def recorded(build: Callable[[fx.Graph, fx.Node], tuple[fx.Node, ...]], given: torch.Tensor, used: int = 7) -> Recording:
+    """A recording of a graph with the input ``input_ids``, by what ``build`` makes its outputs."""
+    native = fx.Graph()
+    x, _ = native.placeholder("input_ids"), native.placeholder("used")
+    outputs = build(native, x)
+    native.output(outputs)
+    held = SimpleNamespace(
+        native=native, root=torch.nn.Module(), weights=(), inputs=["input_ids"], outputs=[str(i) for i in range(len(outputs))],
+        slots={}, defaults={},
+    )  # fmt: skip
+    return Recording(held, {"input_ids": given}, {}, used)  # type: ignore[arg-type]
+
+
+def test_outputs_of_several_frames() -> None:
+    """Pieces of one result are written by frames of their own: no other memory is handed to one of them."""
+
+    def build(graph: fx.Graph, x: fx.Node) -> tuple[fx.Node, ...]:
+        pieces = [graph.call_function(torch.mul, (x, factor)) for factor in (2.0, 3.0)]
+        return (graph.call_function(torch.cat, (pieces, -1)), graph.call_function(torch.mul, (x, 5.0)))
+
+    recording = recorded(build, torch.tensor([[1.0, 2.0]]))
+    for value in (3.0, 4.0, 5.0):
+        results = recording({"input_ids": np.array([[value, 1.0]], np.float32)}, {}, 8)
+        assert results["0"].tolist() == [[2 * value, 2.0, 3 * value, 3.0]]
+        assert results["1"].tolist() == [[5 * value, 5.0]]
+
+
+def test_what_stays_is_not_handed_out() -> None:
+    """Masks as far as they are converted, and numbers that never change, are copies: callers may write into them."""
+
+    def build(graph: fx.Graph, x: fx.Node) -> tuple[fx.Node, ...]:
+        mask = graph.call_function(torch.ops.aten._to_copy.default, (x,), {"dtype": torch.bool})
+        return mask, graph.call_function(torch.ops.aten.arange.default, (4,))
+
+    recording = recorded(build, torch.ones(2, 8, dtype=torch.int64))
+    first = recording({"input_ids": np.ones((2, 9), np.int64)}, {}, 8)
+    kept = first["0"].clone()
+    first["1"][:] = 7
+    second = recording({"input_ids": np.zeros((2, 10), np.int64)}, {}, 9)
+    assert torch.equal(first["0"], kept)
+    assert not second["0"].any()
+    assert second["1"].tolist() == [0, 1, 2, 3]
+
+
+def test_buffers_are_let_go_from_the_first_step_on() -> None:
+    """Those of the step that was recorded, too."""
+    made = compiled("qwen3", "kv_cache{}", True)
+    session = made.session()
+    session.feed(TOKENS[:1, :4])
+    session.feed(TOKENS[:1, 4:5])
+    buffer = weakref.ref(session._state._tensors["past_key_values.0.key"])  # type: ignore[attr-defined]
+    recording = recording_of(session)
+    del session
+    gc.collect()
+    assert recording.portable
+    assert buffer() is None
+    later = made.session()
+    same(converse(later), converse(compiled("qwen3", "kv_cache{}", False).session()))
+    assert recording_of(later) is recording
+
+
+def test_sessions_of_several_threads() -> None:
+    """Each thread's sessions take and give recordings, one after the other and beside each other."""
+    made = compiled("llama", CASES[0][1], True)
+    expected = converse(made.session(), 5, 6)
+
+    def many(_: int) -> bool:
+        for _ in range(6):
+            same(converse(made.session(), 5, 6), expected)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(4)))
+
+
+def test_another_number_of_threads() -> None:
+    made = compiled("llama", CASES[0][1], True)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3, 2):
+            torch.set_num_threads(threads)
+            session = made.session()
+            found.append(converse(session, 5, 6))
+            torch.set_num_threads(4 - threads)
+            session.feed(TOKENS[:1, :1])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(np.abs(b).max()))
 
 
 def test_slots_that_python_reads_are_recorded_for_each_session() -> None:

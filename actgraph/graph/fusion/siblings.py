@@ -29,6 +29,9 @@ def merge_siblings(rewriter: Rewriter) -> None:
             weight, scale = operands[_WEIGHT], operands[_SCALE]
             plain = operands[_ZERO] is None and operands[_KEPT] is None
             stored = all(operand is None or operand.is_parameter for operand in (weight, scale, operands[_BIAS]))
+            one = scale is not None and scale.shape is not None and all(size == 1 for size in scale.shape)
+            if one and node.attributes.get("block_size", 0):
+                continue
             if weight is None or not plain or not stored or node.attributes.get("keep", "none") == "none":
                 continue
             same = (operands[_X], operands[_THRESHOLDS], operands[_INDICES], weight.dtype, scale is None)
@@ -50,7 +53,7 @@ def _merge(rewriter: Rewriter, nodes: Sequence[Node]) -> None:
     operands[_WEIGHT] = editor.add_parameter(name, _joined([_data(node, _WEIGHT) for node in nodes]))
     if scales[0] is not None:
         operands[_SCALE] = editor.add_parameter(f"{name}_scale", _joined(scales))
-    biases = [_data(node, _BIAS) for node in nodes]
+    biases = [bias if bias is None else bias.reshape(-1) for bias in (_data(node, _BIAS) for node in nodes)]
     known = next((bias for bias in biases if bias is not None), None)
     if known is not None:
         filled = [np.zeros(size, known.dtype) if b is None else b for b, size in zip(biases, sizes, strict=True)]
@@ -77,9 +80,7 @@ def _data(node: Node, place: int) -> Array | None:
 def _scale(node: Node, outputs: int) -> Array | None:
     """The scales of a linear, one for each output (and group)."""
     scale = _data(node, _SCALE)
-    if scale is None or (scale.size == 1 and node.attributes.get("block_size", 0)):
-        return scale
-    return np.broadcast_to(scale.reshape(-1), (outputs,)) if scale.size == 1 else scale
+    return scale if scale is None or scale.size > 1 else np.broadcast_to(scale.reshape(-1), (outputs,))
 
 
 def _joined(arrays: Sequence[Array | None]) -> Array:

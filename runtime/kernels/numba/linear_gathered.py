@@ -87,27 +87,28 @@ def _list_at(frame, part):
 
 @njit(**OPTIONS)
 def _sum_bytes(outputs):
-    """Of a part: integer sums of a tile, and float sums of all columns."""
-    return 8 * TILE + (outputs + 127) // 128 * 512
+    """Of the float sums of all columns."""
+    return (outputs + 127) // 128 * 512
 
 
 @njit(**OPTIONS)
-def _sums_at(frame, part):
+def _tile_at(frame, part):
+    """The integer sums of a tile, of a part."""
     lists = _list_bytes(inputs_of(frame)) + parts(frame) * _list_bytes(0)
-    return gated_at(frame, rows(frame, 0)) + lists + part * _sum_bytes(outputs_of(frame))
+    return gated_at(frame, rows(frame, 0)) + lists + part * 8 * TILE
 
 
 @njit(**OPTIONS)
-def _part_at(frame, part):
-    """The float sums of a part."""
-    return _sums_at(frame, part) + 8 * TILE
+def _sums_of(frame, token, part):
+    """The float sums of a part for a token, [N]."""
+    return _tile_at(frame, parts(frame)) + (token * parts(frame) + part) * _sum_bytes(outputs_of(frame))
 
 
 @njit(**OPTIONS)
 def in_out_bytes(tokens, inputs, outputs, nparts):
     """Scratch memory of a linear of these sizes."""
-    lists = _list_bytes(inputs) + nparts * _list_bytes(0)
-    return 1024 + lists + tokens * (TOKEN + padded(inputs) * 4 + nparts * _sum_bytes(outputs))
+    own = _list_bytes(inputs) + nparts * (_list_bytes(0) + 8 * TILE)
+    return 1024 + own + tokens * (TOKEN + padded(inputs) * 4 + nparts * _sum_bytes(outputs))
 
 
 @njit(**OPTIONS)
@@ -182,12 +183,6 @@ def _list_quads(at, room, h, start, stop, block, step):
             highs[count] = lows[count] = np.int8(0)
             count += 1
     starts[2 * group] = count // 4
-
-
-@njit(**OPTIONS)
-def _sums_of(frame, token, part):
-    """The float sums of a part for a token, [N]."""
-    return _part_at(frame, token * i64s(frame)[1] + part)
 
 
 @njit(**OPTIONS)
@@ -275,7 +270,7 @@ def code_main(kind: int, packed: int) -> Any:
     @njit(**OPTIONS)
     def main(frame, part, nparts):
         outputs, weight, at, block = outputs_of(frame), address(frame, WEIGHT), _list_at(frame, part), group_of(frame)
-        whole, line, sums = outputs // chunk * chunk, outputs // codes_a_byte, _sums_at(frame, part)
+        whole, line, sums = outputs // chunk * chunk, outputs // codes_a_byte, _tile_at(frame, part)
         start, stop = _range(frame, part, nparts)
         room, groups, before = _room(stop - start), (stop - start + block - 1) // block, start // block
         wide = gather.tile_width(whole, chunk)
