@@ -25,7 +25,8 @@ from actgraph.runtime.torch_device import Placed
 from actgraph.runtime.torch_kernels import register_torch_kernels
 from actgraph.runtime.torch_lowering import Lowering
 from actgraph.runtime.torch_packed import Packed
-from actgraph.runtime.torch_recorded import Recording, Recordings, Reshaped, shapes_of
+from actgraph.runtime.torch_recorded import Recording, Reshaped
+from actgraph.runtime.torch_recordings import Recordings, shapes_of
 
 
 class HeldGraph:
