@@ -150,6 +150,38 @@ def test_dropped_rows_are_not_read(kind: str) -> None:
         check(call(LINEAR, operands, form | keep, threads), want, sound, form)
 
 
+@pytest.mark.parametrize("zero", ["uint8", "int8", "int32"])
+@pytest.mark.parametrize("kind", ["i8", "u8", "i4", "u4"])
+def test_zero_points_of_their_own_in_weights_stored_by_inputs(kind: str, zero: str) -> None:
+    """For each output, and for each output of a group: few rows of a group go another way than many, and x may lie off 0."""
+    for block in (0, 32, 128, 256):
+        operands, form = drawn(kind, "in_out", (2, 512, 300), block)
+        x, _, scale = operands[:3]
+        assert x is not None and scale is not None
+        x += 0.5
+        operands[3] = np.random.default_rng(2).integers(0, 16, scale.shape).astype(zero)
+        for keep in ({}, {"keep": "abs>", "threshold": 0.9}):
+            want = reference(OP, operands, OP.complete(form | keep))
+            for threads in THREADS:
+                check(call(LINEAR, operands, form | keep, threads), want, operands, form)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "f8e5m2"])
+def test_infinite_weights(kind: str) -> None:
+    """A kept input brings infinity to its outputs, whatever the number of inputs that are kept, and NaN to none of them."""
+    for count in range(1, 10):
+        operands, form = drawn(kind, "in_out", (1, 64, 100))
+        x, weight = operands[:2]
+        assert x is not None and weight is not None
+        x[0, count:] = 0.0
+        x[0, :count] = 1.0
+        weight[:count, 7] = np.inf
+        want = reference(OP, operands, OP.complete(form | {"keep": "abs>", "threshold": 0.1}))
+        assert want[0, 7] == np.inf and np.isfinite(np.delete(want[0], 7)).all()
+        for threads in THREADS:
+            check(call(LINEAR, operands, form | {"keep": "abs>", "threshold": 0.1}, threads), want, operands, form)
+
+
 @pytest.mark.parametrize("kind", ["f32", "f8e4m3", "i8", "i4"])
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 def test_kept_outputs(kind: str, layout: str) -> None:

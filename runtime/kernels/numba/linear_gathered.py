@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from actgraph.runtime.kernels.numba import gates, gather
+from actgraph.runtime.kernels.numba import gates, gather, simd
 from actgraph.runtime.kernels.numba.codes import code, inverse_of, low_byte, step_of
-from actgraph.runtime.kernels.numba.frame import address, elements, integer, number, parts, rows, share
-from actgraph.runtime.kernels.numba.gather import TILE
+from actgraph.runtime.kernels.numba.frame import address, element_type, elements, integer, number, parts, rows, share
+from actgraph.runtime.kernels.numba.gather import FEW, TILE
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, Stage
 from actgraph.runtime.kernels.numba.linear import (
     BIAS,
@@ -92,10 +92,16 @@ def _sum_bytes(outputs):
 
 
 @njit(**OPTIONS)
+def _tile_bytes(outputs):
+    """Of a part: the integer sums of a tile, a cursor, and what zero points add to the columns."""
+    return 8 * TILE + 64 + _sum_bytes(outputs)
+
+
+@njit(**OPTIONS)
 def _tile_at(frame, part):
-    """The integer sums of a tile, of a part."""
+    """The integer sums of a part, and what follows them."""
     lists = _list_bytes(inputs_of(frame)) + parts(frame) * _list_bytes(0)
-    return gated_at(frame, rows(frame, 0)) + lists + part * 8 * TILE
+    return gated_at(frame, rows(frame, 0)) + lists + part * _tile_bytes(outputs_of(frame))
 
 
 @njit(**OPTIONS)
@@ -107,7 +113,7 @@ def _sums_of(frame, token, part):
 @njit(**OPTIONS)
 def in_out_bytes(tokens, inputs, outputs, nparts):
     """Scratch memory of a linear of these sizes."""
-    own = _list_bytes(inputs) + nparts * (_list_bytes(0) + 8 * TILE)
+    own = _list_bytes(inputs) + nparts * (_list_bytes(0) + _tile_bytes(outputs))
     return 1024 + own + tokens * (TOKEN + padded(inputs) * 4 + nparts * _sum_bytes(outputs))
 
 
@@ -158,9 +164,10 @@ def _list_values(at, room, h, start, stop):
 
 
 @njit(**OPTIONS)
-def _list_quads(at, room, h, start, stop, block, step):
-    """The kept inputs from ``start`` to ``stop`` in quads, group by group: 0 in the places that are left over.
+def _list_quads(at, room, h, start, stop, block, step, line):
+    """The rows, of ``line`` bytes, of the kept inputs from ``start`` to ``stop`` in quads, group by group, and their codes.
 
+    Places that are left over in a quad have a row that is there, and codes of 0.
     Behind the lists: for each group its first quad, and the sum of its codes; then how many quads there are.
     """
     h, inverse, count, group = f32s(h), inverse_of(step), 0, 0
@@ -176,6 +183,7 @@ def _list_quads(at, room, h, start, stop, block, step):
             total += np.int64(value)
             highs[j] = np.int8((value - rest) >> np.int32(8))
             lows[j] = np.int8(rest)
+            places[j] *= line
         starts[2 * group], starts[2 * group + 1] = first // 4, total
         group += 1
         while count & 3 != 0:
@@ -262,45 +270,74 @@ def float_main(load: Any, kind: int, width: int) -> Any:
     return main
 
 
+@njit(**OPTIONS)
+def _write_offsets(frame, to, index, count, middle, total):
+    """What the zero points of ``count`` columns from ``index`` on, less ``middle``, add to sums of codes."""
+    out, zero, kind, factor = f32s(to), address(frame, ZERO), element_type(frame, ZERO), np.float32(total)
+    for n in range(count):
+        out[n] = np.float32(code_at(zero, kind, 0, index + n) - middle) * factor
+
+
 def code_main(kind: int, packed: int) -> Any:
     flip, halves = (packed == PACKED_I4) if packed else kind == I8, bool(packed)
-    offset, codes_a_byte = (8 if packed else 128) if flip else 0, 2 if packed else 1
-    add, take, chunk = gather.add_codes(flip, halves), gather.take_sums(halves), 64 * codes_a_byte
+    flipped, codes_a_byte = (8 if packed else 128) if flip else 0, 2 if packed else 1
+    centre = 0 if flip else 8 if packed else 128
+    add_few, add_many, take = gather.code_sums(flip, halves)
+    chunk = 64 * codes_a_byte
 
     @njit(**OPTIONS)
     def main(frame, part, nparts):
         outputs, weight, at, block = outputs_of(frame), address(frame, WEIGHT), _list_at(frame, part), group_of(frame)
         whole, line, sums = outputs // chunk * chunk, outputs // codes_a_byte, _tile_at(frame, part)
+        cursor = sums + 8 * TILE
+        offsets = cursor + 64
         start, stop = _range(frame, part, nparts)
         room, groups, before = _room(stop - start), (stop - start + block - 1) // block, start // block
-        wide = gather.tile_width(whole, chunk)
-        one_zero, single = address(frame, ZERO) == 0 or elements(frame, ZERO) == 1, elements(frame, SCALE) == 1
-        scales, zero = 0 if single else address(frame, SCALE), zero_at(frame, 0) + offset
+        grouped = integer(frame, TENSORS, BLOCK) > 0
+        wide = max(whole, chunk) if grouped and block <= 4 * FEW else gather.tile_width(whole, chunk)
+        scales, single = 0 if elements(frame, SCALE) == 1 else address(frame, SCALE), scale_at(frame, 0)
         starts, highs, lows = i64s(at + room * 16), at + room * 8, at + room * 12
+        many_zeros = address(frame, ZERO) != 0 and elements(frame, ZERO) > 1
+        middle = centre if many_zeros else zero_at(frame, 0)
+        for place in range(min(wide, TILE)):
+            i32s(sums)[place] = i32s(sums)[TILE + place] = 0
         for token in range(rows(frame, 0)):
             h, y = _gated(frame, token, start, stop), _sums_of(frame, token, part)
             step = step_of(h + 4 * start, stop - start)
             _clear(y, outputs)
-            if step != step or not one_zero:
+            if step != step:
                 _plain(frame, kind, packed, h, start, stop, 0, outputs, y)
                 continue
-            _list_quads(at, room, h, start, stop, block, step)
+            _list_quads(at, room, h, start, stop, block, step, line)
+            final = starts[2 * groups]
             for tile in range(0, whole, wide):
                 end = min(tile + wide, whole)
-                for place in range(2 * TILE):
-                    i32s(sums)[place] = 0
+                left, right = tile // codes_a_byte, end // codes_a_byte
+                gather.set_cursor(cursor, weight, at, final, left, right)
+                for _ in range((gather.LEAD + (right - left) * 4 * gather.TOGETHER) // 256):
+                    gather.prefetch_on(cursor)
+                later = 8 * outputs if grouped and scales != 0 else 0
+                for place in range(tile, end if later > 0 else tile, 16):
+                    simd.prefetch_far(scales + 4 * (before * outputs + place))
+                    simd.prefetch_far(scales + 4 * ((before + 1) * outputs + place))
                 for group in range(groups):
                     first, total, last = starts[2 * group], starts[2 * group + 1], starts[2 * group + 2]
-                    if last > first:
-                        add(
-                            sums, weight, line, at, highs, lows, first, last, starts[2 * groups], tile // codes_a_byte,
-                            end // codes_a_byte,
+                    if last == first:
+                        continue
+                    own = tile + (before + group) * outputs if grouped else tile
+                    factors, to = scales + 4 * own if scales != 0 else 0, y + 4 * tile
+                    zeros, offset = 0, (middle + flipped) * total
+                    if many_zeros:
+                        zeros = offsets
+                        _write_offsets(frame, zeros, own, end - tile, middle, total)
+                    if last - first <= FEW:
+                        add_few(
+                            weight, at, highs, lows, first, last, cursor, left, right, to, step, offset, factors, single,
+                            zeros, later,
                         )  # fmt: skip
-                        own = tile + (before + group) * outputs if integer(frame, TENSORS, BLOCK) > 0 else tile
-                        take(
-                            sums, y + 4 * tile, end - tile, step, zero * total, scales + 4 * own if scales != 0 else 0,
-                            scale_at(frame, 0),
-                        )  # fmt: skip
+                    else:
+                        add_many(sums, weight, at, highs, lows, first, last, cursor, left, right)
+                        take(sums, end - tile, to, step, offset, factors, single, zeros)
             _plain(frame, kind, packed, h, start, stop, whole, outputs, y)  # columns that fill no vector
         return 0
 
