@@ -15,7 +15,13 @@ AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
 
 def with_kernel_ops(
-    graph: AnyGraph, *, norms: bool = False, dense: bool = True, small: bool = False, gates: bool = True
+    graph: AnyGraph,
+    *,
+    norms: bool = False,
+    dense: bool = True,
+    small: bool = False,
+    gates: bool = True,
+    few: bool | None = None,
 ) -> AnyGraph:
     """A copy of ``graph`` in the ops that have kernels.
 
@@ -24,11 +30,11 @@ def with_kernel_ops(
     faster. norms: norms and rotary embeddings too, for engines that have none. dense: large linears of single tokens at all.
     small: small ones as well, for engines that call kernels at next to no cost. gates: gates go into linears, whose kernels
     then skip what each token drops; not in graphs for prompts alone, whose tokens drop nearly nothing together (256 tokens
-    took 2 to 4 times as long).
+    took 2 to 4 times as long). few: whether its calls have few tokens; by default, whether it is a graph of single tokens.
     """
     twin: AnyGraph = graph.clone()  # type: ignore[assignment]
     tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)
-    single = tokens is not None and tokens.shape is not None and tokens.shape[-1] == 1
+    single = tokens is not None and tokens.shape is not None and tokens.shape[-1] == 1 if few is None else few
     whole = single and dense and gates
     fuse(twin, norms=norms, rotary=norms, feed_forwards=False, attentions=single, gates=gates, siblings=whole)
     if single and dense:

@@ -37,11 +37,16 @@ class HeldOnnx:
     fused: the graph with fused attentions, for calls without padding; ``None`` where ``why_plain`` has a reason.
     """
 
-    def __init__(self, graph: Graph, limit: int | None, *, kernels: bool = False, prompts: bool = False) -> None:
-        """limit: the tokens that a session can hold. kernels: run what has kernels with them. prompts: for no single tokens."""
+    def __init__(
+        self, graph: Graph, limit: int | None, *, kernels: bool = False, prompts: bool = False, few: bool | None = None
+    ) -> None:
+        """limit: the tokens that a session can hold. kernels: run what has kernels with them. prompts: for no single tokens.
+
+        few: see ``with_kernel_ops``.
+        """
         assert isinstance(graph, OnnxGraph)
         if kernels:
-            graph = with_kernel_ops(graph, gates=not prompts)
+            graph = with_kernel_ops(graph, gates=not prompts, few=few)
         self.graph, self._kernels = graph, kernels
         self.fused: Opened | None = None
         self.why_plain = ""

@@ -21,6 +21,7 @@ from actgraph.graph.graph import Array, Graph, Role, Value
 from actgraph.graph.program import Program
 from actgraph.graph.slots import Slot, slots_of, with_initial_slots
 from actgraph.runtime.native.library import available
+from actgraph.runtime.slotless import Slotless, slotless
 from actgraph.runtime.state import TOKENS, ExplicitState, State, without_slots
 from actgraph.runtime.tokens import FILLED, Tokens
 
@@ -58,8 +59,8 @@ def compile(
     lowering: how sessions keep slots: ``"held"`` in buffers of the engine, written in place; ``"explicit"`` as arrays that go
     in and come out of each call.
     prefixes: where prompts leave their keys and values for others that begin in the same way.
-    kernels: sessions with held slots run what has kernels of ours with them, where their library was built; else one line says
-    so. On the CPU, models without slots and explicit ones run without. require_kernels: an op of ours without a kernel is an
+    kernels: what has kernels of ours runs with them, where their library was built; else one line says so. With slots that are
+    explicit it runs without. require_kernels: an op of ours without a kernel is an
     error, and so is a model that runs without them.
     device: where the torch engines run: ``"cpu"``, ``"cuda"``, ``"cuda:1"``. Weights are copied there once; inputs and results
     are numpy arrays as ever. There the kernels are those written in Triton.
@@ -127,9 +128,9 @@ def _require_kernels(compiled: Compiled) -> None:
     if not compiled.kernels:
         raise UnsupportedError("the kernels' library was not built", "install actgraph where there is a C compiler")
     if compiled.claims is None:
-        reason = "no slots" if not compiled.slots else f"its slots are explicit ({compiled.why_explicit})"
         raise UnsupportedError(
-            f"{compiled.program.name} runs without kernels: {reason}", "sessions that hold a cache have them"
+            f"{compiled.program.name} runs without kernels: its slots are explicit ({compiled.why_explicit})",
+            "sessions that hold a cache have them",
         )
     for stage, claims in compiled.claims.items():
         for node, reason in claims.unclaimed.items():
@@ -224,8 +225,13 @@ class Compiled:
         with self._lock:
             if stage not in self._runners:
                 graph = self.program.graphs[stage]
-                self._runners[stage] = self._executor(graph).open(graph)
+                self._runners[stage] = slotless(graph) if self._calls_kernels else self._executor(graph).open(graph)
             return self._runners[stage]
+
+    @property
+    def _calls_kernels(self) -> bool:
+        """Whether calls without slots have kernels of the processor."""
+        return self.kernels and self._placed is None and not self.slots
 
     def _executor(self, graph: Graph) -> Executor:
         if self._placed is None:
@@ -238,7 +244,9 @@ class Compiled:
         """Open what sessions run; ``compile`` has done that. Afterwards ``lowering`` and ``why_explicit`` are final."""
         if self._held_graphs() is None:
             for stage in self.program.graphs:
-                self.runner(stage)
+                runner = self.runner(stage)
+                if isinstance(runner, Slotless):
+                    runner.open()
 
     @property
     def claims(self) -> dict[str, Claims] | None:
@@ -246,7 +254,7 @@ class Compiled:
         held = self._held_graphs()
         if held is not None:
             return {name: graph.claims for name, graph in held.items()}
-        if self._placed is None or not self.kernels:
+        if not self.kernels or (self._placed is None and self.slots):
             return None
         return {name: self.runner(name).claims for name in self.program.graphs}  # type: ignore[attr-defined]
 

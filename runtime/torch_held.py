@@ -41,16 +41,18 @@ class HeldGraph:
         kernels: bool = False,
         placed: Placed | None = None,
         prompts: bool = False,
+        few: bool | None = None,
     ) -> None:
         """packed: of the program. compile: through ``torch.compile``; the first calls then take a while.
 
-        kernels: run what has kernels with them. prompts: for no single tokens. placed: the weights of the program on the device
-        to run on, by default the CPU.
+        kernels: run what has kernels with them. prompts: for no single tokens. few: of a graph that nothing records, whether
+        its calls have few tokens. placed: the weights of the program on the device to run on, by default the CPU.
         """
         if kernels and placed is not None:  # whose own products and norms are as fast
             graph = with_kernel_ops(graph, dense=False, gates=not prompts)
         elif kernels:
-            graph = with_kernel_ops(graph, norms=not compile, small=not compile, gates=not prompts)  # whose own code is as fast
+            cheap = not compile and few is None  # calls of kernels: in recorded steps
+            graph = with_kernel_ops(graph, norms=cheap, small=cheap, gates=not prompts, few=few)
         if kernels and compile and placed is None:
             register_torch_kernels()
         lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), placed, kernels=kernels, compiled=compile)
@@ -66,7 +68,8 @@ class HeldGraph:
         module = fx.GraphModule(root, lowering.native) if placed is None else placed.module(lowering.native, root)
         self.call: Callable[..., Any] = module.forward
         self.native, self.root = lowering.native, root
-        one = isinstance(shape := graph.value("input_ids").shape, tuple) and shape[-1] == 1
+        tokens = next((value for value in graph.inputs() if value.name == "input_ids"), None)
+        one = tokens is not None and isinstance(tokens.shape, tuple) and tokens.shape[-1] == 1 and few is None
         #: Whether steps of one token are recorded (see ``torch_recorded``).
         self.records = one and placed is None and not compile and bool(self.claims.claimed)
         self.recordings = Recordings()

@@ -141,7 +141,7 @@ def _opened(program: Program, engine: str) -> Compiled:
 
     compiled = ag.compile(program, engine)
     compiled.session()
-    if compiled.lowering == "explicit" or not compiled.slots:
+    if compiled.lowering == "explicit":
         for stage in compiled.program.graphs:
             compiled.runner(stage)
     return compiled

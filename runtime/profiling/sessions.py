@@ -14,6 +14,7 @@ from actgraph.graph.graph import Array
 from actgraph.graph.slots import with_initial_slots
 from actgraph.runtime.profiling.profile import Profile
 from actgraph.runtime.profiling.record import Recorder
+from actgraph.runtime.slotless import Slotless
 from actgraph.runtime.state import ExplicitState, without_slots
 
 if TYPE_CHECKING:
@@ -115,24 +116,27 @@ class Probe:
     def _twins(self) -> dict[str, Any] | None:
         held = self.compiled._held_graphs()
         if self._held is None and held is not None:
-            if self.compiled.graph.dialect == "fx":
-                from actgraph.runtime.profiling.torch_nodes import timed_held
-
-                self._held = {stage: timed_held(stage, graph, self.recorder) for stage, graph in held.items()}
-            else:
-                limit = self.compiled.capacity
-                self._held = {stage: self._onnxruntime.held(stage, graph, limit) for stage, graph in held.items()}
+            self._held = {stage: self._timed(stage, graph) for stage, graph in held.items()}
         return self._held
+
+    def _timed(self, stage: str, held: Any) -> Any:
+        if self.compiled.graph.dialect == "fx":
+            from actgraph.runtime.profiling.torch_nodes import timed_held
+
+            return timed_held(stage, held, self.recorder)
+        return self._onnxruntime.held(stage, held, self.compiled.capacity)
 
     def _runner(self, stage: str) -> Any:
         if stage not in self._runners:
-            graph = self.compiled.program.graphs[stage]
-            if graph.dialect == "fx":
+            graph, runner = self.compiled.program.graphs[stage], self.compiled.runner(stage)
+            if isinstance(runner, Slotless):
+                self._runners[stage] = runner.wrapped(lambda held: self._timed(stage, held))
+            elif graph.dialect == "fx":
                 from actgraph.graph.fx import FxGraph
                 from actgraph.runtime.profiling.torch_nodes import timed_runner
 
                 assert isinstance(graph, FxGraph)
-                self._runners[stage] = timed_runner(stage, graph, self.compiled.runner(stage), self.recorder)
+                self._runners[stage] = timed_runner(stage, graph, runner, self.recorder)
             else:
                 self._runners[stage] = self._onnxruntime.runner(stage, graph)
         return self._runners[stage]

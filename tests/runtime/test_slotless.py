@@ -1,0 +1,173 @@
+"""Models without slots: calls of few tokens and of many, by kernels; results are those without."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import actgraph as ag
+from actgraph.errors import InputError
+from actgraph.graph.graph import Array, Graph
+from actgraph.runtime.native.library import available
+from actgraph.runtime.slotless import FEW, Slotless
+
+pytestmark = pytest.mark.skipif(not available(), reason="the kernels' library was not built: there is no C compiler")
+
+both_engines = pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+PIPELINES = {
+    "sparsify{method=teal sparsity=0.5}": 1e-5,
+    "quantize{weights=int8}": 2e-4,
+    "sparsify{method=teal sparsity=0.5}, quantize{weights=int4 group_size=32}": 2e-4,
+}
+
+
+class TwoLayers(torch.nn.Module):
+    """x -> x + down(relu(up(x))), with weights that kernels are worth their call for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+def drawn(*shape: int) -> Array:
+    return np.random.default_rng(len(shape) + shape[0]).standard_normal((*shape, 256)).astype(np.float32)
+
+
+@functools.cache
+def source(*dynamic: str | None) -> ag.FxGraph:
+    torch.manual_seed(0)
+    shape = [2 + place for place in range(len(dynamic))]
+    named = {"x": (*dynamic, None)} if any(dynamic) else None
+    return ag.trace(TwoLayers().eval(), (torch.randn(*shape, 256),), dynamic=named)
+
+
+@functools.cache
+def rewritten(pipeline: str, *dynamic: str | None) -> Graph:
+    shape = [4 if name else 2 + place for place, name in enumerate(dynamic)]
+    data = [{"x": drawn(*shape)}]
+    return ag.run(source(*dynamic), pipeline, data, parity="none", reproducer=False).graph
+
+
+def runner_of(compiled: ag.Compiled) -> Slotless:
+    found = compiled.runner(next(iter(compiled.program.graphs)))
+    assert isinstance(found, Slotless)
+    return found
+
+
+def agree(got: dict[str, Array], want: dict[str, Array], bound: float) -> None:
+    assert list(got) == list(want)
+    for name, array in want.items():
+        assert np.abs(got[name] - array).max() <= bound * np.abs(array).max()
+
+
+@both_engines
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_kernels_change_nothing(pipeline: str, engine: str) -> None:
+    """Each number of rows goes to the graph that is meant for it; results are those of the engine alone."""
+    graph = rewritten(pipeline, "batch", "seq")
+    compiled, plain = ag.compile(graph, engine, require_kernels=True), ag.compile(graph, engine, kernels=False)
+    assert plain.claims is None
+    runner, taken = runner_of(compiled), []
+    call = runner._call
+    runner._call = lambda held, arrays: (taken.append(held), call(held, arrays))[1]  # type: ignore[method-assign,func-returns-value]
+    for shape in ((1, 1), (2, 1), (1, FEW), (2, FEW), (1, 30)):
+        inputs = {"x": drawn(*shape)}
+        agree(compiled(inputs), plain(inputs), PIPELINES[pipeline])
+        assert taken.pop() is runner.held(shape[0] * shape[1] <= FEW)
+    assert compiled.claims is not None
+    (claims,) = compiled.claims.values()
+    assert len(claims.claimed) == 2 and not claims.unclaimed, claims
+    assert all("linear" in kernel for kernel in claims.claimed.values())
+
+
+@both_engines
+def test_sizes_that_are_known_open_one_graph(engine: str) -> None:
+    graph = rewritten("quantize{weights=int8}", None)  # two rows
+    compiled = ag.compile(graph, engine)
+    runner = runner_of(compiled)
+    agree(compiled({"x": drawn(2)}), ag.compile(graph, engine, kernels=False)({"x": drawn(2)}), 2e-4)
+    assert list(runner._opened) == [True]
+    many = runner_of(ag.compile(rewritten("quantize{weights=int8}", "batch", None), engine))  # three rows and more
+    many({"x": drawn(2, 3)})
+    assert list(many._opened) == [True, False]
+
+
+@both_engines
+def test_dense_float32_linears_of_few_tokens_have_kernels(engine: str) -> None:
+    compiled = ag.compile(source("batch"), engine)
+    assert compiled.claims is not None
+    assert len(next(iter(compiled.claims.values())).claimed) == 2
+    agree(compiled({"x": drawn(1)}), ag.compile(source("batch"), engine, kernels=False)({"x": drawn(1)}), 1e-5)
+    held = runner_of(compiled).held(False)
+    assert not held.claims.claimed, "products of many tokens are the engine's"
+
+
+def test_a_saved_file_with_functions_has_kernels(tmp_path: Path) -> None:
+    graph = rewritten("sparsify{method=teal sparsity=0.5}, quantize{weights=int4 group_size=32}", "batch")
+    graph = ag.run(graph, "fuse", parity="none", reproducer=False).graph
+    graph.save(tmp_path / "gated.onnx")
+    compiled = ag.compile(ag.load(tmp_path / "gated.onnx"), require_kernels=True)
+    assert compiled.engine == "onnxruntime"
+    inputs = {"x": drawn(3)}
+    agree(compiled(inputs), ag.compile(graph, "torch", kernels=False)(inputs), 2e-4)
+
+
+@both_engines
+def test_what_does_not_fit_is_refused(engine: str) -> None:
+    compiled = ag.compile(rewritten("quantize{weights=int8}", "batch"), engine)
+    for wrong, message in (
+        ({"x": drawn(1).astype(np.float64)}, "is float64, the graph takes"),
+        ({"y": drawn(1)}, "has no input 'y'"),
+        ({"x": drawn(1)[:, :9]}, "has shape"),
+        ({}, "is missing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compiled(wrong)
+
+
+@both_engines
+def test_several_threads(engine: str) -> None:
+    """Each with inputs of its own, of few rows and of many, at once."""
+    compiled = ag.compile(rewritten("sparsify{method=teal sparsity=0.5}", "batch"), engine)
+    inputs = [{"x": drawn(rows)} for rows in (1, 2, 3, FEW, FEW + 1, 20)]
+    want, failed = [compiled(each) for each in inputs], []
+
+    def work(place: int) -> None:
+        for step in range(20):
+            which = (place + step) % len(inputs)
+            found = compiled(inputs[which])
+            if any(not np.allclose(found[name], want[which][name], rtol=1e-5, atol=1e-5) for name in found):
+                failed.append(which)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+@both_engines
+def test_profile(engine: str) -> None:
+    """Kernels are named at their sites; the calls' results stay what they are."""
+    graph = rewritten("sparsify{method=teal sparsity=0.5}, quantize{weights=int4 group_size=32}", "batch")
+    compiled = ag.compile(graph, engine)
+    inputs: dict[str, Any] = {"x": drawn(1)}
+    want = compiled(inputs)
+    with compiled.profile(stream=False) as profile:
+        got = compiled(inputs)
+        compiled({"x": drawn(9)})
+    agree(got, want, 1e-6)
+    assert len(profile.steps) == 2
+    kernels = {row.kernel for row in profile.rows if row.op.endswith("linear")}
+    assert any("linear" in kernel for kernel in kernels), kernels
+    agree(compiled(inputs), want, 0.0)
