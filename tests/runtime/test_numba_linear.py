@@ -166,6 +166,18 @@ def test_zero_points_of_their_own_in_weights_stored_by_inputs(kind: str, zero: s
                 check(call(LINEAR, operands, form | keep, threads), want, operands, form)
 
 
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("kind", ["i8", "u8"])
+def test_sums_of_many_inputs(kind: str, layout: str) -> None:
+    """As large as they become: every product at its limit, with one scale for all."""
+    shape = (4, 100_000) if layout == "out_in" else (100_000, 64)
+    weight = np.full(shape, 127 if kind == "i8" else 255, np.int8 if kind == "i8" else np.uint8)
+    operands = [np.full((1, 100_000), 3.0, np.float32), weight, np.array(0.5, np.float32)]
+    for threads in THREADS:
+        got = call(LINEAR, operands, {"layout": layout}, threads)
+        np.testing.assert_allclose(got, 100_000 * 1.5 * float(weight.flat[0]), rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["f32", "bf16", "f8e5m2"])
 def test_infinite_weights(kind: str) -> None:
     """A kept input brings infinity to its outputs, whatever the number of inputs that are kept, and NaN to none of them."""

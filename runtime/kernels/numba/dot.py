@@ -86,10 +86,10 @@ def dot_bytes(flip: bool) -> Any:
             h2, l2 = simd.dpbusd(h2, w, above), simd.dpbusd(l2, w, below)
             w = codes(r3 + k)
             h3, l3 = simd.dpbusd(h3, w, above), simd.dpbusd(l3, w, below)
-        y0 = 256 * np.int64(simd.sum_i32(h0)) + simd.sum_i32(l0)
-        y1 = 256 * np.int64(simd.sum_i32(h1)) + simd.sum_i32(l1)
-        y2 = 256 * np.int64(simd.sum_i32(h2)) + simd.sum_i32(l2)
-        y3 = 256 * np.int64(simd.sum_i32(h3)) + simd.sum_i32(l3)
+        y0 = 256 * simd.sum_i32(h0) + simd.sum_i32(l0)
+        y1 = 256 * simd.sum_i32(h1) + simd.sum_i32(l1)
+        y2 = 256 * simd.sum_i32(h2) + simd.sum_i32(l2)
+        y3 = 256 * simd.sum_i32(h3) + simd.sum_i32(l3)
         for k in range(whole, count):
             v = 256 * np.int64(i8s(high)[k]) + i8s(low)[k]
             y0 += v * one(r0, k)

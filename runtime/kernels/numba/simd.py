@@ -333,12 +333,12 @@ def sum_f32(typing: Any, vector: Any) -> Any:
 
 @intrinsic
 def sum_i32(typing: Any, vector: Any) -> Any:
-    """The sum of 16 integers."""
+    """The sum of 16 integers, in 64 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _tree(builder, args[0], builder.add, _I32)
+        return _tree(builder, builder.sext(args[0], ir.VectorType(_I64, 16)), builder.add, _I64)
 
-    return types.int32(vector), generate
+    return types.int64(vector), generate
 
 
 @intrinsic
