@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from actgraph.graph.fusion import Chooser, everything, fuse
+from actgraph.graph.fusion import Chooser, fuse
 from actgraph.graph.graph import Graph
+from actgraph.ops.dtypes import DType
 
 #: Elements from which on it matters how a weight is read.
 _LARGE = 1 << 16
@@ -38,14 +39,15 @@ def with_kernel_ops(
     whole = single and dense and gates
     fuse(twin, norms=norms, rotary=norms, feed_forwards=False, attentions=single, gates=gates, siblings=whole)
     if single and dense:
-        fuse(twin, dense=True, norms=False, rotary=False, feed_forwards=False, chosen=everything if small else _large(twin))
+        fuse(twin, dense=True, norms=False, rotary=False, feed_forwards=False, chosen=_of_kernels(twin, 0 if small else _LARGE))
     return twin
 
 
-def _large(graph: Graph) -> Chooser:
-    """Linears whose weight is so large that reading it is what takes the time."""
+def _of_kernels(graph: Graph, least: int) -> Chooser:
+    """Linears of float32 activations whose weight has at least so many elements."""
     sizes = {
         linear.output: math.prod(size if isinstance(size, int) else 1 for size in linear.weight.shape or ())
         for linear in graph.views.linears()
+        if linear.output.dtype is DType.F32
     }
-    return lambda values, edges: any(sizes.get(value, 0) >= _LARGE for value in values)
+    return lambda values, edges: any(sizes.get(value, -1) >= least for value in values)

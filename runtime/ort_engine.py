@@ -68,27 +68,33 @@ class OrtRunner:
         self._keys = keys
         self._check = InputChecker(graph, graph.dim_ranges, graph.optional)
         self.session, self._weights = open_graph(twin, optimize=optimize, profile=profile, owned=True)
-        declared = {item.type for item in (*self.session.get_inputs(), *self.session.get_outputs())}
-        self._binary = any(kind.startswith("tensor(") and kind not in _IN_NUMPY for kind in declared)
+        self._binary = needs_values(self.session)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name. Raises InputError for inputs that are not as declared (see ``InputChecker``)."""
-        feed = self._check(inputs)
-        try:
-            results = self._run_values(feed) if self._binary else self.session.run(self._names, feed)
-        except UnsupportedError:
-            raise
-        except Exception as error:  # onnxruntime raises its own classes, which derive from Exception directly
-            raise InputError(f"onnxruntime cannot run these inputs: {first_line(error)}") from error
+        results = run_session(self.session, self._names, self._check(inputs), values=self._binary)
         return {self._keys[name]: array for name, array in zip(self._names, results, strict=True)}
 
-    def _run_values(self, feed: Mapping[str, Array]) -> list[Array]:
-        """Through OrtValues, which carry the element types that numpy lacks."""
-        import onnxruntime as ort
 
-        values = {name: value_of(array) for name, array in feed.items()}
-        results = self.session.run_with_ort_values(self._names, values)
+def needs_values(session: ort.InferenceSession) -> bool:
+    """Whether inputs or outputs have element types that numpy lacks."""
+    declared = {item.type for item in (*session.get_inputs(), *session.get_outputs())}
+    return any(kind.startswith("tensor(") and kind not in _IN_NUMPY for kind in declared)
+
+
+def run_session(session: ort.InferenceSession, names: Sequence[str], feed: Mapping[str, Array], *, values: bool) -> list[Any]:
+    """The outputs ``names``. values: through OrtValues, which carry what numpy lacks. Raises InputError, UnsupportedError."""
+    import onnxruntime as ort
+
+    try:
+        if not values:
+            return list(session.run(list(names), dict(feed)))
+        results = session.run_with_ort_values(list(names), {name: value_of(array) for name, array in feed.items()})
         return [array_of_value(value) if isinstance(value, ort.OrtValue) else np.asarray(value) for value in results]
+    except UnsupportedError:
+        raise
+    except Exception as error:  # onnxruntime raises its own classes, which derive from Exception directly
+        raise InputError(f"onnxruntime cannot run these inputs: {first_line(error)}") from error
 
 
 def open_graph(

@@ -42,12 +42,12 @@ class HeldOnnx:
     ) -> None:
         """limit: the tokens that a session can hold. kernels: run what has kernels with them. prompts: for no single tokens.
 
-        few: see ``with_kernel_ops``.
+        few: of a graph that is not called by sessions, whether its calls have few tokens.
         """
         assert isinstance(graph, OnnxGraph)
         if kernels:
             graph = with_kernel_ops(graph, gates=not prompts, few=few)
-        self.graph, self._kernels = graph, kernels
+        self.graph, self._kernels, self._steps = graph, kernels, few is None
         self.fused: Opened | None = None
         self.why_plain = ""
         slots = {slot.input for slot in slots_of(graph).values()}
@@ -61,7 +61,7 @@ class HeldOnnx:
         self._plain: Opened | None = None
         self._lock = threading.Lock()
         try:
-            self.fused = Opened(fuse(graph, limit), graph, kernels=kernels)
+            self.fused = Opened(fuse(graph, limit), graph, kernels=kernels, steps=self._steps)
         except UnsupportedError as error:
             self.why_plain = error.message
 
@@ -70,7 +70,7 @@ class HeldOnnx:
         """The graph as it is, opened when it is first asked for."""
         with self._lock:
             if self._plain is None:
-                self._plain = Opened(self.graph, self.graph, kernels=self._kernels)
+                self._plain = Opened(self.graph, self.graph, kernels=self._kernels, steps=self._steps)
             return self._plain
 
     @property
@@ -89,7 +89,10 @@ class Opened:
     profile: where onnxruntime's profiler writes; ``graph`` is then what the session was opened on.
     """
 
-    def __init__(self, graph: OnnxGraph, source: OnnxGraph, *, kernels: bool = False, profile: str = "") -> None:
+    def __init__(
+        self, graph: OnnxGraph, source: OnnxGraph, *, kernels: bool = False, profile: str = "", steps: bool = True
+    ) -> None:
+        """steps: calls are those of sessions, most of them with one token."""
         self.claims = Claims()
         if kernels:
             graph = graph.clone()
@@ -97,7 +100,7 @@ class Opened:
         size = sum(
             value.const_value.nbytes for value in graph.model.graph.initializers.values() if value.const_value is not None
         )
-        threads = 1 if size < _ALONE else 0
+        threads = 1 if steps and size < _ALONE else 0
         self.session, self._weights = open_graph(graph, threads=threads, kernels=kernels, profile=profile)
         self.graph = graph if profile else None
         slots = list(slots_of(source).values())

@@ -132,7 +132,11 @@ def _require_kernels(compiled: Compiled) -> None:
             f"{compiled.program.name} runs without kernels: its slots are explicit ({compiled.why_explicit})",
             "sessions that hold a cache have them",
         )
-    for stage, claims in compiled.claims.items():
+    every = list(compiled.claims.items())
+    for stage, runner in compiled._runners.items():
+        if isinstance(runner, Slotless):
+            every += [(stage, runner.claims_of(few)) for few in runner.kinds]
+    for stage, claims in every:
         for node, reason in claims.unclaimed.items():
             raise UnsupportedError(f"{node} of the graph {stage!r} has no kernel: {reason}")
 

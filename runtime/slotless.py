@@ -7,12 +7,13 @@ all tokens. Which of the two graphs takes a call depends on how many rows the in
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from actgraph.errors import InputError
 from actgraph.graph.graph import Array, Graph
+from actgraph.ops.shapes import Shape
 from actgraph.runtime.claims import Claims
 from actgraph.runtime.inputs import InputChecker
 
@@ -25,7 +26,11 @@ class Slotless:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._rows = {tuple(linear.output.shape[:-1]) for linear in graph.views.linears() if linear.output.shape}
+        self._rows = {linear.output.shape[:-1] if linear.output.shape else None for linear in graph.views.linears()}
+        least = max((_product(shape, {}, 1) for shape in self._rows if shape is not None), default=0)
+        known = all(shape is not None and all(isinstance(size, int) for size in shape) for shape in self._rows)
+        #: Which calls there can be: of few rows (True), of many (False).
+        self.kinds = [True] * (least <= FEW) + [False] * (least > FEW or not known)
         self._lock = threading.Lock()
         self._opened: dict[bool, Any] = {}
         self._wrap: Callable[[Any], Any] | None = None
@@ -37,13 +42,16 @@ class Slotless:
         return self._call(self.held(self._are_few(arrays)), arrays)
 
     def open(self) -> None:
-        """Open the graph that the first call is likely to take: texts have many tokens."""
-        self.held(not any(value.name == "input_ids" for value in self.graph.inputs()))
+        """Open the graph for many rows, where there are such calls: what the engine cannot run is an error then."""
+        self.held(self.kinds[-1])
 
     @property
     def claims(self) -> Claims:
-        """Of calls of few tokens."""
-        found: Claims = self.held(True).claims
+        """Of calls of few rows, where there are such calls."""
+        return self.claims_of(self.kinds[0])
+
+    def claims_of(self, few: bool) -> Claims:
+        found: Claims = self.held(few).claims
         return found
 
     def held(self, few: bool) -> Any:
@@ -62,23 +70,25 @@ class Slotless:
         return twin
 
     def _are_few(self, inputs: Mapping[str, Array]) -> bool:
-        sizes: dict[Any, int] = {}
+        if len(self.kinds) == 1:
+            return self.kinds[0]
+        sizes: dict[str, int] = {}
         for value in self.graph.inputs():
             if value.name in inputs:
-                sizes |= dict(zip(value.shape or (), inputs[value.name].shape, strict=False))
-        for shape in self._rows:
-            count = 1
-            for size in shape:
-                count *= size if isinstance(size, int) else sizes.get(size, FEW + 1)
-            if count > FEW:
-                return False
-        return True
+                named = zip(value.shape or (), inputs[value.name].shape, strict=False)
+                sizes |= {name: size for name, size in named if isinstance(name, str)}
+        return all(shape is not None and _product(shape, sizes, FEW + 1) <= FEW for shape in self._rows)
 
     def _hold(self, few: bool) -> Any:
         raise NotImplementedError
 
     def _call(self, held: Any, inputs: dict[str, Array]) -> dict[str, Array]:
         raise NotImplementedError
+
+
+def _product(shape: Shape, sizes: Mapping[str, int], unknown: int) -> int:
+    """How many rows a shape is; each size that is not known counts as ``unknown``."""
+    return math.prod(size if isinstance(size, int) else sizes.get(size or "", unknown) for size in shape)
 
 
 class SlotlessTorch(Slotless):
@@ -99,10 +109,11 @@ class SlotlessTorch(Slotless):
         return HeldGraph(self.graph, self._packed, kernels=True, prompts=not few, few=few)  # type: ignore[arg-type]
 
     def _call(self, held: Any, inputs: dict[str, Array]) -> dict[str, Array]:
-        from actgraph.graph.fx_types import array_of, tensor_of
+        from actgraph.graph.fx_types import tensor_of
+        from actgraph.runtime.torch_engine import array_of_result
 
         results = held({name: tensor_of(array) for name, array in inputs.items()}, 0)
-        return {name: array_of(result) for name, result in results.items()}
+        return {name: array_of_result(result) for name, result in results.items()}
 
 
 class SlotlessOnnx(Slotless):
@@ -124,14 +135,11 @@ class SlotlessOnnx(Slotless):
         return held
 
     def _call(self, held: Any, inputs: dict[str, Array]) -> dict[str, Array]:
-        from actgraph.runtime.ort_engine import array_of_value, first_line, value_of
+        from actgraph.runtime.ort_engine import needs_values, run_session
 
-        feed = {name: value_of(array) for name, array in inputs.items()}
-        try:
-            results = held.plain.session.run_with_ort_values(self._names, feed)
-        except Exception as error:  # onnxruntime raises its own classes, which derive from Exception directly
-            raise InputError(f"onnxruntime cannot run these inputs: {first_line(error)}") from error
-        return {name: array_of_value(value) for name, value in zip(self._names, results, strict=True)}
+        session = held.plain.session
+        results = run_session(session, self._names, inputs, values=needs_values(session))
+        return dict(zip(self._names, results, strict=True))
 
 
 def slotless(graph: Graph) -> Slotless:

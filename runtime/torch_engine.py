@@ -84,8 +84,9 @@ class TorchRunner:
         arrays = {**self.defaults, **self.check(inputs)}
         with torch.no_grad():
             results = self.run(*(tensor_of(arrays[name]).to(self.device) for name in self.order))
-        return {name: _array(result) for name, result in zip(self.names, results, strict=True)}
+        return {name: array_of_result(result) for name, result in zip(self.names, results, strict=True)}
 
 
-def _array(result: Any) -> Array:
+def array_of_result(result: Any) -> Array:
+    """What a graph of torch returns, a tensor or a number, as an array."""
     return array_of(result) if isinstance(result, torch.Tensor) else np.asarray(result)

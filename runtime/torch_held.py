@@ -51,8 +51,8 @@ class HeldGraph:
         if kernels and placed is not None:  # whose own products and norms are as fast
             graph = with_kernel_ops(graph, dense=False, gates=not prompts)
         elif kernels:
-            cheap = not compile and few is None  # calls of kernels: in recorded steps
-            graph = with_kernel_ops(graph, norms=cheap, small=cheap, gates=not prompts, few=few)
+            recorded = not compile and few is None  # then a kernel costs no call; torch.compile's own norms are as fast
+            graph = with_kernel_ops(graph, norms=recorded, small=recorded, gates=not prompts, few=few)
         if kernels and compile and placed is None:
             register_torch_kernels()
         lowering = Lowering(graph, copy_graph(graph.graph), packed or Packed(), placed, kernels=kernels, compiled=compile)

@@ -131,7 +131,7 @@ class ProfiledOnnx:
 
     def _open(self, graph: OnnxGraph) -> Opened:
         held = self._held
-        opened = Opened(graph, held.graph, kernels=held._kernels, profile=self._sessions.prefix)
+        opened = Opened(graph, held.graph, kernels=held._kernels, profile=self._sessions.prefix, steps=held._steps)
         naming = Naming(self._stage, opened.graph or graph, held.graph, opened.claims)
         opened.session = self._sessions.watch(opened.session, naming)
         return opened

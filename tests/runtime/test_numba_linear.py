@@ -173,9 +173,27 @@ def test_sums_of_many_inputs(kind: str, layout: str) -> None:
     shape = (4, 100_000) if layout == "out_in" else (100_000, 64)
     weight = np.full(shape, 127 if kind == "i8" else 255, np.int8 if kind == "i8" else np.uint8)
     operands = [np.full((1, 100_000), 3.0, np.float32), weight, np.array(0.5, np.float32)]
-    for threads in THREADS:
-        got = call(LINEAR, operands, {"layout": layout}, threads)
-        np.testing.assert_allclose(got, 100_000 * 1.5 * float(weight.flat[0]), rtol=1e-4)
+    for form in ({}, {"block_size": 100_000}):
+        if form:
+            operands[2] = np.full((4, 1) if layout == "out_in" else (1, 64), 0.5, np.float32)
+        for threads in THREADS:
+            got = call(LINEAR, operands, {"layout": layout} | form, threads)
+            np.testing.assert_allclose(got, 100_000 * 1.5 * float(weight.flat[0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_no_outputs_at_all(layout: str) -> None:
+    """Empty tensors of torch have no memory: nothing of them is read."""
+    import torch
+
+    from actgraph.runtime.torch_kernels import kernel_call
+
+    for zero in (None, torch.empty(0, dtype=torch.uint8)):
+        run = kernel_call(OP, {"layout": layout})
+        assert run is not None
+        weight = torch.empty((0, 64) if layout == "out_in" else (64, 0), dtype=torch.uint8)
+        got = run(torch.randn(1, 64), weight, torch.empty(0), zero, *[None] * (len(OP.inputs) - 4))
+        assert tuple(got.shape) == (1, 0)
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "f8e5m2"])

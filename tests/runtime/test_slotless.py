@@ -91,14 +91,84 @@ def test_kernels_change_nothing(pipeline: str, engine: str) -> None:
 
 @both_engines
 def test_sizes_that_are_known_open_one_graph(engine: str) -> None:
-    graph = rewritten("quantize{weights=int8}", None)  # two rows
-    compiled = ag.compile(graph, engine)
-    runner = runner_of(compiled)
-    agree(compiled({"x": drawn(2)}), ag.compile(graph, engine, kernels=False)({"x": drawn(2)}), 2e-4)
-    assert list(runner._opened) == [True]
-    many = runner_of(ag.compile(rewritten("quantize{weights=int8}", "batch", None), engine))  # three rows and more
-    many({"x": drawn(2, 3)})
-    assert list(many._opened) == [True, False]
+    """Also for the claims: those of a graph that no call can take would say nothing."""
+    for dynamic, opened in (((None,), [True]), (("batch", None), [False, True]), ((None, None), [False])):
+        pipeline = "sparsify{method=teal sparsity=0.5}"
+        if dynamic == (None, None):  # six rows
+            graph, shape = rewritten(pipeline, None, None), (2, 3)
+        else:
+            graph, shape = rewritten(pipeline, *dynamic), (2, 3)[: len(dynamic)]
+        compiled = ag.compile(graph, engine, require_kernels=True)
+        assert list(runner_of(compiled)._opened) == opened
+        agree(compiled({"x": drawn(*shape)}), ag.compile(graph, engine, kernels=False)({"x": drawn(*shape)}), 1e-5)
+        assert compiled.claims is not None and runner_of(compiled).kinds == sorted(opened, reverse=True)
+        assert list(runner_of(compiled)._opened) == opened
+
+
+class Odd(torch.nn.Module):
+    """A number and a view of a weight among the results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
+        return self.linear(x), x.shape[0], self.linear.weight[:2], x
+
+
+def test_results_of_every_kind() -> None:
+    graph = ag.trace(Odd(), (torch.randn(2, 256),), dynamic={"x": ("batch", None)})
+    for rows in (0, 1, 9):
+        inputs = {"x": np.ones((rows, 256), np.float32)}
+        got, want = ag.compile(graph)(inputs), ag.compile(graph, kernels=False)(inputs)
+        assert list(got) == list(want) and len(got) == 4
+        for name, array in want.items():
+            np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_texts_and_sequences_go_through_onnxruntime(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, save
+
+    nodes = [helper.make_node("Identity", ["text"], ["same"]), helper.make_node("SplitToSequence", ["x"], ["parts"], axis=0)]
+    graph = helper.make_graph(
+        nodes, "odd",
+        [
+            helper.make_tensor_value_info("text", TensorProto.STRING, ["n"]),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3]),
+        ],
+        [
+            helper.make_tensor_value_info("same", TensorProto.STRING, ["n"]),
+            helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, [1, 3]),
+        ],
+    )  # fmt: skip
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "odd.onnx")
+    compiled = ag.compile(ag.load(tmp_path / "odd.onnx"))
+    results = compiled({"text": np.array(["a", "bc"], object), "x": np.arange(6, dtype=np.float32).reshape(2, 3)})
+    assert list(results["same"]) == ["a", "bc"]
+    np.testing.assert_array_equal(results["parts"][1], [[3, 4, 5]])
+
+
+@both_engines
+@pytest.mark.parametrize("kind", ["float16", "float64"])
+def test_models_of_other_types_run_as_they_did(kind: str, engine: str) -> None:
+    """Kernels compute in float32: dense linears of other types stay the engine's."""
+    model = TwoLayers().eval().to(getattr(torch, kind))
+    graph = ag.trace(model, (torch.randn(2, 256, dtype=getattr(torch, kind)),), dynamic={"x": ("batch", None)})
+    compiled = ag.compile(graph, engine, require_kernels=True)
+    assert compiled.claims is not None and not next(iter(compiled.claims.values())).claimed
+    inputs = {"x": drawn(1).astype(kind)}
+    got, want = compiled(inputs), ag.compile(graph, engine, kernels=False)(inputs)
+    agree(got, want, 1e-6)
+
+
+def test_small_models_of_onnxruntime_keep_their_threads() -> None:
+    """One thread serves steps of one token; here a call may be a batch of images."""
+    compiled = ag.compile(rewritten("quantize{weights=int8}", "batch"), "onnxruntime")
+    plain = ag.compile(rewritten("quantize{weights=int8}", "batch"), "onnxruntime", kernels=False)
+    want = plain.runner(next(iter(plain.program.graphs))).session.get_session_options().intra_op_num_threads  # type: ignore[attr-defined]
+    for few in (True, False):
+        session = runner_of(compiled).held(few).plain.session
+        assert session.get_session_options().intra_op_num_threads == want
 
 
 @both_engines
@@ -117,6 +187,7 @@ def test_a_saved_file_with_functions_has_kernels(tmp_path: Path) -> None:
     graph.save(tmp_path / "gated.onnx")
     compiled = ag.compile(ag.load(tmp_path / "gated.onnx"), require_kernels=True)
     assert compiled.engine == "onnxruntime"
+    assert compiled.claims is not None and len(next(iter(compiled.claims.values())).claimed) == 2
     inputs = {"x": drawn(3)}
     agree(compiled(inputs), ag.compile(graph, "torch", kernels=False)(inputs), 2e-4)
 

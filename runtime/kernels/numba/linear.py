@@ -229,7 +229,7 @@ def form_of(frame, codes_a_byte):
 def zero_at(frame, index):
     """The zero point at ``index``; of tensors of one element that one."""
     zero = address(frame, ZERO)
-    if zero == 0:
+    if zero == 0 or elements(frame, ZERO) == 0:
         return np.int64(0)
     return code_at(zero, element_type(frame, ZERO), 0, index if elements(frame, ZERO) > 1 else 0)
 
@@ -238,7 +238,7 @@ def zero_at(frame, index):
 def scale_at(frame, index):
     """The scale at ``index``; 1 where there is none."""
     scale = address(frame, SCALE)
-    if scale == 0:
+    if scale == 0 or elements(frame, SCALE) == 0:
         return np.float32(1)
     return f32s(scale)[index if elements(frame, SCALE) > 1 else 0]
 

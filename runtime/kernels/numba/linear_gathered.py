@@ -54,11 +54,15 @@ from actgraph.runtime.kernels.numba.weights import I8, PACKED_I4, U8, code_at, f
 # [first quad and sum of codes of each group: 16 bytes]. Groups are padded to quads, so that room is at most 4 inputs + 4.
 
 
+#: How many products of codes surely fit one 32-bit sum.
+MOST = 65536
+
+
 @njit(**OPTIONS)
 def group_of(frame):
-    """How many inputs have one scale; or, where all have one, how many products of codes surely fit one 32-bit sum."""
+    """How many inputs have one scale; or, where all have one, how many are summed before the scale is applied."""
     block = integer(frame, TENSORS, BLOCK)
-    return block if block > 0 else min(max(inputs_of(frame), 1), 65536)
+    return block if block > 0 else min(max(inputs_of(frame), 1), MOST)
 
 
 @njit(**OPTIONS)
@@ -305,7 +309,7 @@ def code_main(kind: int, packed: int) -> Any:
             h, y = _gated(frame, token, start, stop), _sums_of(frame, token, part)
             step = step_of(h + 4 * start, stop - start)
             _clear(y, outputs)
-            if step != step:
+            if step != step or block > MOST:
                 _plain(frame, kind, packed, h, start, stop, 0, outputs, y)
                 continue
             _list_quads(at, room, h, start, stop, block, step, line)
