@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from actgraph.graph.graph import Graph, Node
+from actgraph.ops.dtypes import DType
 from actgraph.ops.registry import DOMAIN, get_op
 from actgraph.ops.shapes import TensorType
 from actgraph.runtime.kernels.numba.kernel import NumbaKernel, OpKernels
@@ -51,6 +52,12 @@ class Claims:
         return Claims(*({name: text for name, text in found.items() if name in kept} for found in every))
 
 
+def _made(node: Node) -> str:
+    """What a node makes, where kernels do not make it."""
+    kinds = {str(value.type) for value in node.outputs if value.dtype is not None and value.dtype is not DType.F32}
+    return f" that makes {', '.join(sorted(kinds))}" if kinds else ""
+
+
 def find_kernels(graph: Graph) -> tuple[Claims, dict[Node, tuple[OpKernels, NumbaKernel]]]:
     """The kernel for each actgraph node of ``graph`` that has one."""
     claims, found = Claims(), {}
@@ -64,7 +71,8 @@ def find_kernels(graph: Graph) -> tuple[Claims, dict[Node, tuple[OpKernels, Numb
         if reason:
             claims.left[node.name] = reason
         elif chosen is None:
-            claims.unclaimed[node.name] = f"{op} has no kernel for {', '.join('-' if t is None else str(t) for t in types)}"
+            given = ", ".join("-" if t is None else str(t) for t in types)
+            claims.unclaimed[node.name] = f"{op} has no kernel for {given}{_made(node)}"
         else:
             found[node] = chosen
             claims.claimed[node.name] = chosen[1].stages[-1].name

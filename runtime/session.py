@@ -104,7 +104,7 @@ def compile(
             "give it a cache (the pass kv_cache), or use engine='torch'",
         )
     if require_kernels:
-        _require_kernels(compiled)
+        _require_kernels(compiled, kernels)
     return compiled
 
 
@@ -121,10 +121,12 @@ def _installed(placed: Placed) -> bool:
     return install_kernels(placed.device)
 
 
-def _require_kernels(compiled: Compiled) -> None:
+def _require_kernels(compiled: Compiled, asked: bool) -> None:
     """Raise UnsupportedError for a node of ours that runs without a kernel, or where there are none at all."""
     if not compiled.kernels and compiled._placed is not None:
         raise UnsupportedError(f"there are no Triton kernels on {compiled.device}", "a line on standard error has said why")
+    if not asked:
+        raise InputError("kernels=False and require_kernels=True exclude each other", "give one of them")
     if not compiled.kernels:
         raise UnsupportedError("the kernels' library was not built", "install actgraph where there is a C compiler")
     if compiled.claims is None:
@@ -138,7 +140,10 @@ def _require_kernels(compiled: Compiled) -> None:
             every += [(stage, runner.claims_of(few)) for few in runner.kinds]
     for stage, claims in every:
         for node, reason in claims.unclaimed.items():
-            raise UnsupportedError(f"{node} of the graph {stage!r} has no kernel: {reason}")
+            hint = "kernels compute in float32: cast the model first (cast{dtype=f32})" if any(
+                name in reason for name in ("f16[", "bf16[", "f64[")
+            ) else ""  # fmt: skip
+            raise UnsupportedError(f"{node} of the graph {stage!r} has no kernel: {reason}", hint)
 
 
 def _exported(graph: Graph) -> Graph:

@@ -41,6 +41,10 @@ class Slotless:
         arrays = self.check(inputs)
         return self._call(self.held(self._are_few(arrays)), arrays)
 
+    def prepare(self, inputs: Mapping[str, Array]) -> None:
+        """Open what a call with ``inputs`` needs."""
+        self.held(self._are_few(self.check(inputs)))
+
     def open(self) -> None:
         """Open the graph for many rows, where there are such calls: what the engine cannot run is an error then."""
         self.held(self.kinds[-1])

@@ -202,7 +202,8 @@ def _check(
     if not change.relative <= size:
         raise ParityError(
             f"the output {change.output} moved by {change.relative:.3g} relative, and {names} {promise} {promised}",
-            "a pass declares in its result how far outputs may move: expected_size, UNBOUNDED where no bound is known",
+            "parity='none' (--parity none) goes on all the same: a rounding may flip what gates drop behind it; a pass says "
+            "how far outputs may move as the expected_size of its result, UNBOUNDED where no bound is known",
         )
 
 

@@ -102,6 +102,8 @@ class Probe:
         stage = self.compiled.program.driver.graph_at(0)
         graph = self.compiled.program.graphs[stage]
         run = self._runner(stage)
+        if isinstance(run, Slotless):
+            run.prepare(inputs)  # opening is no part of the call
         tokens = inputs.get("input_ids")
         with self.recorder.step("forward", tokens.shape[-1] if tokens is not None and tokens.ndim else 0):
             return without_slots(graph, run(with_initial_slots(graph, inputs)))

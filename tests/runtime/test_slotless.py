@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import actgraph as ag
-from actgraph.errors import InputError
+from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.graph import Array, Graph
 from actgraph.runtime.native.library import available
 from actgraph.runtime.slotless import FEW, Slotless
@@ -242,3 +242,20 @@ def test_profile(engine: str) -> None:
     kernels = {row.kernel for row in profile.rows if row.op.endswith("linear")}
     assert any("linear" in kernel for kernel in kernels), kernels
     agree(compiled(inputs), want, 0.0)
+    with compiled.profile(stream=False) as again:
+        compiled({"x": drawn(30)})  # whose graph is not open yet
+    assert sum(row.total for row in again.rows if not row.op) < again.total  # opening it is no part of the call
+
+
+def test_kernels_that_are_required_and_refused() -> None:
+    graph = rewritten("quantize{weights=int8}", "batch")
+    with pytest.raises(InputError, match="exclude each other"):
+        ag.compile(graph, kernels=False, require_kernels=True)
+    model = TwoLayers().eval().half()
+    half = ag.trace(model, (torch.randn(2, 256).half(),), dynamic={"x": ("batch", None)})
+    half = ag.run(
+        half, "sparsify{method=teal sparsity=0.5}", [{"x": drawn(4).astype(np.float16)}], parity="none", reproducer=False
+    )
+    with pytest.raises(UnsupportedError, match=r"has no kernel for f16\[.*that makes f16") as caught:
+        ag.compile(half.graph, require_kernels=True)
+    assert "cast{dtype=f32}" in str(caught.value)

@@ -281,20 +281,20 @@ def plain_sum(frame, kind, packed, token, n):
     if block == 0:
         block = max(inputs, 1)
     groups = (inputs + block - 1) // block
-    total = np.float32(0)
+    total = np.float64(0)
     for g in range(groups):
         index = n * groups + g
-        zero, some = zero_at(frame, index), np.float32(0)
+        zero, some = zero_at(frame, index), np.float64(0)
         for k in range(g * block, min(g * block + block, inputs)):
             if h[k] == np.float32(0):
                 continue  # dropped: its weight is not read
             at = n * inputs + k
             if packed != 0 or kind in (U8, I8):
-                some += h[k] * np.float32(code_at(weight, kind, packed, at) - zero)
+                some += np.float64(h[k] * np.float32(code_at(weight, kind, packed, at) - zero))
             else:
-                some += h[k] * (float_at(weight, kind, at) - np.float32(zero))
+                some += np.float64(h[k] * (float_at(weight, kind, at) - np.float32(zero)))
         total += some * scale_at(frame, index)
-    return total
+    return np.float32(total)
 
 
 # --- preparation: once a call -----------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def _plain(frame, kind, packed, h, start, stop, first, last, y):
     outputs, weight, block = outputs_of(frame), address(frame, WEIGHT), group_of(frame)
     h, out, grouped = f32s(h), f32s(y), integer(frame, TENSORS, BLOCK) > 0
     for n in range(first, last):
-        total = np.float32(0)
+        total = np.float64(0)
         for k in range(start, stop):
             if h[k] == np.float32(0):
                 continue
@@ -237,8 +237,8 @@ def _plain(frame, kind, packed, h, start, stop, first, last, y):
                 value = np.float32(code_at(weight, kind, packed, k * outputs + n) - zero)
             else:
                 value = float_at(weight, kind, k * outputs + n) - np.float32(zero)
-            total += h[k] * value * scale_at(frame, index)
-        out[n] += total
+            total += np.float64(h[k] * value * scale_at(frame, index))
+        out[n] += np.float32(total)
 
 
 @njit(**OPTIONS)
