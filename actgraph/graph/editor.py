@@ -92,12 +92,14 @@ class Editor:
         before: Node | None = None,
         name: str = "",
         like: Node | None = None,
+        origin: Origin | None = None,
     ) -> Node:
         """Insert one node; nothing reads it yet.
 
         op: a registry op (``"actgraph.shift"``) or a shared vocabulary name (``"add"``).
         operands: values, or arrays and numbers that become parameters.
         like: a node whose module scope and sources the new node inherits (default: the producer of the first operand).
+        origin: where the node comes from, for one that is put back; the running pass otherwise.
         """
         name = name or self._unique(op.rsplit(".", 1)[-1])
         values = [self._as_value(operand, f"{name}.operand_{i}") for i, operand in enumerate(operands)]
@@ -105,7 +107,7 @@ class Editor:
         if model is None:
             model = next((v.producer for v in values if v is not None and v.producer is not None), None)
         inherited = model.origin if model is not None else Origin()
-        origin = Origin(inherited.sources, inherited.scope, self.by, self.options)
+        origin = origin or Origin(inherited.sources, inherited.scope, self.by, self.options)
         node = self._to_change()._insert(op, values, attributes or {}, after=after, before=before, name=name, origin=origin)
         self._count("inserted", node.name)
         return node
@@ -118,15 +120,20 @@ class Editor:
         attributes: Mapping[str, Any] | None = None,
         *,
         name: str = "",
+        keep: Sequence[Node] = (),
     ) -> Value:
         """Put ``op(x, *operands)`` at a site, where ``x`` is what the site's readers see now, and return its output.
 
         At a value site every reader (graph outputs included) then reads the result; at an edge only that operand does.
+        keep: readers that go on reading ``x``, because ``operands`` are computed from what they make of it (gates).
         """
         value = self.site_value(site)
-        uses = site.uses(self.graph)
+        uses = [use for use in site.uses(self.graph) if use.node not in keep]
+        everything = {use for use in value.uses if use.node not in keep}
         node = self.insert(op, [value, *operands], attributes, name=name, after=value.producer)
         self.redirect(value, node.output, uses)
+        if keep and set(uses) == everything:
+            self.move_sites(value, node.output)
         return node.output
 
     def site_value(self, site: Site) -> Value:
@@ -170,6 +177,25 @@ class Editor:
         self.graph.site_table.mark_removed(self.graph, removed, self.by)
         self.counts["erased"] += len(removed)
         return len(removed)
+
+    def erase(self, node: Node) -> None:
+        """Remove one node that nothing reads, and the stored data that only it read.
+
+        Raises PassError when something reads it.
+        """
+        readers = [use.node.name if use.node is not None else "an output" for output in node.outputs for use in output.uses]
+        if readers:
+            raise PassError(f"{node.name} cannot be erased: {', '.join(readers)} reads it", "redirect its readers first")
+        own = [v for v in node.operands if v is not None and v.is_parameter and all(use.node == node for use in v.uses)]
+        removed = self._to_change()._erase_dead({node.name, *(value.name for value in own)})
+        self.graph.site_table.mark_removed(self.graph, removed, self.by)
+        self.counts["erased"] += len(removed)
+
+    def erase_stored(self, parameter: Value) -> None:
+        """Remove stored data that nothing reads. Raises PassError when something does."""
+        if parameter.uses:
+            raise PassError(f"{parameter.name} cannot be erased: it is read", "redirect its readers first")
+        self._to_change()._erase_dead({parameter.name})
 
     def erase_later(self) -> None:
         """``erase_dead`` when the transaction ends: until then, what was inserted may not have a reader yet."""

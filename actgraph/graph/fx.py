@@ -7,7 +7,7 @@ Joint graphs of AOTAutograd, whose parameters are inputs, fit the same form (``F
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -337,8 +337,8 @@ class FxGraph(Graph):
         self.output_roles.pop(name, None)
         self._changed()
 
-    def _erase_dead(self) -> list[str]:
-        return fx_edit.erase_dead(self)
+    def _erase_dead(self, only: Collection[str] | None = None) -> list[str]:
+        return fx_edit.erase_dead(self, only)
 
     def _retype(self, nodes: Iterable[Node], *, propagate: bool = True) -> None:
         fx_edit.retype(self, [node.key for node in nodes], propagate=propagate)
@@ -356,6 +356,7 @@ class FxGraph(Graph):
         )
         twin.public, twin.defaults, twin.dim_ranges = dict(self.public), dict(self.defaults), dict(self.dim_ranges)
         twin.history, twin.notes, twin.metadata = list(self.history), list(self.notes), dict(self.metadata)
+        twin.folds = list(self.folds)
         twin.companions = fx_build.copy_companions(self.companions)
         twin._index()
         twin._parameters = {path: twin._parameters[path] for path in self._parameters}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -267,10 +267,12 @@ def _symbolic_size(graph: FxGraph, name: str) -> Any:
 # --- dead code, types -----------------------------------------------------------------------------------------------------
 
 
-def erase_dead(graph: FxGraph) -> list[str]:
+def erase_dead(graph: FxGraph, only: Collection[str] | None = None) -> list[str]:
     """See ``Graph._erase_dead``: one sweep from the end."""
     removed: list[str] = []
     for node in reversed(graph.graph.nodes):
+        if only is not None and graph._native_name(node) not in only:
+            continue
         if node.op in ("placeholder", "output") or fx_build.is_item(node) or not is_pure(node):
             continue
         if fx_build.is_multiple(node):
@@ -283,6 +285,8 @@ def erase_dead(graph: FxGraph) -> list[str]:
         elif node.users:
             continue
         removed.append(graph._native_name(node))
+        if only is not None:
+            graph.graph._graph_namespace._used_names.discard(node.name)  # who puts the node back finds its name free
         if node.op == "get_attr":
             path = str(node.target)
             for alias in graph._aliases.pop(path, (path,)):

@@ -41,11 +41,19 @@ def call(op: str, operands: Operands, attributes: Mapping[str, Any], size_of: Si
         return aten._to_copy.default, (operands[0],), {"dtype": DType.of(attributes["to"]).torch}
     if op == "clip":
         return aten.clamp.Tensor, tuple(operands), {}
+    if op == "sum":
+        return aten.sum.dim_IntList, (operands[0], list(attributes["axes"]), bool(attributes.get("keepdims", True))), {}
+    if op == "gather":
+        if attributes.get("axis", 0) != 0:
+            raise UnsupportedError("only rows of a table are looked up", "transpose the table")
+        return aten.embedding.default, (operands[0], operands[1]), {}
     if op == "transpose":
         return aten.permute.default, (operands[0], list(attributes["perm"])), {}
     if op == "reshape":
         sizes = [size_of(size) if isinstance(size, str) else size for size in attributes["shape"]]
         return aten.reshape.default, (operands[0], sizes), {}
+    if op == "concat":
+        return aten.cat.default, (list(operands), int(attributes["axis"])), {}
     if op == "slice":
         start, end = attributes.get("start", 0), attributes.get("end", _END)
         return aten.slice.Tensor, (operands[0], attributes["axis"], start, end, attributes.get("step", 1)), {}
@@ -61,6 +69,10 @@ _SIMPLE: dict[str, Any] = {
     "div": aten.div.Tensor,
     "where": aten.where.self,
     "matmul": aten.matmul.default,
+    "cos": aten.cos.default,
+    "sin": aten.sin.default,
+    "relu": aten.relu.default,
+    "sigmoid": aten.sigmoid.default,
 }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -25,6 +25,7 @@ from actgraph.ops.shapes import Shape, TensorType
 
 if TYPE_CHECKING:
     from actgraph.graph.editor import Editor
+    from actgraph.graph.folds import FoldRecord
     from actgraph.graph.prims import Prim
     from actgraph.graph.sites import Site, SiteTable
     from actgraph.graph.views import Views
@@ -189,6 +190,7 @@ class Graph(abc.ABC):
     name: used as file stem and printed in canonical text.
     history: the passes that ran, oldest first.
     notes: loud facts about the graph, such as a dimension kept static and why.
+    folds: the edits that were moved into weights and can be taken out again, oldest first.
     """
 
     dialect: ClassVar[str]  # "fx" or "onnx"
@@ -197,6 +199,7 @@ class Graph(abc.ABC):
         self.name = name
         self.history: list[PassRecord] = []
         self.notes: list[str] = []
+        self.folds: list[FoldRecord] = []
         self.companions = Companions()
         self.metadata: dict[str, str] = {}  # free-form, saved with the graph
         self._sites: SiteTable | None = None
@@ -340,8 +343,11 @@ class Graph(abc.ABC):
     def _remove_output(self, name: str) -> None: ...
 
     @abc.abstractmethod
-    def _erase_dead(self) -> list[str]:
-        """Remove nodes and parameters that nothing reads (side-effect free ones); returns the names removed."""
+    def _erase_dead(self, only: Collection[str] | None = None) -> list[str]:
+        """Remove nodes and parameters that nothing reads (side-effect free ones); returns the names removed.
+
+        only: the names of those that may go; ``None``: all of them.
+        """
 
     @abc.abstractmethod
     def _copy_node(self, node: Node, operands: Sequence[Value | None], *, origin: Origin) -> Node:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -413,8 +413,8 @@ class OnnxGraph(Graph):
         self._output_names.pop(index)
         self._roles.pop(name, None)
 
-    def _erase_dead(self) -> list[str]:
-        return onnx_edit.erase_dead(self)
+    def _erase_dead(self, only: Collection[str] | None = None) -> list[str]:
+        return onnx_edit.erase_dead(self, only)
 
     def is_pure(self, node: ir.Node) -> bool:
         """Whether ``node`` may be removed when nothing reads it."""
@@ -446,6 +446,7 @@ class OnnxGraph(Graph):
     def _take_notes(self, other: Graph) -> None:
         self.history = list(other.history)
         self.notes = list(other.notes)
+        self.folds = list(other.folds)
         self.metadata = dict(other.metadata)
         self.companions = dataclasses.replace(other.companions)
 

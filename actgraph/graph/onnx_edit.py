@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from actgraph.errors import ActgraphError, UnsupportedError
 from actgraph.graph.onnx_dims import carries_sizes
-from actgraph.graph.onnx_native import array_of, native_type, set_native_type, tensor_of
+from actgraph.graph.onnx_native import array_of, is_state, loosened, native_type, set_native_type, tensor_of
 from actgraph.graph.onnx_normalize import all_nodes, write_origin
 from actgraph.graph.onnx_state import graph_attributes, set_inputs
 from actgraph.graph.onnx_types import TypeConflict, renew
@@ -266,6 +266,8 @@ def add_input(graph: OnnxGraph, name: str, kind: TensorType, default: np.ndarray
     graph.model.graph.inputs.append(value)
     if default is not None:
         value.const_value = tensor_of(default, name)
+        if value.shape is not None:
+            value.shape = value.shape if is_state(value) else loosened(value.shape, default)
         graph.model.graph.register_initializer(value)
     graph.register(value)
     return value
@@ -284,10 +286,12 @@ def add_output(graph: OnnxGraph, value: ir.Value, name: str) -> None:
 # --- removing and copying ---------------------------------------------------------------------------------------------
 
 
-def erase_dead(graph: OnnxGraph) -> list[str]:
+def erase_dead(graph: OnnxGraph, only: Collection[str] | None = None) -> list[str]:
     native = graph.model.graph
     dead: list[ir.Node] = []
     for node in reversed(list(native)):
+        if only is not None and node.name not in only:
+            continue
         if not graph.is_pure(node) or _has_effects(graph, node):
             continue
         if any(value.uses() or value.is_graph_output() for value in node.outputs):
@@ -297,6 +301,8 @@ def erase_dead(graph: OnnxGraph) -> list[str]:
     native.remove(dead)
     removed = [str(node.name) for node in reversed(dead)]
     for name, value in list(native.initializers.items()):
+        if only is not None and name not in only:
+            continue
         if not value.uses() and not value.is_graph_output() and name not in graph.optional:
             removed.append(name)
             if value.is_graph_input():

@@ -313,6 +313,7 @@ _RULES: dict[str, _Rule] = {
     "div": _plain("Div"), "where": _where, "clip": _clip, "reshape": _reshape, "transpose": _transpose,
     "matmul": _plain("MatMul"), "pow": _plain("Pow"), "neg": _plain("Neg"), "abs": _plain("Abs"), "sqrt": _plain("Sqrt"),
     "reciprocal": _plain("Reciprocal"), "exp": _plain("Exp"), "log": _plain("Log"), "erf": _plain("Erf"),
+    "cos": _plain("Cos"), "sin": _plain("Sin"),
     "relu": _plain("Relu"), "sigmoid": _plain("Sigmoid"), "tanh": _plain("Tanh"), "min": _plain("Min"), "max": _plain("Max"),
     "softmax": _softmax, "concat": _concat, "gather": _gather, "slice": _slice,
     "mean": _reduction("ReduceMean", 18), "sum": _reduction("ReduceSum", 13),

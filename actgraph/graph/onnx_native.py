@@ -25,6 +25,41 @@ def native_dtype(dtype: ir.DataType | None) -> DType | None:
         return None
 
 
+def loosened(shape: ir.Shape, default: np.ndarray[Any, Any]) -> ir.Shape:
+    """The declared shape of an optional input: sizes are unknown where ``default`` has 1 and what is given may have more.
+
+    Were they named, onnxruntime would take what is computed from the default to be as large as all that is named so, and
+    write it where there is no room.
+    """
+    if len(shape) != default.ndim:
+        return shape
+    return ir.Shape([None if given == 1 and size != 1 else size for size, given in zip(shape, default.shape, strict=True)])
+
+
+def is_state(value: ir.Value) -> bool:
+    """Whether an input is state across calls, which hosts always give: its default is what it begins with."""
+    return str(value.name).startswith("state_in.")
+
+
+def loosen_results(graph: ir.Graph) -> None:
+    """Forget the names of dimensions of all that is computed from optional inputs alone, and of these where they are 1."""
+    loose: set[ir.Value] = set()
+    for value in graph.inputs:
+        if value.const_value is not None and value.shape is not None and not is_state(value):
+            value.shape = loosened(value.shape, value.const_value.numpy())
+            loose.add(value)
+    fixed = set(graph.initializers.values()) - loose
+    for node in graph if loose else ():
+        sources = {value for value in node.inputs if value is not None}
+        if sources <= fixed:
+            fixed.update(node.outputs)
+        elif sources <= loose | fixed:
+            loose.update(node.outputs)
+            for made in node.outputs:
+                if made.shape is not None:
+                    made.shape = ir.Shape([size if isinstance(size, int) else None for size in made.shape])
+
+
 def native_shape(shape: ir.Shape | None) -> Shape | None:
     if shape is None:
         return None

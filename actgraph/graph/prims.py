@@ -26,28 +26,28 @@ VOCABULARY: dict[str, str] = {
     "cast": "(x) {to: DType} *",
     # elementwise
     "add": "(a, b) *", "sub": "(a, b) *", "mul": "(a, b) *", "div": "(a, b) *", "pow": "(a, b)", "neg": "(x)",
-    "abs": "(x)", "sqrt": "(x)", "rsqrt": "(x)", "reciprocal": "(x)", "exp": "(x)", "log": "(x)", "erf": "(x)", "cos": "(x)",
-    "sin": "(x)", "floor": "(x)", "where": "(condition, a, b) *", "min": "(a, b)", "max": "(a, b)",
+    "abs": "(x)", "sqrt": "(x)", "rsqrt": "(x)", "reciprocal": "(x)", "exp": "(x)", "log": "(x)", "erf": "(x)", "cos": "(x) *",
+    "sin": "(x) *", "floor": "(x)", "where": "(condition, a, b) *", "min": "(a, b)", "max": "(a, b)",
     "clip": "(x, lo|None, hi|None) *",
     "isnan": "(x)", "not": "(x)", "and": "(a, b)", "or": "(a, b)", "eq": "(a, b)", "ne": "(a, b)", "lt": "(a, b)",
     "le": "(a, b)", "gt": "(a, b)", "ge": "(a, b)",
     # activations
-    "relu": "(x)", "gelu": "(x) {approximate: 'none'|'tanh'}", "silu": "(x)", "sigmoid": "(x)", "tanh": "(x)",
+    "relu": "(x) *", "gelu": "(x) {approximate: 'none'|'tanh'}", "silu": "(x)", "sigmoid": "(x) *", "tanh": "(x)",
     "softplus": "(x)", "leaky_relu": "(x) {alpha}", "elu": "(x) {alpha}", "hardswish": "(x)", "hardsigmoid": "(x)",
     "mish": "(x)",
     "prelu": "(x, slope)", "softmax": "(x) {axis}", "log_softmax": "(x) {axis}",
     # reductions
-    "mean": "(x) {axes, keepdims}", "sum": "(x) {axes, keepdims}", "amax": "(x) {axes, keepdims}",
+    "mean": "(x) {axes, keepdims}", "sum": "(x) {axes, keepdims} *", "amax": "(x) {axes, keepdims}",
     "amin": "(x) {axes, keepdims}",
     "var": "(x) {axes, keepdims, correction}", "cumsum": "(x) {axis}", "topk": "(x) {k, axis} -> values, indices",
     "argmax": "(x) {axis}",
     # shape
     "reshape": "(x) {shape: output shape}: view, flatten, squeeze, unsqueeze *", "transpose": "(x) {perm} *",
     "expand": "(x)", "slice": "(x) {axis, start, end, step} *", "split": "(x) {axis} -> pieces",
-    "unbind": "(x) {axis} -> pieces without the axis", "concat": "(x, ...) {axis}",
+    "unbind": "(x) {axis} -> pieces without the axis", "concat": "(x, ...) {axis} *",
     "pad": "(x)", "roll": "(x)", "flip": "(x)", "repeat": "(x)", "trilu": "(x)", "stack": "(x, ...) {axis}",
     # indexing
-    "gather": "(table, indices) {axis}: embedding, index_select, Gather", "index": "(x, indices...)",
+    "gather": "(table, indices) {axis}: embedding, index_select, Gather (* rows, axis 0)", "index": "(x, indices...)",
     "gather_elements": "(x, indices) {axis}",
     "scatter": "(x, indices, updates)", "one_hot": "(indices)",
     # contractions

@@ -8,6 +8,7 @@ docs/sites.md; how the names are found is in ``actgraph.graph.recognize``.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,8 @@ from actgraph.graph.anchors import (
     value_anchor,
     virtual_anchor,
 )
-from actgraph.graph.graph import Graph, Kind, Node, Value
-from actgraph.graph.selectors import Pattern, compile_selector
+from actgraph.graph.graph import Graph, Kind, Node, Use, Value
+from actgraph.graph.selectors import Pattern, compile_selector, expand_braces
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
 
@@ -157,12 +158,18 @@ class SiteTable:
         yield from (name for name in self.anchors if not name.startswith("%"))
         yield from self.aliases
 
+    def _counted(self) -> Iterator[str]:
+        """The names among which a negative index counts: all, and other tools' names for them."""
+        yield from self.all_names()
+        yield from self.spellings()
+
     def spellings(self) -> dict[str, str]:
         """Names of TransformerLens, Hugging Face and pyvene -> canonical name (see ``actgraph.graph.spellings``)."""
         if self._spellings is None:
             from actgraph.graph.spellings import spell
 
             own = {name: self.aliases.get(name, name) for name in sorted(self.role_names)}
+            own |= self._inputs_of_roles(own)
             self._spellings = {
                 spelling: own[name]
                 for spelling, name in spell(own).items()
@@ -170,11 +177,63 @@ class SiteTable:
             }
         return self._spellings
 
+    def _inputs_of_roles(self, own: Mapping[str, str]) -> dict[str, str]:
+        """What computes a role, as ``actgraph.graph.spellings`` asks for it: ``role:in``, and ``role@norm`` and ``role@raw``.
+
+        own: role name -> canonical name. The first is the edge that the role's linear or norm reads; the others are there for
+        an ``attn.out`` or ``mlp.out`` that a (sandwich) norm computes: the role itself, and the edge that the norm reads.
+        ``logits@raw`` is the output of the last linear, where the logits are made from it number by number (soft-capped).
+        """
+        found: dict[str, str] = {}
+        heads = [name for name in self.all_names() if name.startswith("linear.") and _STRUCTURAL.fullmatch(name)]
+        if "logits" in own and heads:
+            last = max(heads, key=lambda name: int(name.partition(".")[2]))
+            head = self.aliases.get(last, last)
+            alike = type_now(self.anchors[head]).shape == type_now(self.anchors[own["logits"]]).shape
+            if alike and head not in self.role_names:  # with a role it is the logits themselves, or no head
+                found["logits@raw"] = head
+        for name, canonical in own.items():
+            for other in (canonical, *self._aliases_of.get(canonical, ())):
+                edge = self.aliases.get(f"{other}:in", f"{other}:in")
+                if edge not in self.anchors or not _STRUCTURAL.fullmatch(other):
+                    continue
+                found[f"{name}:in"] = edge
+                if other.startswith("norm.") and name.endswith((".attn.out", ".mlp.out")):
+                    found |= {f"{name}@norm": canonical, f"{name}@raw": edge}
+        return found
+
     def _matching(self, selector: str) -> dict[str, str]:
-        """Canonical name -> the role name that matched, else the canonical name. Raises SiteError when empty."""
+        """Canonical name -> the role name that matched, else the canonical name. Raises SiteError when empty.
+
+        Names of the graph itself come before other tools' names.
+        """
+        found = self._own(selector)
+        if selector in self.removed and not found:
+            raise self._gone(selector)  # not what another model's spelling of the same name would stand for
+        for foreign in () if found else _normal_spellings(selector):
+            # `model.layers[5].mlp.output` is a site by its module's name, where the model has modules.
+            hits = self._own(foreign) or {self.spellings()[name]: self.spellings()[name] for name in self._spelled(foreign)}
+            found |= hits
+        if not found:
+            raise self._nothing(selector)
+        return found
+
+    def _spelled(self, selector: str) -> list[str]:
+        """The spellings that ``selector``, in normal form, matches."""
+        table = self.spellings()
+        hits: list[str] = []
+        for pattern in compile_selector(selector, self._counted):
+            if pattern.literal:
+                hits += [pattern.literal] if pattern.literal in table else []
+            else:
+                hits += [name for name in table if pattern.matches(name)]
+        return hits
+
+    def _own(self, selector: str) -> dict[str, str]:
+        """As ``_matching``, by the names of the graph itself."""
         found: dict[str, str] = {}
         exact: set[str] = set()  # canonical names that matched themselves
-        for pattern in compile_selector(selector, self.all_names):
+        for pattern in compile_selector(selector, self._counted):
             for name in self._hits(pattern):
                 canonical = self.aliases.get(name, name)
                 if name == canonical:
@@ -183,15 +242,6 @@ class SiteTable:
                     found[canonical] = name
                 elif name == canonical or canonical not in found:
                     found[canonical] = canonical
-        if selector in self.removed and not found:
-            raise self._gone(selector)  # not what another model's spelling of the same name would stand for
-        if not found:
-            for pattern in compile_selector(_normal_spelling(selector), self.spellings):
-                table = self.spellings()
-                hits = [pattern.literal] if pattern.literal in table else [s for s in table if pattern.matches(s)]
-                found.update({table[spelling]: table[spelling] for spelling in hits})
-        if not found:
-            raise self._nothing(selector)
         return found
 
     def _hits(self, pattern: Pattern) -> list[str]:
@@ -211,21 +261,24 @@ class SiteTable:
             if selector.strip().startswith("%"):
                 dropped.update(site.anchor.key for site in self._by_value_name(graph, selector.strip()))
                 continue
-            hits: list[str] = []
-            literal = True
-            for pattern in compile_selector(selector, self.all_names):
-                literal = literal and bool(pattern.literal)
-                for name in self.all_names():
-                    if pattern.matches(name) or (not pattern.suffixed and pattern.matches(name.partition(":")[0])):
-                        hits.append(self.aliases.get(name, name))
-                if not hits:
-                    table = self.spellings()
-                    hits.extend(canonical for spelling, canonical in table.items() if pattern.matches(spelling))
+            hits = self._with_edges(selector)
+            for foreign in () if hits or selector in self.removed else _normal_spellings(selector):
+                hits += self._with_edges(foreign) or [self.spellings()[name] for name in self._spelled(foreign)]
+            literal = all(pattern.literal for pattern in compile_selector(selector, self._counted))
             if not hits and literal and selector not in self.removed:
                 # A pattern may rightly match nothing in this model; a plain name that is not there is a typing error.
                 raise self._nothing(selector)
             dropped.update(self.anchors[name].key for name in hits)
         return dropped
+
+    def _with_edges(self, selector: str) -> list[str]:
+        """The canonical names of the graph's own sites that ``selector`` matches; without a suffix, with their edges."""
+        hits: list[str] = []
+        for pattern in compile_selector(selector, self._counted):
+            for name in self.all_names():
+                if pattern.matches(name) or (not pattern.suffixed and pattern.matches(name.partition(":")[0])):
+                    hits.append(self.aliases.get(name, name))
+        return hits
 
     def _by_value_name(self, graph: Graph, selector: str) -> list[Site]:
         """Sites for ``%name`` selectors, which may be globs over value names."""
@@ -261,9 +314,11 @@ class SiteTable:
 
         if selector in self.removed:
             return self._gone(selector)
-        if _normal_spelling(selector) in (spelled := spell(self.removed)):
-            return self._gone(spelled[_normal_spelling(selector)])
-        patterns = list(compile_selector(selector, self.all_names))
+        spelled = spell(self.removed)
+        for foreign in _normal_spellings(selector):
+            if foreign in spelled:
+                return self._gone(spelled[foreign])
+        patterns = list(compile_selector(selector, self._counted))
         gone = [name for name in self.removed if any(pattern.matches(name) for pattern in patterns)]
         if gone:
             return self._gone(gone[0])
@@ -394,24 +449,55 @@ class SiteTable:
     def to_dict(self, values: Mapping[str, str] | None = None, nodes: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The table as JSON data by native names, translated by ``values`` and ``nodes``; see ``from_dict``."""
         values, nodes = values or {}, nodes or {}
-        listed = []
-        for name, anchor in self.anchors.items():
-            own = f"%{_translate(values, name[1:])}" if name.startswith("%") else name
-            row: dict[str, Any] = {"name": own, "role": self.roles.get(name, "")}
-            if name in self._aliases_of:
-                row["aliases"] = list(self._aliases_of[name])
-            if anchor.value is not None:
-                row["value"] = _translate(values, anchor.value.name)
-            elif anchor.kind is SiteKind.EDGE:
-                row["edges"] = [[_translate(nodes, node.name), index] for node, index in anchor.edges]
-            elif anchor.node is not None:
-                row["node"] = _translate(nodes, anchor.node.name)
-                kind, *rest = anchor.recipe.split("|")  # an expert's recipe names values
-                row["recipe"] = "|".join([kind, *rest[:1], *(_translate(values, part) for part in rest[1:])])
-                shape = anchor.type.shape
-                row["type"] = [anchor.type.dtype.value if anchor.type.dtype else None, None if shape is None else list(shape)]
-            listed.append(row)
+        listed = [self._row(name, values, nodes) for name in self.anchors]
         return {"sites": listed, "role_names": sorted(self.role_names), "removed": dict(self.removed)}
+
+    def _row(self, name: str, values: Mapping[str, str], nodes: Mapping[str, str]) -> dict[str, Any]:
+        """One site as JSON data."""
+        anchor = self.anchors[name]
+        own = f"%{_translate(values, name[1:])}" if name.startswith("%") else name
+        row: dict[str, Any] = {"name": own, "role": self.roles.get(name, "")}
+        if name in self._aliases_of:
+            row["aliases"] = list(self._aliases_of[name])
+        if anchor.value is not None:
+            row["value"] = _translate(values, anchor.value.name)
+        elif anchor.kind is SiteKind.EDGE:
+            row["edges"] = [[_translate(nodes, node.name), index] for node, index in anchor.edges]
+        elif anchor.node is not None:
+            row["node"] = _translate(nodes, anchor.node.name)
+            kind, *rest = anchor.recipe.split("|")  # an expert's recipe names values
+            row["recipe"] = "|".join([kind, *rest[:1], *(_translate(values, part) for part in rest[1:])])
+            shape = anchor.type.shape
+            row["type"] = [anchor.type.dtype.value if anchor.type.dtype else None, None if shape is None else list(shape)]
+        return row
+
+    def rows_on(self, value: Value, uses: Iterable[Use] = ()) -> list[dict[str, Any]]:
+        """The sites that denote ``value`` and the edges that include one of ``uses``, as JSON data; see ``put_back``."""
+        names = [name for name in self._on_value.get(value, ()) if not name.startswith("%")]
+        for node, index in uses:
+            if node is not None:
+                names += [name for name in self._on_node.get(node, ()) if (node, index) in self.anchors[name].edges]
+        places = {name: place for place, name in enumerate(self.anchors)}
+        rows = []
+        for name in dict.fromkeys(names):
+            roles = [each for each in (name, *self._aliases_of.get(name, ())) if each in self.role_names]
+            rows.append({**self._row(name, {}, {}), "role_names": roles, "place": places[name]})
+        return rows
+
+    def put_back(self, graph: Graph, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add the sites of ``rows_on`` again where they were removed since and their place exists."""
+        nodes = {node.name: node for node in graph.nodes()}
+        order = list(self.anchors)
+        for row in sorted(rows, key=lambda row: int(row["place"])):
+            names = [row["name"], *row.get("aliases", ())]
+            anchor = _anchor_from(graph, nodes, row)
+            if anchor is None or any(name in self.anchors or name in self.aliases for name in names):
+                continue
+            for name in names:
+                self.removed.pop(name, None)
+            self.add(row["name"], anchor, row["role"], row.get("aliases", ()), row["role_names"])
+            order.insert(int(row["place"]), row["name"])
+        self.anchors = {name: self.anchors[name] for name in order}
 
     @staticmethod
     def from_dict(graph: Graph, data: Mapping[str, Any]) -> SiteTable:
@@ -448,11 +534,16 @@ def _value_names(graph: Graph) -> list[str]:
     return [value.name for value in graph.inputs()] + results + [value.name for value in graph.parameters()]
 
 
-def _normal_spelling(selector: str) -> str:
-    """``layer = 5, component = block_output`` without its blanks, as the spelling table writes it."""
-    if selector.startswith("re:") or "component" not in selector:
-        return selector
-    return ",".join(part.replace(" ", "") for part in selector.replace(", ", ",").split(","))
+#: What computes a role: its name among the structural ones.
+_STRUCTURAL = re.compile(r"(linear|norm)\.\d+")
+
+
+def _normal_spellings(selector: str) -> list[str]:
+    """The selectors that ``selector`` stands for, in the form of the spelling table (``spellings.normal_spelling``)."""
+    from actgraph.graph.spellings import normal_spelling
+
+    selector = selector.strip()
+    return [selector] if selector.startswith("re:") else [normal_spelling(text) for text in expand_braces(selector)]
 
 
 def _translate(names: Mapping[str, str], name: str) -> str:

@@ -13,8 +13,9 @@ __all__ = ["DType", "Dim", "OpDef", "Shape", "TensorType", "all_ops", "get_op"]
 
 #: The files that define ops. An op family is found by the name of its file.
 FAMILIES = (
-    "steering", "subspace", "sparsity", "clipping", "quantization", "fake_quantization", "linear",
-    "grouped_linear", "feed_forward", "norms", "rotary", "attention", "experts", "positions", "recent", "cache",
+    "steering", "subspace", "latent", "gating", "sparsity", "threshold_gate", "clipping", "quantization", "fake_quantization",
+    "linear", "grouped_linear", "feed_forward", "norms", "rotary", "attention", "experts", "router", "positions", "recent",
+    "cache",
 )  # fmt: skip
 
 

@@ -102,6 +102,16 @@ def body_edit(b: BodyBuilder, h: BodyValue, delta: BodyValue, weight: BodyValue 
     return h - b.where(on, b.op("Neg", weight) * delta, 0.0)
 
 
+def body_to_last(b: BodyBuilder, h: BodyValue, axis: int) -> tuple[BodyValue, list[int]]:
+    """``h`` with the channel axis last, and the permutation that undoes it (empty where nothing moved)."""
+    if axis == -1:
+        return h, []
+    rank = b.rank_of(h)
+    perm = [i for i in range(rank) if i != rank + axis] + [rank + axis]
+    inverse = [perm.index(i) for i in range(rank)]
+    return b.transpose(h, perm), inverse
+
+
 def body_groups(b: BodyBuilder, h: BodyValue, place: int, group: int) -> BodyValue:
     """``h`` with axis ``place`` split into groups of ``group``."""
     shape = b.shape(h)

@@ -25,7 +25,8 @@ Edit the part of ``x`` that lies in a small subspace: ``y = x + ((x basis) matri
 
 With an orthonormal ``basis`` [channels, r]: ``matrix = -I`` projects the directions out (ablation), ``s * I`` scales
 their part by 1 + s, ``-2 I`` reflects, and ``(R - I)^T`` with a 2 x 2 rotation ``R`` turns the plane (row vectors). Costs
-2 r multiplications per channel; never build the channels x channels matrix.
+2 r multiplications per channel; never build the channels x channels matrix. A ``matrix`` with axes before its own two holds
+one for each token: ``[batch, 1, r, r]`` one for each row of ``x`` [batch, seq, channels].
 
 A mask scales the change: false or 0 gives ``x`` bit for bit, true or 1 the edit. NaN and infinity spread over the
 channels of their token. float16 and bfloat16 are computed in float32 and rounded once.
@@ -40,9 +41,11 @@ def _lowrank_infer(types: Sequence[TensorType | None], attributes: Attributes) -
     assert x is not None and basis is not None and matrix is not None
     layout.check_basis("lowrank_map", x, basis, attributes["axis"])
     if matrix.shape is not None and basis.shape is not None:
-        rank = basis.shape[1]
-        if len(matrix.shape) != 2 or any(isinstance(d, int) and isinstance(rank, int) and d != rank for d in matrix.shape):
+        rank, own = basis.shape[1], matrix.shape[-2:]
+        if len(own) != 2 or any(isinstance(d, int) and isinstance(rank, int) and d != rank for d in own):
             raise VerifyError(f"actgraph.lowrank_map: matrix {matrix} does not fit basis {basis}")
+        tokens = {"matrix": TensorType(matrix.dtype, matrix.shape[:-2])}
+        layout.check_operands("lowrank_map", x, attributes["axis"], tokens=tokens)
     layout.check_operands("lowrank_map", x, attributes["axis"], tokens={"mask": mask})
     return [x]
 
@@ -53,20 +56,11 @@ def _lowrank(
     axis = layout.from_end(axis, x.dim())
     h = layout.torch_compute(x)
     base = basis.to(h.dtype)
-    part = (h.movedim(axis, -1) @ base) @ matrix.to(h.dtype)
+    part, inner = h.movedim(axis, -1) @ base, matrix.to(h.dtype)
+    part = part @ inner if inner.dim() == 2 else (part.unsqueeze(-2) @ inner).squeeze(-2)
     delta = (part @ base.transpose(0, 1)).movedim(-1, axis)
     weight = None if mask is None else layout.torch_tokens(mask.to(h.dtype), axis)
     return layout.torch_edit(h, delta, weight).to(x.dtype)
-
-
-def _to_last(b: BodyBuilder, h: BodyValue, axis: int) -> tuple[BodyValue, list[int]]:
-    """``h`` with the channel axis last, and the permutation that undoes it."""
-    if axis == -1:
-        return h, []
-    rank = b.rank_of(h)
-    perm = [i for i in range(rank) if i != rank + axis] + [rank + axis]
-    inverse = [perm.index(i) for i in range(rank)]
-    return b.transpose(h, perm), inverse
 
 
 def _lowrank_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes: Attributes) -> list[BodyValue]:
@@ -75,8 +69,13 @@ def _lowrank_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attribut
     axis = layout.body_axis(b, attributes["axis"], x)
     h = b.up(x)
     base = b.cast(basis, h.dtype)
-    rows, back = _to_last(b, h, axis)
-    part = b.op("MatMul", b.op("MatMul", rows, base), b.cast(matrix, h.dtype))
+    rows, back = layout.body_to_last(b, h, axis)
+    part, inner = b.op("MatMul", rows, base), b.cast(matrix, h.dtype)
+    if b.rank_of(matrix) == 2:
+        part = b.op("MatMul", part, inner)
+    else:
+        one = b.op("MatMul", b.unsqueeze(part, [-2]), inner)
+        part = b.op("Squeeze", one, b.ints([-2]), rank=b.rank_of(one) - 1)
     delta = b.op("MatMul", part, b.transpose(base, [1, 0]))
     delta = b.transpose(delta, back) if back else delta
     weight = None if mask is None else layout.body_tokens(b, b.cast(mask, h.dtype), axis)
@@ -90,7 +89,7 @@ register(
         inputs=(
             Operand("x", "the activation"),
             Operand("basis", "[channels, r], orthonormal columns for the readings above"),
-            Operand("matrix", "[r, r], what is done inside the subspace"),
+            Operand("matrix", "[r, r], what is done inside the subspace, or [..., r, r], one per token"),
             layout.MASK,
         ),
         outputs=("y",),
@@ -106,6 +105,8 @@ register(
             Sample(((1, 1), (1, 1), (1, 1), None)),
             Sample(((2, 17, 259), (259, 3), (3, 3), (2, 17)), draw=draws(normal, orthonormal, normal, boolean), note="large"),
             Sample(((3, 5, 7), (7, 2), (2, 2), (1,)), draw=draws(normal, orthonormal, normal, fraction)),
+            Sample(((3, 5, 7), (7, 2), (3, 1, 2, 2), (5,)), draw=draws(normal, orthonormal, normal, boolean), note="by row"),
+            Sample(((2, 4, 3, 5), (4, 2), (3, 1, 2, 2), None), {"axis": 1}, draw=draws(normal, orthonormal, normal, None)),
             Sample(((2, 4, 3, 5), (4, 2), (2, 2), (2, 3, 5)), {"axis": 1}, draw=draws(normal, orthonormal, normal, boolean)),
         ),
     )
@@ -173,7 +174,7 @@ def _angle_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attributes
     axis = layout.body_axis(b, attributes["axis"], x)
     h = b.up(x)
     base = b.cast(basis, h.dtype)
-    rows, back = _to_last(b, h, axis)
+    rows, back = layout.body_to_last(b, h, axis)
     c = b.op("MatMul", rows, base)
     a = b.unsqueeze(b.cast(angle, h.dtype), [-1])
     length = b.op("Sqrt", b.reduce("ReduceSum", c * c, [-1]))

@@ -34,8 +34,12 @@ def test_insert_registry_op_with_types_and_provenance(small: FxGraph) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["add", "sub", "mul", "div", "where", "matmul", "clip", "cast", "transpose", "identity", "reshape"]
-)
+    "op",
+    [
+        "add", "sub", "mul", "div", "where", "matmul", "clip", "cast", "transpose", "identity", "reshape", "relu", "sigmoid",
+        "concat", "cos", "sin",
+    ],
+)  # fmt: skip
 def test_insert_vocabulary(small: FxGraph, op: str) -> None:
     x = node(small, "aten.linear").output
     ids = np.random.default_rng(0).integers(0, 11, (3, 5))
@@ -52,7 +56,12 @@ def test_insert_vocabulary(small: FxGraph, op: str) -> None:
         "cast": ([x], {"to": "f64"}, value.double()),
         "transpose": ([x], {"perm": (2, 0, 1)}, value.permute(2, 0, 1)),
         "identity": ([x], {}, value),
+        "cos": ([x], {}, value.cos()),
+        "sin": ([x], {}, value.sin()),
         "reshape": ([x], {"shape": ("batch*seq", 2, 3)}, value.reshape(15, 2, 3)),
+        "relu": ([x], {}, value.relu()),
+        "sigmoid": ([x], {}, value.sigmoid()),
+        "concat": ([x, x], {"axis": -1}, torch.cat([value, value], -1)),
     }
     operands, attributes, expected = cases[op]
     with small.edit("test") as editor:

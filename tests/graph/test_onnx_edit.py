@@ -48,6 +48,8 @@ def test_attributes_are_checked():
     ("op", "operands", "attributes", "expected"),
     [
         ("identity", [], {}, lambda x: x),
+        ("cos", [], {}, np.cos),
+        ("sin", [], {}, np.sin),
         ("add", [1.5], {}, lambda x: x + 1.5),
         ("sub", [np.arange(4)], {}, lambda x: x - np.arange(4)),
         ("mul", [2], {}, lambda x: x * 2),
@@ -63,6 +65,8 @@ def test_attributes_are_checked():
         ("matmul", [models.weights(4, 5)], {}, lambda x: x @ models.weights(4, 5)),
         ("slice", [], {"axis": 2, "start": 1, "end": 3}, lambda x: x[..., 1:3]),
         ("concat", [], {"axis": 0}, lambda x: x),
+        ("relu", [], {}, lambda x: np.maximum(x, 0)),
+        ("sigmoid", [], {}, lambda x: 1 / (1 + np.exp(-x))),
         ("mean", [], {"axes": (-1,), "keepdims": True}, lambda x: x.mean(-1, keepdims=True)),
         ("sum", [], {"axes": (1,), "keepdims": False}, lambda x: x.sum(1)),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,10 +182,10 @@ class ToyGraph(Graph):
     def _remove_output(self, name: str) -> None:
         self.outs = [pair for pair in self.outs if pair[0] != name]
 
-    def _erase_dead(self) -> list[str]:
+    def _erase_dead(self, only: Collection[str] | None = None) -> list[str]:
         removed: list[str] = []
         for node in reversed(list(self.body)):
-            if not any(Value(self, o).uses for o in node.outputs):
+            if (only is None or node.name in only) and not any(Value(self, o).uses for o in node.outputs):
                 self.body.remove(node)
                 removed.append(node.name)
         return removed

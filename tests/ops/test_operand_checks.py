@@ -20,16 +20,25 @@ X: Shape = ("batch", "seq", 8)
         ("shift", [X, (8,), None, (2, 3, 8)], r"shift: mask \(one value per token\)"),
         ("channel_scale", [X, (7,), None], r"channel_scale: gamma \(one value per channel\)"),
         ("channel_scale", [X, (8,), (2, 3, 8)], r"channel_scale: mask"),
+        ("threshold_gate", [X, (7,), X, (8,), None], r"threshold_gate: tau \(one value per channel\)"),
+        ("threshold_gate", [X, (8,), ("batch", 1, 8), None, None], r"threshold_gate: z .* another shape"),
         ("lowrank_map", [X, (7, 2), (2, 2), None], r"lowrank_map: basis .* 8 channels"),
         ("lowrank_map", [X, (8, 2), (2, 2), (2, 3, 8)], r"lowrank_map: mask"),
         ("target_angle", [X, (7, 2), (), None], r"target_angle: basis .* 8 channels"),
         ("target_angle", [X, (8, 2), (2, 3, 8), None], r"target_angle: angle"),
         ("target_angle", [X, (8, 2), (), (2, 3, 8)], r"target_angle: mask"),
+        ("latent_edit", [X, (2, 7), (2, 7)], r"latent_edit: decoder .* 8 channels"),
+        ("latent_edit", [X, (2, 8), (3, 8)], r"latent_edit: encoder .* must be \[r, channels\]"),
+        ("latent_edit", [X, (2, 8), (2, 8), (3,)], r"latent_edit: bias .* one number for each of the 2 latents"),
+        ("latent_edit", [X, (2, 8), (2, 8), None, (2, 1)], r"latent_edit: thresholds .* one number for each"),
+        ("latent_edit", [X, (2, 8), (2, 8), None, None, (3,)], r"latent_edit: values"),
+        ("latent_edit", [X, (2, 8), (2, 8), None, None, None, (2, 3, 8)], r"latent_edit: mask"),
     ],
 )
 def test_refused(op: str, shapes: list[Shape | None], message: str) -> None:
     definition = get_op(f"actgraph.{op}")
     types = [None if shape is None else TensorType(DType.F32, shape) for shape in shapes]
+    types += [None] * (len(definition.inputs) - len(types))
     with pytest.raises(VerifyError, match=message):
         definition.infer(types, definition.complete({}))
 
@@ -56,3 +65,11 @@ def test_stored_keys_are_refused(key: tuple[DType, Shape], scale: Shape | None, 
     scales = None if scale is None else TensorType(DType.F32, scale)
     with pytest.raises(VerifyError, match=f"attention: {message}"):
         get_op("attention").infer([query, TensorType(*key), value, None, scales, None], {"scale": 1.0, "softcap": 0.0})
+
+
+def test_latents_that_are_set_need_an_encoder() -> None:
+    definition = get_op("latent_edit")
+    types = [TensorType(DType.F32, X), TensorType(DType.F32, (2, 8)), *[None] * 5]
+    assert definition.infer(types, definition.complete({"mode": "add"})) == types[:1]
+    with pytest.raises(VerifyError, match="mode set needs the encoder"):
+        definition.infer(types, definition.complete({"mode": "set"}))

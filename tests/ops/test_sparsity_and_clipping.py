@@ -44,6 +44,17 @@ GOLDEN = {
         "gate", [row(-9, 0.5, 0.25, NAN)], {"threshold": 0.5, "keep": "x>="}, row(0, 0.5, 0, NAN),
     ),
     "thresholds per channel": ("gate", [row(1, 1, 1), np.array([0.5, 1, 2], np.float32)], {}, row(1, 0, 0)),
+    "above the threshold is open": (
+        "threshold_gate",
+        [row(1, 2, 3, NAN, INF, -4), np.array(0.5, np.float32), row(0.5, 0.75, NAN, 0, INF, 1)], {},
+        row(0, 2, 3, 0, INF, -4),
+    ),
+    "a closed gate is zero whatever passes it": (
+        "threshold_gate", [row(NAN, INF, -1), row(0, 0, -INF)[0], row(-1, 0, -INF), row(1, INF, 2)[0]], {}, row(0, 0, -2),
+    ),
+    "the gate itself": (
+        "threshold_gate", [row(-1, 0, 1, INF), np.array(0, np.float32)], {"result": "gate"}, row(0, 0, 1, 1),
+    ),
     "ties go to the lowest index": ("topk_gate", [row(1, -2, 2, 2, 0)], {"k": 2}, row(0, -2, 2, 0, 0)),
     "two of four": ("topk_gate", [row(1, 1, 1, 1, 4, 3, 2, 1)], {"k": 2, "group_size": 4}, row(1, 1, 0, 0, 4, 3, 0, 0)),
     "NaN ranks with infinity": ("topk_gate", [row(3, NAN, INF, -INF)], {"k": 2}, row(0, NAN, INF, 0)),

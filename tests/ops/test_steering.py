@@ -37,7 +37,16 @@ def tokens(dtype: type = np.float32) -> np.ndarray:
 VECTOR = np.array([1, -2, 3, math.nan, math.inf, -1, 0.5, -0.0], np.float32)
 BASIS = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 2)))[0].astype(np.float32)
 OFF = np.zeros((2, 3), bool)
+ROWS = np.random.default_rng(3).standard_normal((2, 8)).astype(np.float32)
 NEUTRAL = {
+    "latent_edit, mask false": ("latent_edit", [VECTOR[None], ROWS[:1], None, None, None, OFF], {"mode": "set", "value": 3.0}),
+    "latent_edit, mask 0.0": (
+        "latent_edit",
+        [ROWS, ROWS, None, None, None, OFF.astype(np.float32)],
+        {"normalize": "layer_norm"},
+    ),
+    "latent_edit, add 0": ("latent_edit", [np.stack([VECTOR, VECTOR])], {}),
+    "latent_edit, add values 0": ("latent_edit", [ROWS, None, None, None, np.zeros(2, np.float32)], {"mode": "add"}),
     "shift, scale 0": ("shift", [VECTOR], {"scale": 0.0}),
     "shift, strength 0": ("shift", [VECTOR, np.zeros(1, np.float32)], {"scale": 3.0}),
     "shift, mask false": ("shift", [VECTOR, None, OFF], {"scale": 3.0}),
@@ -51,6 +60,11 @@ NEUTRAL = {
     "channel_scale, gamma 1": ("channel_scale", [np.ones(8, np.float32)], {}),
     "channel_scale, mask false": ("channel_scale", [VECTOR, OFF], {}),
     "channel_scale, mask 0.0": ("channel_scale", [VECTOR, OFF.astype(np.float32)], {}),
+    "threshold_gate, always open": ("threshold_gate", [np.array(-math.inf, np.float32)], {}),
+    "threshold_gate, soft, always open": ("threshold_gate", [np.full(8, -math.inf, np.float32)], {"mode": "soft"}),
+    "threshold_gate, gamma 1": ("threshold_gate", [np.full(8, -math.inf, np.float32), None, np.ones(8, np.float32)], {}),
+    "threshold_gate, mask false": ("threshold_gate", [VECTOR, None, VECTOR, OFF], {}),
+    "threshold_gate, soft, mask 0.0": ("threshold_gate", [VECTOR, None, VECTOR, OFF.astype(np.float32)], {"mode": "soft"}),
     "gate, threshold below all": ("gate", [], {"threshold": -1.0}),
     "clip, no bounds": ("clip", [], {}),
     "index_gate, all channels": ("index_gate", [np.arange(8)], {}),
@@ -70,7 +84,7 @@ def test_neutral_settings_keep_every_bit(setting: str, dtype: type) -> None:
         assert same_bits(result, x), f"{who}: {result}"
 
 
-@pytest.mark.parametrize("name", ["shift", "lowrank_map", "target_angle", "channel_scale"])
+@pytest.mark.parametrize("name", ["shift", "lowrank_map", "target_angle", "channel_scale", "threshold_gate"])
 def test_masks_leave_other_tokens_alone(name: str) -> None:
     """A masked token is untouched bit for bit while its neighbour is edited; 0/1 masks of any type agree."""
     rng = np.random.default_rng(1)
@@ -80,6 +94,7 @@ def test_masks_leave_other_tokens_alone(name: str) -> None:
         "lowrank_map": [BASIS, np.eye(2, dtype=np.float32)],
         "target_angle": [BASIS, np.ones((), np.float32)],
         "channel_scale": [np.arange(8, dtype=np.float32)],
+        "threshold_gate": [np.zeros(8, np.float32), None, np.arange(2, 10, dtype=np.float32)],
     }[name]
     mask = np.array([[True, False, True], [False, False, True]])
     full = everywhere(name, [x, *side], {})["torch"]
@@ -142,6 +157,18 @@ def test_lowrank_map_ablates_and_rotates() -> None:
     torch.testing.assert_close(turned @ outside, x @ outside)
 
 
+def test_a_matrix_for_each_row() -> None:
+    """Each row of a batch is mapped by its own matrix, as alone; with an axis in the middle, too."""
+    x, basis = torch.randn(3, 5, 16), torch.linalg.qr(torch.randn(16, 2)).Q
+    matrices = torch.randn(3, 2, 2)
+    together = torch_call("lowrank_map", x, basis, matrices[:, None])
+    alone = torch.cat([torch_call("lowrank_map", x[i : i + 1], basis, matrices[i]) for i in range(3)])
+    torch.testing.assert_close(together, alone)
+    turned = torch_call("lowrank_map", x.transpose(1, 2), basis, matrices[:, None], axis=1)
+    torch.testing.assert_close(turned.transpose(1, 2), alone)
+    assert (together - torch_call("lowrank_map", x, basis, matrices[0])).abs().max() > 1e-2
+
+
 def test_target_angle_sends_gated_tokens_to_the_angle() -> None:
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     basis = torch.linalg.qr(torch.randn(16, 2, dtype=torch.float64)).Q
@@ -175,6 +202,8 @@ def test_gradients_at_zero_tokens_are_finite() -> None:
         ("shift", [(3, 8), (2, 3, 8)], -1, "vector"),
         ("lowrank_map", [(2, 8), (7, 2), (2, 2)], -1, "basis"),
         ("lowrank_map", [(2, 8), (8, 2), (3, 3)], -1, "matrix"),
+        ("lowrank_map", [(2, 3, 8), (8, 2), (2, 2, 2)], -1, "matrix"),
+        ("lowrank_map", [(2, 3, 8), (8, 2), (2,)], -1, "matrix"),
         ("target_angle", [(2, 8), (8, 3), ()], -1, "2 columns"),
         ("channel_scale", [(2, 8), (4,)], -1, "gamma"),
     ],
@@ -201,3 +230,89 @@ def test_infer_over_symbolic_shapes() -> None:
         op.infer([x, TensorType(DType.F32, (63,)), None, None], attributes)
     with pytest.raises(VerifyError, match="mask"):
         op.infer([x, TensorType(DType.F32, (64,)), None, TensorType(DType.BOOL, ("batch", "seq", 64))], attributes)
+
+
+def autoencoder(kind: str, channels: int = 16, latents: int = 40) -> dict[str, torch.Tensor]:
+    """Weights of a whole random autoencoder, float64."""
+    generator = torch.Generator().manual_seed(7)
+    drawn = {
+        "W_enc": torch.randn(channels, latents, generator=generator, dtype=torch.float64) / channels**0.5,
+        "W_dec": torch.randn(latents, channels, generator=generator, dtype=torch.float64),
+        "b_enc": torch.randn(latents, generator=generator, dtype=torch.float64) * 0.3,
+        "b_dec": torch.randn(channels, generator=generator, dtype=torch.float64),
+    }
+    if kind == "jumprelu":
+        drawn["threshold"] = torch.rand(latents, generator=generator, dtype=torch.float64)
+    return drawn
+
+
+def whole(x: torch.Tensor, sae: dict[str, torch.Tensor], edit: object, normalize: str = "none") -> torch.Tensor:
+    """Encode with all latents, edit, decode, add the error: what SAELens does with ``use_error_term``, its formulas."""
+    n, undo = x, lambda h: h
+    if normalize == "rescale":
+        factor = x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True)
+        n, undo = x * factor, lambda h: h / factor
+    if normalize == "layer_norm":
+        mu = x.mean(-1, keepdim=True)
+        std = (x - mu).std(-1, keepdim=True)
+        n, undo = (x - mu) / (std + 1e-5), lambda h: h * std + mu
+    pre = n @ sae["W_enc"] + sae["b_enc"]
+    f = torch.relu(pre)
+    if "threshold" in sae:
+        f = f * (pre > sae["threshold"])
+    error = x - undo(f @ sae["W_dec"] + sae["b_dec"])
+    return undo(edit(f.clone()) @ sae["W_dec"] + sae["b_dec"]) + error  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("normalize", ["none", "rescale", "layer_norm"])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu"])
+def test_latent_edit_is_the_whole_autoencoder(kind: str, normalize: str) -> None:
+    """ESR's acceptance (a) and (c): the rows of the edited latents give what all latents and the error term give."""
+    sae = autoencoder(kind)
+    x = torch.randn(3, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 + 0.3
+    chosen = [3, 17, 18, 39]
+    rows = (sae["W_dec"][chosen], sae["W_enc"].T[chosen], sae["b_enc"][chosen])
+    thresholds = sae["threshold"][chosen] if kind == "jumprelu" else None
+    values = torch.tensor([0.0, 4.0, -1.0, 2.5], dtype=torch.float64)
+
+    def edited(mode: str, v: torch.Tensor | None, h: torch.Tensor = x, **attributes: object) -> torch.Tensor:
+        return torch_call("latent_edit", h, *rows, thresholds, v, None, mode=mode, normalize=normalize, **attributes)
+
+    def at(new: object) -> object:
+        def change(f: torch.Tensor) -> torch.Tensor:
+            f[..., chosen] = new(f[..., chosen])  # type: ignore[operator]
+            return f
+
+        return change
+
+    for mode, new in (("set", lambda f: values), ("add", lambda f: f + values), ("scale", lambda f: f * values)):
+        want = whole(x, sae, at(new), normalize)
+        torch.testing.assert_close(edited(mode, values), want, rtol=1e-6, atol=1e-5)
+        assert (want - x).abs().max() > 0.1, mode
+    if normalize == "none":  # adding moves what a later clamp would read; in this order they are the edit of one code
+        both = edited("add", values, edited("set", None, value=1.5))
+        torch.testing.assert_close(both, whole(x, sae, at(lambda f: torch.full_like(f, 1.5) + values)), rtol=1e-6, atol=1e-5)
+    n = whole(x, sae, lambda f: f, normalize)
+    torch.testing.assert_close(n, x)  # no edit is the identity
+    own: list[torch.Tensor] = []
+    whole(x, sae, lambda f: own.append(f[..., chosen].clone()) or f, normalize)
+    torch.testing.assert_close(edited("set", own[0]), x, rtol=1e-9, atol=1e-9)
+    silent = (own[0] == 0).all(-1)
+    ablated = edited("set", None)
+    assert 0 < silent.sum() < silent.numel()
+    assert torch.equal(ablated[silent], x[silent])
+    assert ((ablated - x).abs().amax(-1)[~silent] > 1e-3).all()
+
+
+def test_latent_edit_keeps_a_silent_token_bit_for_bit_everywhere() -> None:
+    """Ablating latents that do not fire leaves -0.0 and every other bit, in every engine."""
+    x = np.where(tokens() == tokens(), np.nan_to_num(tokens(), posinf=2.0, neginf=-2.0), np.float32(0.25))
+    assert np.signbit(x[x == 0]).any()
+    low = np.full(2, -100.0, np.float32)
+    for attributes in (
+        {"mode": "set"},
+        {"mode": "scale", "value": 3.0},
+        *({"mode": "set", "normalize": n} for n in ("rescale", "layer_norm")),
+    ):
+        for who, result in everywhere("latent_edit", [x, ROWS, ROWS, low], attributes).items():
+            assert same_bits(result, x), f"{who} {attributes}"

@@ -57,7 +57,7 @@ def test_most_ops_are_tried_with_a_dynamic_axis() -> None:
     static = {op.name for op in all_ops() if Call(first_case(op)).shares_rows()}
     assert static <= {
         "attention", "attention_mix", "attention_pattern", "cache_append", "cache_write", "dequantize", "quantize",
-        "rotary", "select_rows",
+        "reweight_experts", "rotary", "select_rows", "take_along", "threshold_gate",
     }  # fmt: skip
 
 

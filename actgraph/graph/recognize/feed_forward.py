@@ -39,7 +39,7 @@ def _feed_forward(
     first = _half(s, activation.input, outputs)
     if first is None:
         return None
-    if len({read.position for read in s.readers(activation.output, casts=True)}) != 1:
+    if len({read.position for read in s.readers(activation.output, casts=True) if not _measures(s, read)}) != 1:
         return None  # others read the activation: a residual stream or several heads, not the neurons of one feed-forward
     for value, factor in _towards_down(s, activation.output):
         down = _reader(s, value, inputs)
@@ -66,6 +66,14 @@ def _feed_forward(
             gate_first=first.start == 0, up_value=factor,
         )  # fmt: skip
     return None
+
+
+def _measures(s: Semantics, read: Read) -> bool:
+    """Whether a reader is a product with a stored vector: how far the value points along it, for an edit elsewhere."""
+    if read.prim is None or read.prim.op != "matmul":
+        return False
+    vector = read.prim.operands[1]
+    return isinstance(vector, Value) and s.is_constant(vector) and vector.type.rank == 1
 
 
 def _towards_down(s: Semantics, act: Value) -> list[tuple[Value, Value | None]]:

@@ -221,7 +221,7 @@ class Semantics:
 
 
 #: Ops that stand for a part of the model, not for an edit, also where they keep the shape of their input.
-_WHOLE = frozenset(f"{DOMAIN}.{name}" for name in ("linear", "feed_forward", "rms_norm", "layer_norm", "rotary"))
+_WHOLE = frozenset(f"{DOMAIN}.{name}" for name in ("linear", "feed_forward", "rms_norm", "layer_norm", "rotary", "take_along"))
 
 
 def _unchanged(prim: Prim) -> Value | None:
