@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from actgraph.calibrate.encode import Sample, Signature
+from actgraph.calibrate.encode import PROMPT_LENGTH, SPAN, Sample, Signature
 from actgraph.errors import InputError
 from actgraph.ops.shapes import Dim
 
@@ -29,16 +29,26 @@ class Batch:
 
     indices: the place in the corpus of each leading row's sample (further rows only fill a fixed batch size).
     masks: dimension -> ``[rows, length]`` bool, where each sample's positions are real.
+    prompt_lengths: ``[rows]``, the number of prompt tokens of documents with a prompt and a response (others: all are prompt;
+    ``None``: nobody has a response). spans: ``[rows, length]`` bool, the marked tokens of documents with a span.
     """
 
     inputs: dict[str, Array]
     indices: tuple[int, ...]
     masks: dict[Dim, Array]
+    prompt_lengths: Array | None = None
+    spans: Array | None = None
 
     @property
     def rows(self) -> int:
         """How many samples there are."""
         return len(self.indices)
+
+    def told(self, known: Array | None, what: str, needs: str) -> Array:
+        """``known``. Raises InputError where documents do not tell it."""
+        if known is None:
+            raise InputError(f"{what} needs documents with {needs}", 'a line of .jsonl is {"prompt": ..., "response": ...}')
+        return known
 
     @property
     def padded(self) -> bool:
@@ -121,7 +131,15 @@ def assemble(signature: Signature, samples: list[Sample], indices: tuple[int, ..
         wanted = [targets.get(size) for size in (value.shape or ())[1:]]
         inputs[value.name] = np.stack([_padded(sample[value.name], wanted) for sample in samples + filler])
     masks = {size: np.arange(targets[size])[None, :] < np.asarray(found)[:, None] for size, found in lengths.items()}
-    return Batch(inputs, indices, masks)
+    told: Array | None = None
+    if any(PROMPT_LENGTH in sample for sample in samples):
+        told = np.array([int(sample.get(PROMPT_LENGTH, np.asarray(2**31 - 1))) for sample in samples])
+    spans: Array | None = None
+    if any(SPAN in sample for sample in samples):
+        length = max(len(sample[SPAN]) if SPAN in sample else 0 for sample in samples)
+        length = max([length, *(mask.shape[1] for mask in list(masks.values())[:1])])
+        spans = np.stack([_padded(sample.get(SPAN, np.zeros(0, bool)), [length]) for sample in samples])
+    return Batch(inputs, indices, masks, told, spans)
 
 
 def _padded(array: Array, sizes: list[int | None]) -> Array:

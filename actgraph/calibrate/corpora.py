@@ -1,7 +1,8 @@
 """Corpora: what models are calibrated and measured on.
 
-A corpus is a list of documents: texts (a line of ``.txt``, ``text`` or ``messages`` of ``.jsonl``), named arrays (``.npz``,
-``.safetensors``, dicts of arrays) or images. Opening one reads texts and arrays into memory; images are read as they are used.
+A corpus is a list of documents: texts (a line of ``.txt``, or of ``.jsonl`` with ``text``, ``messages``, ``prompt`` and
+``response``, or ``text`` and ``span``), named arrays (``.npz``, ``.safetensors``, dicts of arrays) or images. Opening one reads
+texts and arrays into memory; images are read as they are used.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,26 @@ Array = np.ndarray[Any, Any]
 
 #: A chat: a list of ``{"role": ..., "content": ...}``.
 Messages = tuple[Mapping[str, Any], ...]
-#: A text, a chat, a batch of named arrays (leading axis: samples), or an image file.
-Document = str | Messages | Mapping[str, Array] | Path
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt and the response to it, both as text or both as token ids (special tokens included)."""
+
+    prompt: str | tuple[int, ...]
+    response: str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A text in which the places of ``span`` are what matters."""
+
+    text: str
+    span: str
+
+
+#: A text, a chat, a prompt with its response, a text with a span, a batch of named arrays (leading axis: samples), or an image.
+Document = str | Messages | Prompted | Marked | Mapping[str, Array] | Path
 
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"})
 _SAMPLE = "tinystories_sample.txt"
@@ -131,6 +150,8 @@ def _json_lines(path: Path) -> tuple[Document, ...]:
             raise InputError(f"{path}, line {number}: not JSON: {error.msg}") from error
         if isinstance(item, str):
             documents.append(item)
+        elif isinstance(item, dict) and (told := _told(item, f"{path}, line {number}")) is not None:
+            documents.append(told)
         elif isinstance(item, dict) and isinstance(item.get("text"), str):
             documents.append(item["text"])
         elif isinstance(item, dict) and isinstance(item.get("messages"), list):
@@ -138,6 +159,26 @@ def _json_lines(path: Path) -> tuple[Document, ...]:
         else:
             raise InputError(f"{path}, line {number}: neither `text` nor `messages`", 'a line is {"text": "..."}')
     return tuple(documents)
+
+
+def _told(item: Mapping[str, Any], where: str) -> Prompted | Marked | None:
+    """A document of ``prompt`` and ``response``, or of ``text`` and ``span``. Raises InputError where half of it is there."""
+    for kind, first, second in ((Prompted, "prompt", "response"), (Marked, "text", "span")):
+        if second in item:
+            if not isinstance(item.get(first), str) or not isinstance(item[second], str) or not item[second]:
+                raise InputError(f"{where}: {second!r} without a {first!r}, or no text", f"both are texts: {first}, {second}")
+            return kind(item[first], item[second])
+    return None
+
+
+def _pair(prompt: Any, response: Any) -> Prompted | None:
+    """A prompt and a response given as a pair of texts or of token ids."""
+    if isinstance(prompt, str) and isinstance(response, str):
+        return Prompted(prompt, response)
+    ids = [np.asarray(part) for part in (prompt, response) if not isinstance(part, (str, Mapping))]
+    if len(ids) == 2 and all(part.ndim == 1 and part.dtype.kind in "iu" for part in ids):
+        return Prompted(*(tuple(part.tolist()) for part in ids))
+    return None
 
 
 def _messages(items: Sequence[Any], where: str) -> Messages:
@@ -148,10 +189,16 @@ def _messages(items: Sequence[Any], where: str) -> Messages:
 
 
 def _document(item: Any, number: int) -> Document:
-    if isinstance(item, (str, Path)):
+    if isinstance(item, (str, Path, Prompted, Marked)):
         return item
+    if isinstance(item, Mapping) and all(isinstance(value, str) for value in item.values()):
+        told = _told(item, f"document {number}")
+        if told is not None:
+            return told
     if isinstance(item, Mapping):
         return _arrays(item, f"document {number}")
+    if isinstance(item, tuple) and len(item) == 2 and (pair := _pair(*item)) is not None:
+        return pair
     if isinstance(item, (list, tuple)) and item and all(isinstance(message, Mapping) for message in item):
         return _messages(item, f"document {number}")
     raise InputError(f"document {number} of the corpus is a {type(item).__name__}", "documents are texts or dicts of arrays")
@@ -173,6 +220,9 @@ def _parts(document: Document) -> Iterator[bytes]:
     if isinstance(document, str):
         yield b"text"
         yield document.encode()
+    elif isinstance(document, (Prompted, Marked)):
+        yield type(document).__name__.lower().encode()
+        yield from (str(value).encode() for value in asdict(document).values())
     elif isinstance(document, Path):
         yield b"file"
         yield document.read_bytes()

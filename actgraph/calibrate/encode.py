@@ -8,6 +8,7 @@ and the decoder of an encoder-decoder reads the text itself, shifted right behin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actgraph.calibrate.corpora import Corpus, Messages
+from actgraph.calibrate.corpora import Corpus, Marked, Messages, Prompted
 from actgraph.errors import InputError
 from actgraph.graph.context import context_length
 from actgraph.graph.graph import Role, Value
@@ -23,10 +24,15 @@ from actgraph.graph.parity import is_optional
 from actgraph.ops.shapes import Dim
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from actgraph.graph import Graph
 
 Array = np.ndarray[Any, Any]
 Sample = dict[str, Array]
+
+#: What samples hold beside inputs: the number of prompt tokens of a document with a response, and which tokens are marked.
+PROMPT_LENGTH, SPAN = "prompt_lengths", "marked span"
 
 _FILLED = ("attention_mask", "position_ids", "token_type_ids")
 
@@ -148,10 +154,9 @@ def samples(graph: Graph, corpus: Corpus, *, limit: int | None = None, pack: boo
         elif not reads_text:
             raise _takes_no_text(graph, signature, corpus)
         elif window is None:
-            ids = token_ids(graph, document, longest)
-            yield complete(signature, {"input_ids": np.asarray(ids, np.int64)})
+            yield complete(signature, text_sample(graph, document, longest))
         else:
-            pending += token_ids(graph, document, limit)
+            pending += text_sample(graph, document, limit)["input_ids"].tolist()
             while len(pending) >= window:
                 yield complete(signature, {"input_ids": np.asarray(pending[:window], np.int64)})
                 pending, packed = pending[window:], packed + 1
@@ -169,11 +174,64 @@ def _takes_no_text(graph: Graph, signature: Signature, corpus: Corpus) -> InputE
     )
 
 
-def token_ids(graph: Graph, document: str | Messages, longest: int | None = None) -> list[int]:
-    """The ids of one text or chat, special tokens included, cut to ``longest``. Raises InputError without a tokenizer."""
-    tokenizer = graph.companions.tokenizer
+def text_sample(graph: Graph, document: str | Messages | Prompted | Marked, longest: int | None = None) -> Sample:
+    """The ids ``[n]`` of a document of text, cut to ``longest``, and what it tells of them.
+
+    A chat that ends with a message of the assistant has that as its response. Raises InputError where nothing of a response or
+    of a span is left.
+    """
+    told: Sample = {}
+    if isinstance(document, Prompted):
+        prompt, ids = _prompted(graph, document)
+        if not prompt or len(ids) == len(prompt):
+            what = "prompt" if not prompt else "response"
+            raise InputError(f"a document has no token of a {what}: {document}", "leave it out")
+        told[PROMPT_LENGTH] = np.asarray(len(prompt))
+    elif isinstance(document, Marked):
+        encoded = _tokenizer(graph).encode(document.text)
+        ids, begins = list(encoded.ids), [match.start() for match in re.finditer(re.escape(document.span), document.text)]
+        marked = [any(s < at + len(document.span) and e > at for at in begins) for s, e in encoded.offsets]
+        told[SPAN] = np.asarray(marked[:longest])
+        if not told[SPAN].any():
+            raise InputError(
+                f"the span {document.span!r} is not in the text {document.text[:60]!r}", "spans are parts of texts"
+            )
+    else:
+        ids = token_ids(graph, document)
+        if not isinstance(document, str) and len(document) > 1 and document[-1].get("role") == "assistant":
+            prompt = list(_tokenizer(graph).encode(_chat(graph, document[:-1], True), add_special_tokens=False).ids)
+            told[PROMPT_LENGTH] = np.asarray(min(len(prompt), len(ids)))
+    if PROMPT_LENGTH in told and longest is not None and int(told[PROMPT_LENGTH]) >= longest:
+        raise InputError(
+            f"a prompt has {int(told[PROMPT_LENGTH])} tokens, and documents are cut to {longest}", "use shorter prompts"
+        )
+    return {"input_ids": np.asarray(ids[:longest], np.int64), **told}
+
+
+def _prompted(graph: Graph, document: Prompted) -> tuple[list[int], list[int]]:
+    """The ids of the prompt, and those of both, which are read as one text (a tokenizer may begin a text of its own with a
+    space): a token that is not wholly of the prompt is of the response.
+    """
+    prompt, response = document.prompt, document.response
+    if isinstance(prompt, tuple) or isinstance(response, tuple):
+        if isinstance(prompt, str) or isinstance(response, str):
+            raise InputError("of a document one part is text and the other is not", "give texts, or token ids")
+        return list(prompt), [*prompt, *response]
+    encoded = _tokenizer(graph).encode(prompt + response)
+    begun = next((place for place, (_, end) in enumerate(encoded.offsets) if end > len(prompt)), len(encoded.ids))
+    return list(encoded.ids[:begun]), list(encoded.ids)
+
+
+def _tokenizer(graph: Graph) -> Tokenizer:
+    tokenizer: Tokenizer | None = graph.companions.tokenizer
     if tokenizer is None:
         raise InputError(f"{graph.name} has no tokenizer to read texts with", "give one (--tokenizer DIR), or input arrays")
+    return tokenizer
+
+
+def token_ids(graph: Graph, document: str | Messages, longest: int | None = None) -> list[int]:
+    """The ids of one text or chat, special tokens included, cut to ``longest``. Raises InputError without a tokenizer."""
+    tokenizer = _tokenizer(graph)
     if isinstance(document, str):
         ids = list(tokenizer.encode(document).ids)
     else:
@@ -181,8 +239,11 @@ def token_ids(graph: Graph, document: str | Messages, longest: int | None = None
     return ids if longest is None else ids[:longest]
 
 
-def _chat(graph: Graph, messages: Messages) -> str:
-    """The text of a chat by the tokenizer's own template. Raises InputError when it has none."""
+def _chat(graph: Graph, messages: Messages, ask: bool = False) -> str:
+    """The text of a chat by the tokenizer's own template, up to where the assistant begins with ``ask``.
+
+    Raises InputError when it has none.
+    """
     settings = _json_companion(graph, "tokenizer_config.json")
     template = settings.get("chat_template")
     if template is None and "chat_template.jinja" in graph.companions.tokenizer_files:
@@ -198,7 +259,7 @@ def _chat(graph: Graph, messages: Messages) -> str:
     try:
         environment: Any = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         special = {key: text(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return str(environment.from_string(template).render(messages=list(messages), add_generation_prompt=False, **special))
+        return str(environment.from_string(template).render(messages=list(messages), add_generation_prompt=ask, **special))
     except TemplateError as error:
         raise InputError(f"the chat template of {graph.name} failed: {error}") from error
 
@@ -254,7 +315,7 @@ def complete(signature: Signature, sample: Sample) -> Sample:
             raise InputError(f"the graph takes {value!r}, which the corpus does not give", "give a .npz file with all inputs")
         result[name] = array.astype(value.dtype.numpy, copy=False) if value.dtype is not None else array
         signature.check(name, result[name])
-    return result
+    return {**{name: sample[name] for name in (PROMPT_LENGTH, SPAN) if name in sample}, **result}
 
 
 def shifted_right(ids: Array, start: int) -> Array:

@@ -23,7 +23,7 @@ from actgraph.errors import ActgraphError, InputError
 Array = np.ndarray[Any, Any]
 
 #: Changes when what is stored changes its meaning.
-VERSION = "1"
+VERSION = "2"
 #: The folder of the cache; ``off`` turns it off.
 VARIABLE = "ACTGRAPH_CACHE"
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from actgraph.calibrate.batches import Batch
 from actgraph.calibrate.encode import Signature
+from actgraph.calibrate.pooled import pooled
 from actgraph.calibrate.statistics import Request, Tokens
 from actgraph.errors import InputError
+from actgraph.graph.where import Where
 from actgraph.ops.shapes import Dim, TensorType, canonical_dim
 
 Array = np.ndarray[Any, Any]
@@ -63,13 +65,15 @@ class Axes:
 def select(request: Request, array: Array, axes: Axes, batch: Batch) -> tuple[Array, Array | None]:
     """What a request counts of one batch: ``x [rows, channels]``, and the position of each row where it is asked for.
 
-    Raises InputError for NaN, naming the site, and for positions where there is no sequence axis.
+    Of a pooled request there is one row for each document, and its place in the corpus in place of a position.
+    Raises InputError for NaN, naming the site, for positions where there is no sequence axis, and for a document of which no
+    token counts.
     """
     if array.dtype.kind not in "fiub":
         array = array.astype(np.float32)  # bfloat16 and float8
     if axes.batch is not None and array.shape[axes.batch] != batch.rows:
         array = np.take(array, np.arange(batch.rows), axis=axes.batch)
-    needs_position = request.positions or request.tokens is not Tokens.ALL
+    needs_position = request.positions or request.tokens is not Tokens.ALL or request.where != "all"
     if needs_position and not (axes.tokens or axes.flat):
         raise InputError(f"{request.site} has no sequence axis: the {request} is not defined", "leave out positions and tokens")
     channel = request.channel_axis
@@ -79,7 +83,7 @@ def select(request: Request, array: Array, axes: Axes, batch: Batch) -> tuple[Ar
     if array.ndim == 0:
         array = array[None]
     valid, where = None, None
-    if batch.padded or needs_position:
+    if batch.padded or needs_position or request.pool:
         elementwise = channel is None and any(a == axis for a, _ in axes.tokens)
         if elementwise:
             array, axis = array[..., None], array.ndim
@@ -91,7 +95,24 @@ def select(request: Request, array: Array, axes: Axes, batch: Batch) -> tuple[Ar
             f"the activations at {request.site} are NaN ({int(np.isnan(x).sum())} of {x.size} in one batch)",
             "find the pass or layer that makes them with `actgraph bisect`",
         )
+    if request.pool:
+        return pooled(request.site, x, _documents(array.shape, valid, axes, batch, axis), batch.indices)
     return x, where if request.positions else None
+
+
+def _documents(shape: tuple[int, ...], valid: Array | None, axes: Axes, batch: Batch, channel: int) -> Array:
+    """The row of the batch that each row of ``x`` belongs to."""
+    if axes.flat is not None and axes.batch is None:
+        place, width = axes.flat[0], batch.masks[axes.flat[1]].shape[1]
+        index = np.arange(shape[place]) // width
+    elif axes.batch is not None:
+        place, index = axes.batch, np.arange(shape[axes.batch])
+    else:
+        place, index = 0, np.zeros(shape[0], np.int64)
+    view = [-1 if axis == place else 1 for axis in range(len(shape))]
+    of_all = np.broadcast_to(index.reshape(view), [1 if axis == channel else size for axis, size in enumerate(shape)])
+    rows = np.moveaxis(of_all, channel, -1)[..., 0]
+    return np.asarray(rows.reshape(-1) if valid is None else rows[valid])
 
 
 def _valid(request: Request, shape: tuple[int, ...], axes: Axes, batch: Batch, channel: int) -> tuple[Array, Array | None]:
@@ -108,10 +129,8 @@ def _valid(request: Request, shape: tuple[int, ...], axes: Axes, batch: Batch, c
             continue
         mask = batch.masks[size]
         index = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
-        if number == 0 and request.tokens is not Tokens.ALL:
-            last = mask.sum(1, keepdims=True) - 1
-            kept = {Tokens.FIRST: index == 0, Tokens.LAST: index == last, Tokens.NOT_FIRST: index > 0}
-            mask = mask & kept[Tokens(request.tokens)]
+        if number == 0:
+            mask = mask & _counting(request, batch, mask, index)
         if rows is None and axes.flat is not None and axis == axes.flat[0]:
             mask, index = mask.reshape(-1), index.reshape(-1)
             view = [-1 if a == axis else 1 for a in range(len(shape))]
@@ -127,3 +146,27 @@ def _valid(request: Request, shape: tuple[int, ...], axes: Axes, batch: Batch, c
             positions = np.broadcast_to(index.reshape(view), valid.shape)
     chosen = np.moveaxis(valid, channel, -1)[..., 0]
     return chosen, None if positions is None else np.moveaxis(positions, channel, -1)[..., 0][chosen]
+
+
+def _counting(request: Request, batch: Batch, mask: Array, index: Array) -> Array:
+    """Which tokens of the first sequence axis count, by ``tokens`` and ``where``: [rows, length] or broadcastable to it."""
+    last = mask.sum(1, keepdims=True) - 1
+    tokens = Tokens(request.tokens)
+    if tokens is Tokens.RESPONSE:
+        begins = batch.told(batch.prompt_lengths, f"the {request}", "a prompt and a response")[:, None]
+        kept = (index >= begins - 1) & (index < last)
+    elif tokens is Tokens.SPAN:
+        kept = batch.told(batch.spans, f"the {request}", "a marked span")
+    else:
+        kept = {
+            Tokens.ALL: np.ones_like(mask), Tokens.FIRST: index == 0, Tokens.LAST: index == last, Tokens.NOT_FIRST: index > 0,
+        }[tokens]  # fmt: skip
+    if request.where != "all":
+        where = Where.parse(request.where)
+        ids = batch.inputs.get("input_ids", batch.inputs.get("decoder_input_ids"))
+        ids = ids[: batch.rows] if ids is not None and ids.shape[-1:] == mask.shape[-1:] else None
+        lengths = batch.prompt_lengths
+        if where.reads_prompt_lengths and lengths is None:
+            lengths = last[:, 0] + 1  # a text without a response is all prompt
+        kept = kept & where.mask(index, lengths, ids, np.asarray(batch.indices))
+    return np.asarray(kept)

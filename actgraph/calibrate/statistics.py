@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from actgraph.calibrate.accumulators import Accumulator, Count, Extreme, Gram, Histogram, Layout, Moment
+from actgraph.calibrate.pooled import Rows
 from actgraph.calibrate.sketch import QuantileSketch
 from actgraph.errors import InputError, OptionError
+from actgraph.graph.where import Where
 
 Array = np.ndarray[Any, Any]
 
@@ -37,21 +39,30 @@ class Statistic(enum.StrEnum):
     HISTOGRAM = "histogram"  # counts in `bins` equal bins of [low, high), with what lies below and above
     QUANTILE = "quantile"  # a sketch that answers any quantile
     ABS_QUANTILE = "abs_quantile"  # the same of |x|
+    ROWS = "rows"  # the pooled vector of each document, in their order: [documents, channels] float32
 
 
 class Tokens(enum.StrEnum):
-    """The tokens of a row that count. First and last are those among the valid ones."""
+    """The tokens of a row that count. First and last are those among the valid ones.
+
+    ``response``: those that predict the tokens of the response, from the last one of the prompt to the last but one of all
+    (documents with a prompt and a response). ``span``: those of the marked span (documents with a span).
+    """
 
     ALL = "all"
     FIRST = "first"
     LAST = "last"
     NOT_FIRST = "not_first"
+    RESPONSE = "response"
+    SPAN = "span"
 
 
 _EXTREMES = frozenset({Statistic.MIN, Statistic.MAX, Statistic.ABSMAX})
 _COUNTS = frozenset({Statistic.ZEROS, Statistic.COUNT})
 _SKETCHES = frozenset({Statistic.QUANTILE, Statistic.ABS_QUANTILE})
-_OF_VECTORS = frozenset({Statistic.GRAM, Statistic.NORM})  # these need the channel axis even when they reduce over it
+_OF_VECTORS = frozenset(
+    {Statistic.GRAM, Statistic.NORM, Statistic.ROWS}
+)  # these need the channel axis even when they reduce over it
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,9 @@ class Request:
     axis: keep one result per channel of this axis of the site's value; ``None`` keeps one for the whole tensor. For ``gram``
     and ``norm`` it is the axis of the vectors (``None``: the last).
     positions: keep one result per position in the row as well (counted over valid tokens, so padding on the left is right too).
-    tokens: which tokens count. low, high, bins: the range and number of bins of a histogram.
+    tokens: which tokens count; where: a clause that they have to meet as well (see ``actgraph.graph.where``).
+    pool: the mean over those tokens first, so that every document is one row.
+    low, high, bins: the range and number of bins of a histogram.
     resolution: a sketch has ``2**resolution`` bins per octave; its quantiles are within ``2**-resolution`` of the true ones,
     relative (0.4 % for 8), for magnitudes above 1e-12.
     """
@@ -72,6 +85,8 @@ class Request:
     axis: int | None = None
     positions: bool = False
     tokens: Tokens | str = Tokens.ALL
+    where: str = "all"
+    pool: bool = False
     low: float = 0.0
     high: float = 0.0
     bins: int = 0
@@ -88,13 +103,18 @@ class Request:
             raise OptionError("a histogram needs low < high and bins > 0", "use kind='quantile' when the range is not known")
         if self.kind in _OF_VECTORS and self.positions:
             raise OptionError(f"the {self.kind} is over all tokens", "leave out positions")
+        object.__setattr__(self, "where", str(Where.parse(self.where)))
+        if self.kind is Statistic.ROWS and not self.pool:
+            raise OptionError("rows are of documents", "say pool=True")
+        if self.pool and self.positions:
+            raise OptionError("a pooled statistic has no positions", "leave out positions")
         if not 0 <= self.resolution <= 12:
             raise OptionError(f"resolution is {self.resolution}, outside of 0 to 12")
 
     @property
     def channel_axis(self) -> int | None:
         """The axis whose channels must be told apart; ``None`` when elements alone matter."""
-        return -1 if self.axis is None and self.kind in _OF_VECTORS else self.axis
+        return -1 if self.axis is None and (self.kind in _OF_VECTORS or self.pool) else self.axis
 
     @property
     def layout(self) -> Layout:
@@ -112,6 +132,8 @@ class Request:
             return QuantileSketch(self.layout, self.resolution, absolute=kind is Statistic.ABS_QUANTILE)
         if kind is Statistic.GRAM:
             return Gram()
+        if kind is Statistic.ROWS:
+            return Rows()
         if kind is Statistic.HISTOGRAM:
             return Histogram(self.layout, self.low, self.high, self.bins)
         return Moment(kind.value, self.layout)
