@@ -28,7 +28,7 @@ from actgraph.graph.fx import FxGraph
 from actgraph.graph.fx_build import lookup, module_scope
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.onnx_insert import attach_body
-from actgraph.graph.onnx_native import native_type, tensor_of
+from actgraph.graph.onnx_native import loosen_results, native_type, tensor_of
 from actgraph.graph.provenance import KEY, Origin
 from actgraph.ops.body import MIN_IR_VERSION, function_opsets
 from actgraph.ops.dtypes import DType
@@ -67,6 +67,7 @@ def to_onnx(graph: FxGraph, opset: int | None = None) -> OnnxGraph:
             attach_body(result, native)
     result.history = list(graph.history)
     result.notes = list(graph.notes)
+    result.folds = [carrier.record(record, translator, result) for record in graph.folds]
     result.metadata = dict(graph.metadata)
     if graph.dim_ranges:
         result.metadata["dim_ranges"] = json.dumps(graph.dim_ranges, sort_keys=True)
@@ -113,6 +114,7 @@ def build_model(graph: FxGraph, opset: int, carrier: Carrier) -> tuple[ir.Model,
         value = translator.values[graph.input(name).key]
         value.const_value = tensor_of(np.asarray(default))
         container.register_initializer(value)
+    loosen_results(container)
     functions = list(translator.functions.values())
     model = ir.Model(container, ir_version=MIN_IR_VERSION, producer_name="actgraph", functions=functions)
     if functions:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from torch import fx
 
+from actgraph.graph.folds import FoldRecord
 from actgraph.graph.fx import FxGraph
 from actgraph.graph.graph import Node
 from actgraph.graph.onnx import OnnxGraph
@@ -52,34 +54,67 @@ class Carrier:
 
     def table(self, result: OnnxGraph, translator: Translator) -> SiteTable:
         """The site table of ``result``. Sites whose place is gone (a folded constant) are marked as removed there."""
-        natives = {fx_node.name: fx_node for fx_node in self.graph.graph.nodes}
-        alive = set(result.model.graph)
+        translate = self._translation(result, translator)
         data = self.sites.to_dict()
         rows = []
         for row in data["sites"]:
-            moved = dict(row)
+            moved = translate(row)
+            if moved is None:
+                data["removed"].update(dict.fromkeys([row["name"], *row.get("aliases", ())], "export to ONNX"))
+            else:
+                rows.append(moved)
+        return SiteTable.from_dict(result, {**data, "sites": rows})
+
+    def record(self, record: FoldRecord, translator: Translator, result: OnnxGraph) -> FoldRecord:
+        """What is recorded of a fold, in the names of ``result``: copies are one value there, edges are on other nodes."""
+        translate = self._translation(result, translator)
+        rows = [row if row.get("value") == record.output else translate(row) for row in record.sites]
+
+        def name(old: str) -> str:
+            try:
+                value = translator.values.get(self.graph.value(old).key) if old else None
+            except KeyError:
+                value = None
+            return str(value.name) if isinstance(value, ir.Value) else old
+
+        return dataclasses.replace(
+            record,
+            sites=tuple(row for row in rows if row is not None),
+            value=name(record.value),
+            path=tuple(map(name, record.path)),
+            changes=tuple(dataclasses.replace(change, original=name(change.original)) for change in record.changes),
+        )
+
+    def _translation(
+        self, result: OnnxGraph, translator: Translator
+    ) -> Callable[[Mapping[str, Any]], Mapping[str, Any] | None]:
+        """Rows of the site table in the names of ``result``; ``None`` for one whose place is gone."""
+        natives = {fx_node.name: fx_node for fx_node in self.graph.graph.nodes}
+        alive = set(result.model.graph)
+
+        def translate(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
             if "value" in row:
-                value = translator.values.get(self.graph.value(row["value"]).key)
-                if not isinstance(value, ir.Value) or not _exists(value, alive):
-                    data["removed"].update(dict.fromkeys([row["name"], *row.get("aliases", ())], "export to ONNX"))
-                    continue
-                moved["value"] = value.name
-            elif "edges" in row:
-                moved["edges"] = [
+                try:
+                    value = translator.values.get(self.graph.value(row["value"]).key)
+                except KeyError:  # of a record: removed since
+                    return None
+                exists = isinstance(value, ir.Value) and _exists(value, alive)
+                return {**row, "value": value.name} if exists and value is not None else None
+            if "edges" in row:
+                edges = [
                     [str(node.name), index]
                     for name, position in row["edges"]
+                    if name in natives
                     for node, index in _edge(translator, self.graph, natives[name], position, alive)
                 ]
-                if not moved["edges"]:
-                    data["removed"].update(dict.fromkeys([row["name"], *row.get("aliases", ())], "export to ONNX"))
-                    continue
-            elif "node" in row:
-                inner = translator.inner.get((natives[row["node"]], row["recipe"]))
-                if inner is not None:
-                    moved = {key: value for key, value in row.items() if key not in ("node", "recipe", "type")}
-                    moved["value"] = inner.name
-            rows.append(moved)
-        return SiteTable.from_dict(result, {**data, "sites": rows})
+                return {**row, "edges": edges} if edges else None
+            inner = translator.inner.get((natives[row["node"]], row["recipe"]))
+            if inner is None:
+                return row
+            moved = {key: value for key, value in row.items() if key not in ("node", "recipe", "type")}
+            return {**moved, "value": inner.name}
+
+        return translate
 
 
 def _exists(value: ir.Value, alive: set[ir.Node]) -> bool:

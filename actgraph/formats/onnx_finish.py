@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from actgraph.errors import UnsupportedError
+from actgraph.graph.folds import FoldRecord
 from actgraph.graph.graph import Graph, Role
 from actgraph.graph.onnx import OnnxGraph
 from actgraph.graph.onnx_insert import operand_types
@@ -184,6 +185,7 @@ def write_metadata(graph: OnnxGraph, source: Graph, renamed: Mapping[str, str], 
     data: dict[str, Any] = {
         "history": [record.to_dict() for record in source.history],
         "notes": source.notes,
+        "folds": [record.to_dict() for record in source.folds],
         "metadata": source.metadata,
         "roles": {name: role.value for name, role in graph.roles.items()},
         "optional": sorted(graph.optional),
@@ -219,6 +221,7 @@ def restore(graph: OnnxGraph, found: Mapping[str, Any]) -> None:
     graph.history = [PassRecord.from_dict(record) for record in found.get("history", [])]
     graph.notes = [RecordedNote(note) for note in found.get("notes", [])]
     graph.metadata = dict(found.get("metadata", {}))
+    graph.folds = [FoldRecord.from_dict(record) for record in found.get("folds", [])]
     if found.get("sites"):
         graph._sites = SiteTable.from_dict(graph, found["sites"])
 

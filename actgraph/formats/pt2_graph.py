@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph import fx_build
+from actgraph.graph.folds import FoldRecord
 from actgraph.graph.fx import FxGraph
 from actgraph.graph.fx_types import DimNames, new_symbol
 from actgraph.graph.graph import Array, Companions, Role
@@ -47,6 +48,7 @@ def encode(graph: FxGraph) -> Data:
         "parameters": [_parameter(graph, path) for path in graph._parameters],
         "history": [record.to_dict() for record in graph.history],
         "notes": list(graph.notes),
+        "folds": [record.to_dict() for record in graph.folds],
         "metadata": dict(graph.metadata),
         "sites": graph.site_table.to_dict(),
         "companions": _encode_companions(graph.companions),
@@ -92,6 +94,7 @@ def decode(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> FxGr
     graph._aliases.update({row["path"]: tuple(row["aliases"]) for row in data["parameters"]})
     graph.history = [PassRecord.from_dict(record) for record in data["history"]]
     graph.notes, graph.metadata = [RecordedNote(note) for note in data["notes"]], dict(data["metadata"])
+    graph.folds = [FoldRecord.from_dict(record) for record in data.get("folds", ())]
     graph.companions = _decode_companions(data["companions"])
     graph._sites = SiteTable.from_dict(graph, data["sites"])
     return graph

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import actgraph as ag
+from actgraph.errors import PassError
 from actgraph.formats.onnx_export import to_onnx
 from actgraph.formats.vectors import is_of_another_model, model_fingerprint
 from actgraph.graph import Graph
@@ -56,14 +57,16 @@ def test_what_can_be_told_apart() -> None:
     assert is_of_another_model(known.replace(f"{zoo.WIDTH}]", f"{2 * zoo.WIDTH}]"), graph), "another width"
 
 
-def test_steering_with_the_vector_of_another_model_is_said(tmp_path: Path) -> None:
+def test_the_vector_of_another_model_is_refused(tmp_path: Path) -> None:
     graph = zoo.captured("llama")
     direction = {"blocks.0.resid_post": np.ones(zoo.WIDTH, np.float32)}
-    for model, warned in ((zoo.captured("qwen3"), True), (graph, False), (to_onnx(graph), False), (None, False)):
+    for model, refused in ((zoo.captured("qwen3"), True), (graph, False), (to_onnx(graph), False), (None, False)):
         fingerprint = model_fingerprint(model) if model is not None else ""
         path = ag.SteeringVector(direction, fingerprint).save(tmp_path / "v.safetensors")
         for subject in (graph, to_onnx(graph)):
-            report = ag.run(subject, f"steer{{vector={path}}}", parity="none", reproducer=False).report
-            said = [message for row in report.rows for message in row.messages if "another model" in message]
-            assert bool(said) == warned and all(str(path) in message and graph.name in message for message in said)
-            assert ("another model" in str(report)) == warned
+            if refused:
+                with pytest.raises(PassError, match=rf"{path} was extracted from another model than {graph.name}.*other_model"):
+                    ag.run(subject, f"steer{{vector={path}}}", parity="none", reproducer=False)
+            allowed = "other_model=allow" if refused else ""
+            report = ag.run(subject, f"steer{{vector={path} {allowed}}}", parity="none", reproducer=False).report
+            assert report[0].counts
