@@ -6,8 +6,9 @@ at each step: any exported file works, at a cost that is quadratic in the length
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeGuard, cast, overload
 
 import numpy as np
@@ -15,7 +16,9 @@ import numpy as np
 from actgraph.errors import InputError
 from actgraph.graph.context import context_length, logits_output, token_dims
 from actgraph.graph.graph import Array, Graph
+from actgraph.graph.input_values import InputValue
 from actgraph.graph.program import Program
+from actgraph.runtime.given import with_adapter
 from actgraph.runtime.sampling import Sampling
 from actgraph.runtime.session import Compiled, compile, unknown_inputs
 from actgraph.runtime.text import INCOMPLETE, TextStream, Tokenizer, continuation
@@ -57,6 +60,7 @@ class Generation:
 def generate(  # type: ignore[overload-overlap]  # text is a sequence of texts to the type checker, and one prompt to us
     model: Graph | Program | Compiled, prompt: Prompt = ..., max_new_tokens: int = ..., *, temperature: float = ...,
     top_k: int = ..., top_p: float = ..., seed: int = ..., stop: str | Sequence[str] = ..., stop_at_end: bool = ...,
+    inputs: Mapping[str, InputValue] | None = ..., adapter: str | Path | None = ...,
 ) -> Generation: ...  # fmt: skip
 
 
@@ -64,6 +68,7 @@ def generate(  # type: ignore[overload-overlap]  # text is a sequence of texts t
 def generate(
     model: Graph | Program | Compiled, prompt: Sequence[Prompt], max_new_tokens: int = ..., *, temperature: float = ...,
     top_k: int = ..., top_p: float = ..., seed: int = ..., stop: str | Sequence[str] = ..., stop_at_end: bool = ...,
+    inputs: Mapping[str, InputValue] | None = ..., adapter: str | Path | None = ...,
 ) -> list[Generation]: ...  # fmt: skip
 
 
@@ -78,6 +83,8 @@ def generate(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     stop_at_end: bool = True,
+    inputs: Mapping[str, InputValue] | None = None,
+    adapter: str | Path | None = None,
 ) -> Generation | list[Generation]:
     """Continue ``prompt`` (text, or token ids) by up to ``max_new_tokens`` tokens; of several prompts, each.
 
@@ -85,6 +92,8 @@ def generate(
     temperature, top_k, top_p, seed: see ``actgraph.runtime.sampling.Sampling``; greedy by default.
     stop: generation of a row ends before the first of these strings.
     stop_at_end: stop at an end token of the generation config (which is not part of the result).
+    inputs, adapter: values for inputs that say more than tokens do, such as ``{"steer.scale": 2}``, for all prompts or one for
+    each, and a file with such values; see ``Compiled.session``.
 
     model: a graph, a program of a prefill and a decode graph, or either compiled; open it once with ``compile`` for several
     calls. One prompt on a model compiled with ``prefixes`` computes only what the cache of prefixes does not have.
@@ -94,17 +103,23 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
 
-    def run(model: Graph | Program | Compiled, prompts: Sequence[Prompt], row: int = 0) -> list[Generation]:
-        return _finished(_Generator(model, prompts, max_new_tokens, sampling, stops, stop_at_end, row, follow=False))
+    values = with_adapter(inputs, adapter)
+
+    def run(
+        model: Graph | Program | Compiled, prompts: Sequence[Prompt], given: Mapping[str, InputValue], row: int = 0
+    ) -> list[Generation]:
+        return _finished(_Generator(model, prompts, max_new_tokens, sampling, stops, stop_at_end, row, given, follow=False))
 
     if not _is_batch(prompt):
-        return run(model, [cast("Prompt", prompt)])[0]
+        return run(model, [cast("Prompt", prompt)], values)[0]
     if not prompt:
         raise InputError("there are no prompts", "give at least one")
     compiled = model if isinstance(model, Compiled) else compile(model)
     if any(value.name == "attention_mask" for value in _main_graph(compiled).inputs()):
-        return run(compiled, list(prompt))
-    return [run(compiled, [each], row)[0] for row, each in enumerate(prompt)]
+        return run(compiled, list(prompt), values)
+    givable = compiled.givable
+    checked = givable.checked(values, len(prompt))
+    return [run(compiled, [each], givable.of_row(checked, row), row)[0] for row, each in enumerate(prompt)]
 
 
 def stream(
@@ -118,10 +133,13 @@ def stream(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     stop_at_end: bool = True,
+    inputs: Mapping[str, InputValue] | None = None,
+    adapter: str | Path | None = None,
 ) -> Iterator[Step]:
     """As ``generate`` for one prompt, one ``Step`` at a time. Bad arguments raise before the first step is asked for."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    generator = _Generator(model, [prompt], max_new_tokens, Sampling(temperature, top_k, top_p, seed), stops, stop_at_end)
+    sampling, given = Sampling(temperature, top_k, top_p, seed), with_adapter(inputs, adapter)
+    generator = _Generator(model, [prompt], max_new_tokens, sampling, stops, stop_at_end, given=given)
     return (step for steps in generator for step in steps.values())
 
 
@@ -228,6 +246,7 @@ class _Generator:
         stops: Sequence[str] = (),
         stop_at_end: bool = True,
         row: int = 0,
+        given: Mapping[str, InputValue] | None = None,
         follow: bool = True,
     ) -> None:
         if max_new_tokens < 0:
@@ -253,7 +272,7 @@ class _Generator:
                 else "capture it with a dynamic length",
             )
         for member in model.program if isinstance(model, Compiled) else model if isinstance(model, Program) else (graph,):
-            for name in unknown_inputs(member):
+            for name in unknown_inputs(member, given or ()):
                 raise InputError(
                     f"generation does not know what to feed input {name!r} of {member.name}", "it fills token inputs"
                 )
@@ -261,7 +280,7 @@ class _Generator:
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.compiled = model if isinstance(model, Compiled) else compile(model)
         self._refuse_longer(self.compiled.capacity)
-        self.session = self.compiled.session(len(self.rows))
+        self.session = self.compiled.session(len(self.rows), inputs=given)
 
     def _refuse_longer(self, limit: int | None) -> None:
         longest = max(len(row.prompt) for row in self.rows)

@@ -9,6 +9,7 @@ import numpy as np
 
 from actgraph.errors import InputError
 from actgraph.graph.graph import Graph
+from actgraph.graph.input_values import shown_type
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import Shape, TensorType
 
@@ -19,21 +20,30 @@ Ranges = Mapping[str, tuple[int | None, int | None]]
 class InputChecker:
     """The inputs that a graph declares, as they were when the checker was made.
 
-    ranges: the smallest and largest size allowed, by dimension name. optional: inputs that may be left out.
+    ranges: the smallest and largest size allowed, by dimension name. optional: inputs that may be left out. Where the default
+    of one has size 1 along a named dimension, what is given may have that, too.
     """
 
     def __init__(self, graph: Graph, ranges: Ranges, optional: Collection[str]) -> None:
         self._name = graph.name
         self._types = {value.name: value.type for value in graph.inputs()}
+        for value in graph.inputs():
+            if value.name in optional and value.shape and value.shape[0] is None:
+                self._types[value.name] = shown_type(graph, value.name)
         self._ranges = dict(ranges)
         self._optional = frozenset(optional)
+        self._ones = {name: _broadcast(self._types[name].shape, graph, name) for name in self._optional & self._types.keys()}
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The given inputs as arrays, in the order of the graph's inputs.
 
-        Nothing is converted. Raises InputError naming the first input that is unknown or missing, or whose dtype, rank or
-        sizes are not those declared: a number must be met, a name means one size everywhere, within its limits.
+        Nothing is converted. Raises InputError where no mapping is given, or naming the first input that is unknown or missing,
+        or whose dtype, rank or sizes are not those declared: a number must be met, a name means one size everywhere, within
+        its limits.
         """
+        if not isinstance(inputs, Mapping):
+            given = type(inputs).__name__
+            raise InputError(f"the inputs of {self._name} are a mapping of names to arrays, not a {given}", self._known())
         unknown = sorted(set(inputs) - set(self._types))
         if unknown:
             raise InputError(f"{self._name} has no input {unknown[0]!r}", self._known())
@@ -54,7 +64,10 @@ class InputChecker:
 
     def _check_shape(self, key: str, array: Array, kind: TensorType, shape: Shape, sizes: dict[str, int]) -> None:
         wrong = array.ndim != len(shape)
-        for size, declared in zip(array.shape, shape, strict=False):
+        ones = self._ones.get(key, ())
+        for axis, (size, declared) in enumerate(zip(array.shape, shape, strict=False)):
+            if size == 1 and axis in ones:
+                continue
             if isinstance(declared, int):
                 wrong = wrong or size != declared
             elif declared is not None and declared.isidentifier() and not wrong:
@@ -70,6 +83,13 @@ class InputChecker:
 
     def _known(self) -> str:
         return f"its inputs are {', '.join(self._types)}"
+
+
+def _broadcast(shape: Shape | None, graph: Graph, name: str) -> tuple[int, ...]:
+    """The axes along which the default of an optional input serves whatever size the named dimension has."""
+    named = [axis for axis, size in enumerate(shape or ()) if isinstance(size, str)]
+    default = graph.default(name) if named else None
+    return () if default is None else tuple(axis for axis in named if axis < default.ndim and default.shape[axis] == 1)
 
 
 def _is_of(array: Array, dtype: DType) -> bool:

@@ -54,7 +54,7 @@ class HeldOnnx:
         self._dims = {
             size: (value.name, axis)
             for value in graph.inputs()
-            if value.name not in slots
+            if value.name not in slots and value.name not in graph.optional
             for axis, size in enumerate(value.shape or ())
             if isinstance(size, str) and size.isidentifier()
         }

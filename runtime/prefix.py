@@ -2,7 +2,7 @@
 
 They are kept in blocks of tokens. A block is known by its tokens, by all tokens before it and by everything else that changes
 what a cache holds: the graph with its weights and edits (a steered prefix is another prefix), and what the graph is told
-about the prompt beside its tokens. Sessions copy blocks; nothing writes into one.
+beside the tokens, such as how long the prompt is and how strongly to steer. Sessions copy blocks; nothing writes into one.
 
 Source: hash blocks with reference counts: *Efficient Memory Management for Large Language Model Serving with PagedAttention*,
 2023 (vLLM).
@@ -126,7 +126,7 @@ class PrefixCache:
             raise UnsupportedError(f"{session.compiled!r} cannot reuse prefixes: {reason}", "compile it without prefixes")
         if session.length or np.ndim(tokens) != 2 or len(tokens) != 1:
             raise InputError("prefixes are those of one prompt in a new session", "use a session of batch 1, and feed others")
-        root, ids = root_key(session.compiled, np.shape(tokens)[1]), [int(token) for token in tokens[0]]
+        root, ids = root_key(session, np.shape(tokens)[1]), [int(token) for token in tokens[0]]
         with self.lookup(root, ids) as known:
             if known.length:
                 session.load(known.contents(), tokens[:, : known.length])
@@ -220,13 +220,14 @@ def why_not(compiled: Compiled) -> str | None:
     return None
 
 
-def root_key(compiled: Compiled, length: int) -> bytes:
+def root_key(session: Session, length: int) -> bytes:
     """What the key of a prompt's first block starts from: all that its keys and values depend on beside the tokens.
 
-    length: of the prompt. A graph that is told how long the prompt is may treat the same token otherwise in a longer one.
+    length: of the prompt. A graph that is told how long the prompt is may treat the same token otherwise in a longer one; and
+    what the session's ``inputs`` say, such as the strength of an edit, is in all keys and values.
     """
-    told = {"prompt_lengths": length} if "prompt_lengths" in compiled.inputs else {}
-    return hashlib.sha256(repr((compiled.key, sorted(told.items()))).encode()).digest()
+    told = {"prompt_lengths": length} if "prompt_lengths" in session.compiled.inputs else {}
+    return hashlib.sha256(repr((session.compiled.key, sorted(told.items()), session.inputs.digest())).encode()).digest()
 
 
 def _sealed(array: Array) -> Array:

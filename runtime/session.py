@@ -8,8 +8,9 @@ other, and a new one starts clean.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from actgraph.errors import InputError, UnsupportedError
 from actgraph.graph.context import KINDS, context_length
 from actgraph.graph.executor import Executor, Runner, executor_for
 from actgraph.graph.graph import Array, Graph, Role, Value
+from actgraph.graph.input_values import InputValue
 from actgraph.graph.program import Program
 from actgraph.graph.slots import Slot, slots_of, with_initial_slots
+from actgraph.runtime.given import Givable, GivenInputs, with_adapter
 from actgraph.runtime.native.library import available
 from actgraph.runtime.slotless import Slotless, slotless
 from actgraph.runtime.state import TOKENS, ExplicitState, State, without_slots
@@ -159,7 +162,7 @@ class Compiled:
 
     graph: the graph that takes prompts (of a program, the driver's at step 0). inputs: its inputs by name. capacity: the tokens
     that a session can hold, ``None`` where nothing limits them. key: a hash of the program with its weights and edits. device:
-    where it runs.
+    where it runs. givable: the inputs that sessions do not fill in.
     """
 
     def __init__(
@@ -182,6 +185,7 @@ class Compiled:
         self.graph = self.program.graphs[driver.graph_at(0)]
         self.slots: tuple[Slot, ...] = tuple(self.program.slots.values())
         self.inputs = {value.name: value for value in self.graph.inputs()}
+        self.givable = Givable(self.program)
         self.capacity = self._capacity()
         self._lock = threading.Lock()
         self._watched = threading.local()  # by whom, in this thread
@@ -217,12 +221,25 @@ class Compiled:
         finally:
             self._watched.probe = None
 
-    def session(self, batch: int = 1) -> Session:
-        """A new session for ``batch`` rows, whose slots are empty."""
-        return Session(self, batch)
+    def session(
+        self,
+        batch: int = 1,
+        *,
+        inputs: Mapping[str, InputValue] | None = None,
+        adapter: str | Path | None = None,
+    ) -> Session:
+        """A new session for ``batch`` rows, whose slots are empty.
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """One call with empty slots: outputs by name, without the slots'."""
+        inputs: values for inputs that the session does not fill in, such as ``{"steer.scale": 2}``: numbers, lists or arrays,
+        for all rows (``[1]``) or one for each (``[batch]``); ``session.inputs`` changes them later. adapter: a file with such
+        values (see ``save_adapter``). Raises InputError for a name, type or shape that does not fit.
+        """
+        return Session(self, batch, with_adapter(inputs, adapter))
+
+    def __call__(self, inputs: Mapping[str, Array], *, adapter: str | Path | None = None) -> dict[str, Array]:
+        """One call with empty slots: outputs by name, without the slots'. adapter: a file with more inputs."""
+        if adapter is not None:
+            inputs = with_adapter(inputs, adapter)  # type: ignore[assignment]
         probe = getattr(self._watched, "probe", None)
         if probe is not None:
             return probe.call(inputs)  # type: ignore[no-any-return]
@@ -322,15 +339,21 @@ class Compiled:
 
 
 class Session:
-    """The state of one request of ``batch`` rows. Not for several threads at once; open one for each."""
+    """The state of one request of ``batch`` rows. Not for several threads at once; open one for each.
 
-    def __init__(self, compiled: Compiled, batch: int = 1) -> None:
+    inputs: what is fed beside tokens, such as the strength of an edit: ``session.inputs["steer.scale"] = 2`` is checked at
+    once and holds from the next call on.
+    """
+
+    def __init__(self, compiled: Compiled, batch: int = 1, inputs: Mapping[str, InputValue] | None = None) -> None:
         if batch < 1:
             raise InputError(f"batch is {batch}", "give at least 1")
         if "input_ids" not in compiled.inputs:
             raise InputError(f"{compiled.graph.name} takes no input_ids: it is no language model", "call it with its inputs")
         self.compiled = compiled
         self.batch = batch
+        self.inputs = GivenInputs(compiled.givable, batch)
+        self.inputs.update(inputs or {})
         self._driver = compiled.program.driver
         self._wanted = {
             name: {
@@ -362,7 +385,7 @@ class Session:
         return profiled(self.compiled, self, stream)
 
     def reset(self) -> None:
-        """Forget every token."""
+        """Forget every token; ``inputs`` stay as they are given."""
         self._state.reset()
         self._tokens = Tokens(self.batch)
         self._failed = False
@@ -430,10 +453,10 @@ class Session:
 
     def _step(self, stage: str, tokens: Array, valid: Array | None, first: int) -> dict[str, Array]:
         """Add the tokens, and compute those from ``first`` on: the new ones, or all where there are no slots."""
-        used = self._tokens.length
+        used, given = self._tokens.length, self.inputs.feed(stage)
         self._tokens.add(tokens, valid)
         try:
-            return self._state.run(stage, self._tokens.feed(first, self._wanted[stage]), used)
+            return self._state.run(stage, {**self._tokens.feed(first, self._wanted[stage]), **given}, used)
         except BaseException:
             self._tokens.length = used
             if not used:
@@ -472,9 +495,9 @@ def _vocabulary(graph: Graph) -> int | None:
     return None
 
 
-def unknown_inputs(graph: Graph) -> Iterator[str]:
-    """Inputs that a session cannot fill in."""
-    known = FILLED | set(KINDS) | {slot.input for slot in slots_of(graph).values()}
+def unknown_inputs(graph: Graph, given: Collection[str] = ()) -> Iterator[str]:
+    """Inputs that a session cannot fill in, and that are not ``given``."""
+    known = FILLED | set(KINDS) | {slot.input for slot in slots_of(graph).values()} | set(given)
     for value in graph.inputs():
         if value.name not in known and graph.role(value.name) is Role.USER and graph.default(value.name) is None:
             yield value.name

@@ -78,7 +78,7 @@ class Slotless:
             return self.kinds[0]
         sizes: dict[str, int] = {}
         for value in self.graph.inputs():
-            if value.name in inputs:
+            if value.name in inputs and self.graph.default(value.name) is None:  # which may serve all rows with one
                 named = zip(value.shape or (), inputs[value.name].shape, strict=False)
                 sizes |= {name: size for name, size in named if isinstance(name, str)}
         return all(shape is not None and _product(shape, sizes, FEW + 1) <= FEW for shape in self._rows)

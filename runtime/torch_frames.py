@@ -213,7 +213,8 @@ def _pairs(name: str) -> Callable[..., Made | None]:
         if options or len(args) != 2:
             return None
         dtype = next((value.dtype for value in args if isinstance(value, torch.Tensor)), None)
-        if dtype is not torch.float32 and (dtype is not torch.int64 or name != "add" or any(type(v) is float for v in args)):
+        whole = dtype is torch.int64 and name in ("add", "subtract") and not any(type(value) is float for value in args)
+        if dtype is not torch.float32 and not whole:
             return None
         a, b = (torch.tensor(value, dtype=dtype) if isinstance(value, (int, float)) else value for value in args)
         if not all(isinstance(value, torch.Tensor) and value.dtype is dtype for value in (a, b)):
@@ -243,6 +244,22 @@ def _pairs(name: str) -> Callable[..., Made | None]:
     return make
 
 
+def _clamp(args: Sequence[Any], options: Mapping[str, Any], used: int) -> Made | None:
+    """Within bounds: numbers, or tensors."""
+    x, *given = args
+    bounds = {**dict(zip(("min", "max"), given, strict=False)), **options}
+    if len(given) + len(options) != len(bounds) or set(bounds) - {"min", "max"}:
+        return None
+    frames: list[Frame] = []
+    for name, function in (("min", "larger"), ("max", "smaller")):
+        if bounds.get(name) is not None:
+            made = _pairs(function)([x, bounds[name]], {}, used)
+            if made is None:
+                return None
+            frames, x = [*frames, *made[0]], made[1]
+    return (frames, x) if frames else None
+
+
 def _each(name: str) -> Callable[..., Made | None]:
     def make(args: Sequence[Any], options: Mapping[str, Any], used: int) -> Made | None:
         x = args[0]
@@ -256,6 +273,18 @@ def _each(name: str) -> Callable[..., Made | None]:
         return [_plain(name, x.data_ptr(), result.data_ptr(), rows, length, step, kept=[x, result])], result
 
     return make
+
+
+def _sum(args: Sequence[Any], options: Mapping[str, Any], used: int) -> Made | None:
+    """Over the last axis."""
+    x, axes = args[0], args[1] if len(args) > 1 else None
+    if options or not isinstance(x, torch.Tensor) or x.dtype is not torch.float32 or not x.is_contiguous() or not x.dim():
+        return None
+    if not isinstance(axes, (list, tuple)) or list(axes) not in ([-1], [x.dim() - 1]):
+        return None
+    length = x.shape[-1]
+    result = torch.empty((*x.shape[:-1], 1) if len(args) > 2 and args[2] else x.shape[:-1])
+    return [_plain("sum_rows", x.data_ptr(), result.data_ptr(), result.numel(), length, kept=[x, result])], result
 
 
 def _power(args: Sequence[Any], options: Mapping[str, Any], used: int) -> Made | None:
@@ -381,6 +410,7 @@ def _look_up(args: Sequence[Any], options: Mapping[str, Any], used: int) -> Made
 _GELUS = {"none": activations.GELU, "tanh": activations.GELU_TANH}
 _CONVERSIONS: dict[tuple[torch.dtype, Any], str] = {
     (torch.int64, torch.float32): "i64_to_f32", (torch.int64, torch.bool): "i64_to_bool",
+    (torch.float32, torch.bool): "f32_to_bool", (torch.bool, torch.float32): "bool_to_f32",
     (torch.float32, torch.float16): "f32_to_f16", (torch.float16, torch.float32): "f16_to_f32",
 }  # fmt: skip
 
@@ -396,7 +426,8 @@ _FUNCTIONS: dict[Any, Callable[..., Made | None]] = {
     torch.rsqrt: _each("inverse_root"), aten.exp.default: _each("exp"), aten.sigmoid.default: _each("sigmoid"),
     torch.pow: _power, functional.silu: _is(activations.SILU), aten.relu.default: _is(activations.RELU),
     aten.gelu.default: _activation, aten.clone.default: _copy, torch.reshape: _reshape, aten._to_copy.default: _convert,
-    torch.cat: _cat, torch.embedding: _look_up,
+    torch.cat: _cat, torch.embedding: _look_up, aten.clamp.default: _clamp, aten.clamp.Tensor: _clamp,
+    aten.sum.dim_IntList: _sum,
 }  # fmt: skip
 
 

@@ -60,6 +60,8 @@ class HeldGraph:
         self.device = None if placed is None else placed.device
         self.graph = graph
         self.inputs = [value.name for value in graph.inputs()]
+        #: Inputs that may have an entry for each token: the size of their last axis is not that of a vector.
+        self.growing = {v.name for v in graph.inputs() if v.shape and not isinstance(v.shape[-1], int)}
         self.defaults = {name: tensor_of(array).to(self.device) for name, array in graph.defaults.items()}
         self.outputs, self.claims = lowering.outputs, lowering.claims
         self.slots = {slot.output: slot for slot in slots_of(graph).values()}
@@ -182,6 +184,7 @@ class TorchState:
             self._recordings[stage] = shapes, recording
             with contextlib.suppress(Reshaped):
                 return recording(inputs, self._tensors, used)
+            shapes = shapes_of(held, inputs, self._tensors, used)  # other inputs than before may be given
         tensors = {name: tensor_of(array) for name, array in inputs.items()}
         recording = Recording(held, tensors, self._tensors, used)
         self._recordings[stage] = shapes, recording

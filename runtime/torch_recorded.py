@@ -59,7 +59,7 @@ _LEAST_ROOM = 256
 
 
 class Reshaped(Exception):
-    """A result of Python has a shape that its readers were not recorded for: the step is to be recorded anew.
+    """An input or a result of Python has a shape that its readers were not recorded for: the step is to be recorded anew.
 
     It has changed nothing that doing it again would not: entries of tokens are written to the same places.
     """
@@ -83,7 +83,7 @@ class Recording:
         self, held: HeldGraph, inputs: Mapping[str, torch.Tensor], slots: Mapping[str, torch.Tensor], used: int
     ) -> None:
         """Record a step with ``used`` tokens held. slots: the tensors of all slots, by the name of their input."""
-        self._held, self._used = held, used
+        self._held, self._used, self._names_given = held, used, frozenset(inputs)
         self._env: dict[fx.Node, Any] = {}
         self._level: dict[fx.Node, int] = {}
         self._stretches: list[_Stretch] = []
@@ -122,7 +122,7 @@ class Recording:
             elif name not in inputs:
                 self._env[node] = held.defaults[name]
                 self._constant.add(node)
-            elif grows(inputs[name], used):
+            elif name in held.growing and grows(inputs[name], used):
                 self._env[node] = self._grow(name, inputs[name])
             else:
                 self._env[node] = self._own[name] = inputs[name].clone()
@@ -466,8 +466,12 @@ class Recording:
 
     def __call__(self, inputs: Mapping[str, Array], moved: Mapping[str, torch.Tensor], used: int) -> dict[str, torch.Tensor]:
         """A step with ``used`` tokens held. moved: slots that are not written in place. Raises InputError."""
+        if inputs.keys() != self._names_given:
+            raise Reshaped
         self._used = used
         for name, array in self._array.items():
+            if array.shape != inputs[name].shape:
+                raise Reshaped
             np.copyto(array, inputs[name])
         for name, memory in self._memory.items():
             memory[: inputs[name].size] = inputs[name].reshape(-1)

@@ -23,7 +23,7 @@ _SPARE = 4
 def shapes_of(held: HeldGraph, inputs: Mapping[str, Array], slots: Mapping[str, torch.Tensor], used: int) -> tuple[Any, ...]:
     """What is equal for sessions that can share a recording, one after the other."""
     appended = {slot.input for slot in held.slots.values() if slot.update == "append"}
-    given = [(name, array.shape, array.shape[-1] == used + 1) for name, array in inputs.items()]
+    given = [(n, array.shape, n in held.growing and array.shape[-1] == used + 1) for n, array in inputs.items()]
     shapes = [(name, shape[:-1] if grown and len(shape) > 1 else shape) for name, shape, grown in given]
     buffers = [
         (n, *(size for axis, size in enumerate(t.shape) if axis != TOKENS or n not in appended)) for n, t in slots.items()

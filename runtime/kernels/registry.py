@@ -18,6 +18,7 @@ def all_kernels() -> Mapping[str, OpKernels]:
     from actgraph.runtime.kernels.numba.chosen import INDEX_GATE, TOPK_GATE
     from actgraph.runtime.kernels.numba.elementwise import CLIP, GATE
     from actgraph.runtime.kernels.numba.feed_forward import FEED_FORWARD
+    from actgraph.runtime.kernels.numba.latent import LATENT_EDIT
     from actgraph.runtime.kernels.numba.linear import LINEAR
     from actgraph.runtime.kernels.numba.norms import LAYER_NORM, RMS_NORM
     from actgraph.runtime.kernels.numba.quantization import DEQUANTIZE, QUANTIZE, TOKEN_SCALE
@@ -26,7 +27,7 @@ def all_kernels() -> Mapping[str, OpKernels]:
     from actgraph.runtime.kernels.numba.subspace import LOWRANK_MAP, TARGET_ANGLE
 
     fused = (LINEAR, FEED_FORWARD, ATTENTION, RMS_NORM, LAYER_NORM, ROTARY)
-    steering = (SHIFT, CHANNEL_SCALE, LOWRANK_MAP, TARGET_ANGLE)
+    steering = (SHIFT, CHANNEL_SCALE, LOWRANK_MAP, TARGET_ANGLE, LATENT_EDIT)
     rest = (CLIP, GATE, TOPK_GATE, INDEX_GATE, QUANTIZE, DEQUANTIZE, TOKEN_SCALE)
     return {kernels.op: kernels for kernels in (*fused, *steering, *rest)}
 

@@ -33,8 +33,11 @@ _EXPORTS = "{ global: RegisterCustomOps; ag_runs; local: *; };\n"
 #: Ops whose kernels take what they decline in sessions: operands of element types that the library converts, and what is faster
 #: without them.
 TOTAL = frozenset(
-    {"linear", "feed_forward", "attention", "shift", "channel_scale", "lowrank_map", "target_angle", "quantize", "dequantize"}
-)
+    {
+        "linear", "feed_forward", "attention", "shift", "channel_scale", "lowrank_map", "target_angle", "latent_edit",
+        "quantize", "dequantize",
+    }
+)  # fmt: skip
 
 #: Ops that are in a plugin only where they are asked for.
 ASKED_FOR = {"dequantize": "onnxruntime runs products with its body faster than with its results; --op dequantize takes it"}

@@ -74,6 +74,23 @@ def test_kernels_are_right_and_measured_beside_the_stream() -> None:
 
 
 @pytest.mark.slow
+def test_steering_measures_each_runner_beside_itself(tmp_path: Path) -> None:
+    tools = ["actgraph-torch", "actgraph-onnxruntime", "transformers-hooks", "transformers-repeng"]
+    small = ["--models", "tiny", "--tokens", "4", "--rounds", "1", "--threads", "1", "--env", str(tmp_path)]
+    lines = run("steering.py", *small, "--kinds", "all", "rows", "--runners", *tools)
+    rates = {line["runner"]: line for line in lines if line.get("unit") == "tokens/s"}
+    kinds = ("plain", "plain-rows", "all", "rows")
+    assert set(rates) == {f"{tool}-{kind}" for tool in tools[:3] for kind in kinds}
+    for name, line in rates.items():
+        assert line["agrees"] == 4 * line["rows"], name  # every row has the tokens that forward hooks give it
+    assert rates["actgraph-torch-rows"]["rows"] == 16
+    ratios = {line["ratio"] for line in lines if "ratio" in line}
+    assert ratios == {f"{t}-{k} / {t}-{p}" for t in tools[:3] for k, p in (("all", "plain"), ("rows", "plain-rows"))}
+    missing = [line for line in lines if "error" in line]
+    assert missing and all("environments.py repeng" in line["error"] for line in missing)
+
+
+@pytest.mark.slow
 def test_quality_of_a_format() -> None:
     lines = run("quality.py", "--kinds", "f32", "int8", "--max-tokens", "64")
     found = {(line["model"], line["kind"]): line for line in lines if "value" in line}
@@ -98,7 +115,8 @@ def test_copies_of_a_weight_are_no_equal_ones(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("script", "option"), [("decode.py", "--runners"), ("kernels.py", "--formats"), ("quality.py", "--kinds")]
+    ("script", "option"),
+    [("decode.py", "--runners"), ("kernels.py", "--formats"), ("quality.py", "--kinds"), ("steering.py", "--kinds")],
 )
 def test_names_that_are_unknown_are_refused(script: str, option: str) -> None:
     made = subprocess.run([sys.executable, BENCHMARKS / script, option, "nobody"], capture_output=True, text=True)

@@ -70,6 +70,11 @@ BAD = {
 }  # fmt: skip
 
 
+def test_arrays_without_names_are_an_error(runner: Runner) -> None:
+    with pytest.raises(InputError, match=r"mapping of names to arrays, not a ndarray .its inputs are x, ids"):
+        runner(X)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_both_engines_say_the_same(runner: Runner, case: str) -> None:
     inputs, message = BAD[case]

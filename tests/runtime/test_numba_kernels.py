@@ -159,6 +159,10 @@ def test_refusals() -> None:
         ("shift", [x, np.ones(8, np.float32), np.ones(3, np.float32)], {}),
         ("channel_scale", [x, np.ones(8, np.float32)], {"axis": 4}),
         ("lowrank_map", [x, np.ones((8, 2), np.float32), np.ones((3, 2), np.float32)], {}),
+        ("latent_edit", [x, np.ones((3, 7), np.float32), np.ones((3, 7), np.float32)], {}),
+        ("latent_edit", [x, np.ones((3, 8), np.float32)], {"mode": "set"}),
+        ("latent_edit", [x, np.ones((3, 8), np.float32), None, None, None, np.ones(2, np.float32)], {"mode": "add"}),
+        ("lowrank_map", [x, np.ones((8, 2), np.float32), np.ones((3, 2, 2), np.float32)], {}),
         ("index_gate", [x, np.array([8])], {}),
         ("index_gate", [x, np.ones(4, np.float32)], {}),
         ("topk_gate", [x], {"k": 1, "group_size": 3}),
@@ -276,6 +280,40 @@ def test_special_values_spread_as_in_the_reference(special: float) -> None:
     for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
         got = run("feed_forward", [x, *weights], {"activation": activation, "sparse": "act", "threshold": 0.2}, 1e-5)
         assert np.isfinite(got[:, 1]).all() and np.isfinite(got[[0, 2, 3]]).all()
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 7, 16, 100, 1024])
+@pytest.mark.parametrize("normalize", ["none", "rescale", "layer_norm"])
+def test_latents_of_many_sizes(channels: int, normalize: str) -> None:
+    """Widths around the vector length, by several threads, with thresholds and numbers for each token."""
+    rng = np.random.default_rng(channels)
+    x = rng.standard_normal((5, 13, channels)).astype(np.float32)
+    decoder, encoder = (rng.standard_normal((6, channels)).astype(np.float32) / np.float32(channels**0.5) for _ in range(2))
+    bias, thresholds, values = (rng.standard_normal(s).astype(np.float32) for s in (6, 6, (13, 6)))
+    for mode in ("add", "set", "scale"):
+        operands = [x, decoder, encoder, bias, thresholds, values, rng.random((5, 1)) < 0.7]
+        run("latent_edit", operands, {"mode": mode, "normalize": normalize}, 1e-5)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_silent_latents_leave_every_bit(axis: int) -> None:
+    """No latent fires, or the mask is 0: -0.0 and NaN stay, whatever the decoder holds."""
+    x = np.tile(np.float32([-0.0, 0.0, 1.5, -2.5, 1e-30, 7, -3, 2]), (4, 3, 1))
+    x = np.ascontiguousarray(np.moveaxis(x, -1, axis))
+    rows, low = np.random.default_rng(2).standard_normal((2, 8)).astype(np.float32), np.full(2, -100, np.float32)
+    broken = np.full((2, 8), np.nan, np.float32)
+    for operands, mode in (
+        ([x, broken, rows, low], "set"),
+        ([x, rows, rows, low, None, np.float32([2, 3])], "scale"),
+        ([x, broken, None, None, None, np.zeros(2, np.float32)], "add"),
+        ([np.where(x == 7, np.float32(np.nan), x), rows, rows, None, None, None, np.zeros((4, 3), bool)], "set"),
+    ):
+        for threads in THREADS:
+            got = call(KERNELS["latent_edit"], operands, get_op("latent_edit").complete({"mode": mode, "axis": axis}), threads)
+            assert np.array_equal(got.view(np.uint32), operands[0].view(np.uint32))
 
 
 # --- attention --------------------------------------------------------------------------------------------------------------
@@ -417,6 +455,7 @@ def test_masks_of_every_type_and_place() -> None:
                 assert np.array_equal(got[off], x[off])
             run("channel_scale", [x, vector, mask], {"axis": axis})
             run("lowrank_map", [x, basis, np.eye(2, dtype=np.float32), mask], {"axis": axis})
+            run("lowrank_map", [x, basis, rng.standard_normal((*shape, 2, 2)).astype(np.float32), mask], {"axis": axis})
             run(
                 "target_angle", [x, basis, rng.standard_normal(shape).astype(np.float32), mask], {"axis": axis, "when": "above"}
             )

@@ -114,6 +114,22 @@ def test_formats(kind: str, layout: str) -> None:
     assert ran >= 12
 
 
+@pytest.mark.parametrize("kind", ["i8", "u4"])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("size", [1e-30, 1e-36, 5e-38])
+def test_tiny_activations(kind: str, layout: str, size: float) -> None:
+    """A step has an inverse however small the activations are; scales of 1e30 bring them back to sizes that can be compared."""
+    operands, form = drawn(kind, layout, (2, 128, 64), 32 if kind == "u4" else 0)
+    x, scale = operands[0], operands[2]
+    assert x is not None and scale is not None
+    x *= np.float32(size)
+    scale *= np.float32(1e30)
+    got = call(LINEAR, operands, form, 2)
+    want = reference(OP, operands, OP.complete(form))
+    largest = np.abs(want).max()
+    assert np.abs(got - want).max() < largest * max(1e-3, 1.2e-38 / size)  # a step is no smaller than the least normal number
+
+
 @pytest.mark.parametrize("kind", ["f32", "i8", "u4", "f8e4m3"])
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 def test_special_values(kind: str, layout: str) -> None:

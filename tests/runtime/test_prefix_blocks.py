@@ -39,6 +39,7 @@ class Session:
     """A session as ``PrefixCache.feed`` uses one; ``computed`` counts tokens."""
 
     compiled: Any
+    inputs: Any = field(default_factory=lambda: SimpleNamespace(digest=bytes))
     tokens: list[int] = field(default_factory=list)
     entries: list[float] = field(default_factory=list)
     computed: int = 0

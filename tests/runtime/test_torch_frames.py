@@ -58,6 +58,7 @@ def test_pairs_of_views_and_of_integers() -> None:
     torch.testing.assert_close(run(torch.mul, a, b), a * b, rtol=0, atol=0)
     places = torch.tensor([[5], [9]])
     assert run(torch.add, places, 2).tolist() == [[7], [11]]
+    assert run(torch.sub, places, torch.tensor([1, 7])).tolist() == [[4, -2], [8, 2]]
     for bad in (
         (torch.add, places, 2.5), (torch.mul, places, 2), (torch.add, rows.t(), x(12, 3)), (torch.add, rows, rows.double()),
         (torch.add, x(0, 3), x(0, 3)), (torch.add, x(2, 3, 4)[:, :, ::2], x(2, 3, 2)),
@@ -82,11 +83,33 @@ def test_each(function: Callable[..., torch.Tensor], ulps: int) -> None:
         torch.testing.assert_close(run(function, columns), function(columns), rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+def test_clamps() -> None:
+    low, high = torch.tensor(0.0), torch.tensor([[1.0], [0.5]])
+    for given, options in (
+        ((low, high), {}), ((), {"min": low, "max": high}), ((low,), {}), ((None, high), {}), ((torch.tensor(torch.nan),), {})
+    ):  # fmt: skip
+        for a in (x(2, 11), SPECIAL):
+            wanted = torch.clamp(a, *given, **options)
+            torch.testing.assert_close(run(aten.clamp.Tensor, a, *given, **options), wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(run(aten.clamp.default, SPECIAL, -1, 2), SPECIAL.clamp(-1, 2), rtol=0, atol=0, equal_nan=True)
+    assert run(aten.clamp.default, x(3)) is None and run(aten.clamp.default, torch.ones(3, dtype=torch.int64), 0, 1) is None
+    assert run(aten.clamp.default, x(3), 0, min=0) is None
+
+
 def test_one_number_for_many() -> None:
     """An operand that is expanded has fewer numbers than it shows."""
     gate = x(1, 4, 1).expand(1, 4, 8)
     assert run(aten.sigmoid.default, gate) is None
     torch.testing.assert_close(run(torch.mul, gate, x(1, 4, 8)), gate * x(1, 4, 8))
+
+
+def test_sums() -> None:
+    a = x(2, 3, 37)
+    for axes, keep in (([-1], True), ([2], False)):
+        torch.testing.assert_close(run(aten.sum.dim_IntList, a, axes, keep), a.sum(-1, keepdim=keep), rtol=1e-5, atol=1e-5)
+    assert run(aten.sum.dim_IntList, x(2, 0), [1], True).tolist() == [[0.0], [0.0]]
+    for bad in ((a, [1], True), (a, [1, 2]), (a,), (a.transpose(1, 2), [-1]), (a.double(), [-1])):
+        assert run(aten.sum.dim_IntList, *bad) is None
 
 
 def test_powers() -> None:
@@ -102,6 +125,8 @@ def test_conversions() -> None:
     ids = torch.tensor([[0, 1, -3, 1 << 40]])
     torch.testing.assert_close(run(aten._to_copy.default, ids, dtype=torch.float32), ids.float())
     assert run(aten._to_copy.default, ids, dtype=torch.bool).tolist() == [[False, True, True, True]]
+    assert run(aten._to_copy.default, SPECIAL, dtype=torch.bool).tolist() == SPECIAL.bool().tolist()
+    assert run(aten._to_copy.default, SPECIAL > 0, dtype=torch.float32).tolist() == (SPECIAL > 0).float().tolist()
     assert run(aten._to_copy.default, ids, dtype=torch.int32) is None
     assert run(aten._to_copy.default, ids, dtype=torch.float32, layout=torch.sparse_coo) is None
 

@@ -192,6 +192,7 @@ def test_outputs_that_are_inputs_belong_to_the_caller() -> None:
     native.output((native.call_function(torch.reshape, (tokens, [1, 1])), native.call_function(torch.mul, (tokens, 2))))
     held = SimpleNamespace(
         native=native, root=torch.nn.Module(), weights=(), inputs=["input_ids"], outputs=["x", "y"], slots={}, defaults={},
+        growing={"input_ids"},
     )  # fmt: skip
     recording = Recording(held, {"input_ids": torch.tensor([[3]])}, {}, 7)  # type: ignore[arg-type]
     first = recording.results
@@ -208,6 +209,7 @@ def recorded(build: Callable[[fx.Graph, fx.Node], tuple[fx.Node, ...]], given: t
     held = SimpleNamespace(
         native=native, root=torch.nn.Module(), weights=(), inputs=["input_ids"], outputs=[str(i) for i in range(len(outputs))],
         slots={}, defaults={},
+        growing={"input_ids"},
     )  # fmt: skip
     return Recording(held, {"input_ids": given}, {}, used)  # type: ignore[arg-type]
 
@@ -315,6 +317,7 @@ def test_what_the_size_of_a_weight_shapes_is_no_constant() -> None:
     held = SimpleNamespace(
         native=native, root=torch.nn.Module(), weights=(torch.ones(1),), inputs=["input_ids"], outputs=["y"],
         slots={}, defaults={},
+        growing={"input_ids"},
     )  # fmt: skip
     recording = Recording(held, {"input_ids": torch.tensor([[3]])}, {}, 7)  # type: ignore[arg-type]
     assert recording.results["y"].tolist() == [[6]]

@@ -545,7 +545,7 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     report = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"] for line in report} >= {
         "compact", "stream_out_in", "stream_in_out", "sum_parts", "tiles", "neurons", "combine_flat",
-        "shift", "channel_scale", "lowrank_map", "clip", "gate",
+        "shift", "channel_scale", "lowrank_map", "latent_edit", "clip", "gate",
     }  # fmt: skip
     assert max(line["stack"] for line in report) <= 64, "a kernel spills registers"
     assert max(line["shared"] for line in report) <= 100 * 1024

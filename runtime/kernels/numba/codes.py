@@ -14,6 +14,7 @@ from actgraph.runtime.kernels.numba.functions import round_even
 from actgraph.runtime.kernels.numba.memory import OPTIONS, bits_as_f32, f32s, i8s, i32s
 
 STEPS = 32639  # 127 * 256 + 127
+LEAST = np.float32(1.1754944e-38)  # the smallest normal number: its inverse is finite
 
 
 @njit(**OPTIONS)
@@ -24,7 +25,7 @@ def step_of(h, count):
         largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
     if largest >= np.int32(0x7F800000):
         return np.float32(np.nan)
-    return bits_as_f32(largest) / np.float32(STEPS)
+    return max(bits_as_f32(largest) / np.float32(STEPS), LEAST) if largest != 0 else np.float32(0)
 
 
 @njit(**OPTIONS)

@@ -117,6 +117,16 @@ def _quotient(a, b):
 
 
 @njit(**OPTIONS)
+def _larger(a, b):
+    return a if a >= b or a != a else b
+
+
+@njit(**OPTIONS)
+def _smaller(a, b):
+    return a if a <= b or a != a else b
+
+
+@njit(**OPTIONS)
 def _negative(x):
     return -x
 
@@ -162,6 +172,19 @@ def activation(frame, part, nparts):
     return 0
 
 
+@njit(**OPTIONS)
+def sum_rows(frame, part, nparts):
+    """[x, result, rows, floats in a row]: the sum of each row"""
+    words = i64s(frame)
+    x, y, length = f32s(words[4]), f32s(words[5]), words[7]
+    for row in range(words[6]):
+        total = np.float32(0)
+        for i in range(length):
+            total += x[row * length + i]
+        y[row] = total
+    return 0
+
+
 # --- conversions: [source, target, how many] ----------------------------------------------------------------------------------
 
 
@@ -180,6 +203,24 @@ def i64_to_bool(frame, part, nparts):
     x, y = i64s(words[4]), u8s(words[5])
     for i in range(words[6]):
         y[i] = np.uint8(x[i] != 0)
+    return 0
+
+
+@njit(**OPTIONS)
+def f32_to_bool(frame, part, nparts):
+    words = i64s(frame)
+    x, y = f32s(words[4]), u8s(words[5])
+    for i in range(words[6]):
+        y[i] = np.uint8(x[i] != 0)
+    return 0
+
+
+@njit(**OPTIONS)
+def bool_to_f32(frame, part, nparts):
+    words = i64s(frame)
+    x, y = u8s(words[4]), f32s(words[5])
+    for i in range(words[6]):
+        y[i] = np.float32(x[i])
     return 0
 
 
@@ -206,9 +247,11 @@ def f16_to_f32(frame, part, nparts):
 PLAIN: dict[str, Callable[..., Any]] = {
     "copy_rows": copy_rows, "look_up": look_up, "activation": activation,
     "add": _of_pairs(_sum, f32s), "subtract": _of_pairs(_difference, f32s), "multiply": _of_pairs(_product, f32s),
-    "divide": _of_pairs(_quotient, f32s), "add_i64": _of_pairs(_sum, i64s),
+    "divide": _of_pairs(_quotient, f32s), "larger": _of_pairs(_larger, f32s), "smaller": _of_pairs(_smaller, f32s),
+    "add_i64": _of_pairs(_sum, i64s), "subtract_i64": _of_pairs(_difference, i64s),
     "negate": _of_each(_negative), "square": _of_each(_square), "cube": _of_each(_cube), "sine": _of_each(_sine),
     "cosine": _of_each(_cosine), "tanh": _of_each(tanh), "exp": _of_each(exp), "sigmoid": _of_each(_sigmoid),
     "inverse_root": _of_each(_inverse_root),
+    "sum_rows": sum_rows, "f32_to_bool": f32_to_bool, "bool_to_f32": bool_to_f32,
     "i64_to_f32": i64_to_f32, "i64_to_bool": i64_to_bool, "f32_to_f16": f32_to_f16, "f16_to_f32": f16_to_f32,
 }  # fmt: skip

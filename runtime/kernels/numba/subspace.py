@@ -27,6 +27,7 @@ from actgraph.runtime.kernels.numba.operands import (
     MASKS,
     inner_of,
     place_of,
+    token_index,
     token_number,
     token_start,
     tokens_of,
@@ -53,11 +54,13 @@ def _shape(axis_at: int, angle: bool) -> Any:
             if unfit_tokens(frame, OTHER, rank(frame, OTHER), 0, X, axis) and elements(frame, OTHER) != 1:
                 return 3
         elif (
-            rank(frame, OTHER) != 2
-            or size(frame, OTHER, 0) != size(frame, BASIS, 1)
-            or size(frame, OTHER, 1) != size(frame, BASIS, 1)
+            rank(frame, OTHER) < 2
+            or size(frame, OTHER, -2) != size(frame, BASIS, 1)
+            or size(frame, OTHER, -1) != size(frame, BASIS, 1)
         ):
             return 2
+        elif unfit_tokens(frame, OTHER, rank(frame, OTHER) - 2, 2, X, axis):
+            return 3
         if unfit_tokens(frame, MASK, rank(frame, MASK), 0, X, axis):
             return 3
         set_shape_like(frame, Y, X)
@@ -114,10 +117,11 @@ def lowrank(frame, part, nparts):
         at, weight = token_start(token, channels, inner), token_number(frame, MASK, X, axis, token)
         _coordinates(frame, at, inner, channels, columns, before)
         c, d = f32s(before), f32s(change)
+        own = token_index(frame, OTHER, rank(frame, OTHER) - 2, 2, X, axis, token) * columns * columns
         for j in range(columns):
             d[j] = _ZERO
             for i in range(columns):
-                d[j] += c[i] * matrix[i * columns + j]
+                d[j] += c[i] * matrix[own + i * columns + j]
         _edit(frame, at, inner, channels, columns, change, weight)
     return 0
 

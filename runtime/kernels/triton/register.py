@@ -68,6 +68,7 @@ def triton_kernels() -> tuple[Kernel, ...]:
             ("shift", steering.claims_shift, steering.shift),
             ("channel_scale", steering.claims_channel_scale, steering.channel_scale),
             ("lowrank_map", steering.claims_lowrank_map, steering.lowrank_map),
+            ("latent_edit", steering.claims_latent_edit, steering.latent_edit),
             ("clip", steering.claims_clip, steering.clip),
             ("gate", steering.claims_gate, steering.gate),
         )

@@ -60,6 +60,15 @@ def claims_lowrank_map(types: Types, attributes: Attributes) -> bool:
     return _last_axis(types, attributes) and small
 
 
+def claims_latent_edit(types: Types, attributes: Attributes) -> bool:
+    """Up to ``MAX_RANK`` latents."""
+    decoder = types[1]
+    small = (
+        decoder is not None and decoder.shape is not None and isinstance(decoder.shape[0], int) and decoder.shape[0] <= MAX_RANK
+    )
+    return _last_axis(types, attributes) and small
+
+
 def claims_clip(types: Types, attributes: Attributes) -> bool:
     return _last_axis(types, attributes) and _channel_operand(types[1]) and _channel_operand(types[2])
 
@@ -107,10 +116,43 @@ def lowrank_map(x: Tensor, basis: Tensor, matrix: Tensor, mask: Tensor | None = 
     if y.numel():
         channels, rank = basis.shape
         m, step = _tokens(mask, x)
+        if matrix.dim() > 2:
+            matrix = matrix.expand(*x.shape[:-1], rank, rank)
         width = plan.power_of_two(rank)
         block = min(max(4096 // width, 16), plan.power_of_two(channels))
         kernels.lowrank_map[(x.numel() // channels,)](
-            x, _plain(basis), _plain(matrix), m, y, channels, rank, step, width, block
+            x, _plain(basis), _plain(matrix), m, y, channels, rank, step, rank * rank if matrix.dim() > 2 else 0, width, block
+        )  # fmt: skip
+    return y
+
+
+def latent_edit(
+    x: Tensor,
+    decoder: Tensor,
+    encoder: Tensor | None = None,
+    bias: Tensor | None = None,
+    thresholds: Tensor | None = None,
+    values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    mode: str = "add",
+    value: float = 0.0,
+    normalize: str = "none",
+    axis: int = -1,
+) -> Tensor:
+    x, y = _plain(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel():
+        latents, channels = decoder.shape
+        m, step = _tokens(mask, x)
+        width = plan.power_of_two(latents)
+        block = min(max(4096 // width, 16), plan.power_of_two(channels))
+        shared = values is None or values.dim() <= 1
+        if values is not None:
+            values = values.expand(latents) if shared else values.expand(*x.shape[:-1], latents)
+        rows = [None if t is None else _plain(t) for t in (encoder, bias, thresholds, values)]
+        kernels.latent_edit[(x.numel() // channels,)](
+            x, _plain(decoder), *rows, m, y, value, channels, latents, 0 if shared else latents, step,
+            mode, normalize, width, block,
         )  # fmt: skip
     return y
 

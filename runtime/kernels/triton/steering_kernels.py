@@ -93,11 +93,14 @@ def channel_scale(x, gamma, mask, y, n_values, n_channels, mask_step, GAMMA: tl.
 
 
 @triton.jit
-def lowrank_map(x, basis, matrix, mask, y, n_channels, rank, mask_step, RANK: tl.constexpr, BLOCK: tl.constexpr):
+def lowrank_map(
+    x, basis, matrix, mask, y, n_channels, rank, mask_step, matrix_step, RANK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """``x + m ((x basis) matrix) basis^T`` for one token."""
     token = tl.program_id(0).to(tl.int64)
     x += token * n_channels
     y += token * n_channels
+    matrix += token * matrix_step
     r = tl.arange(0, RANK)
     part = tl.zeros((RANK,), tl.float32)
     for first in range(0, n_channels, BLOCK):
@@ -159,3 +162,73 @@ def gate(x, thresholds, y, threshold, n_values, n_channels, KEEP: tl.constexpr, 
     h = tl.load(x + place, mask=inside, other=0).to(tl.float32)
     t = load_thresholds(thresholds, threshold, place % n_channels, inside, THRESHOLDS)
     tl.store(y + place, gated(h, t, KEEP).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def latent_edit(
+    x, decoder, encoder, bias, thresholds, values, mask, y, value, n_channels, rank, values_step, mask_step,
+    MODE: tl.constexpr, NORMALIZE: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``x + m out ((g - f) decoder)`` for one token, ``f`` and ``g`` being its latents before and after."""
+    token = tl.program_id(0).to(tl.int64)
+    x += token * n_channels
+    y += token * n_channels
+    r = tl.arange(0, RANK)
+    live = r < rank
+    mean = tl.zeros((1,), tl.float32)
+    divisor = tl.full((1,), 1.0, tl.float32)
+    out = tl.full((1,), 1.0, tl.float32)
+    if NORMALIZE == "layer_norm":
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, n_channels, BLOCK):
+            channels = first + tl.arange(0, BLOCK)
+            sums += tl.load(x + channels, mask=channels < n_channels, other=0).to(tl.float32)
+        mean += tl.sum(sums, axis=0) / n_channels
+    if NORMALIZE != "none":
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, n_channels, BLOCK):
+            channels = first + tl.arange(0, BLOCK)
+            inside = channels < n_channels
+            h = tl.where(inside, tl.load(x + channels, mask=inside, other=0).to(tl.float32) - mean, 0.0)
+            squares += h * h
+        degrees = tl.zeros((1,), tl.float32) + n_channels
+        if NORMALIZE == "layer_norm":
+            degrees -= 1.0
+        out = tl.sqrt_rn(tl.sum(squares, axis=0) / degrees)
+        divisor = out
+        if NORMALIZE == "layer_norm":
+            divisor = out + 1e-5
+    change = tl.zeros((RANK,), tl.float32) + value
+    if values is not None:
+        change = tl.load(values + token * values_step + r, mask=live, other=0).to(tl.float32)
+    if MODE != "add":
+        f = tl.zeros((RANK,), tl.float32)
+        for first in range(0, n_channels, BLOCK):
+            channels = first + tl.arange(0, BLOCK)
+            inside = channels < n_channels
+            h = (tl.load(x + channels, mask=inside, other=0).to(tl.float32) - mean) / divisor
+            both = inside[:, None] & live[None, :]
+            e = tl.load(encoder + (r[None, :] * n_channels + channels[:, None]), mask=both, other=0).to(tl.float32)
+            f += tl.sum(tl.where(both, h[:, None] * e, 0.0), axis=0)
+        if bias is not None:
+            f += tl.load(bias + r, mask=live, other=0).to(tl.float32)
+        low = tl.zeros((RANK,), tl.float32)
+        if thresholds is not None:
+            limit = tl.load(thresholds + r, mask=live, other=0).to(tl.float32)
+            low = tl.where(limit < 0.0, 0.0, limit)
+        f = tl.where(f <= low, 0.0, f)
+        change = change - f if MODE == "set" else (change - 1.0) * f
+    change = tl.where(live, change, 0.0)
+    m = tl.full((1,), 1.0, tl.float32)
+    if mask is not None:
+        m = m * tl.load(mask + token * mask_step).to(tl.float32)
+    edits = (m != 0) & (tl.sum(tl.where(change != 0, 1, 0), axis=0) > 0)
+    for first in range(0, n_channels, BLOCK):
+        channels = first + tl.arange(0, BLOCK)
+        inside = channels < n_channels
+        both = inside[:, None] & live[None, :]
+        d = tl.load(decoder + (r[None, :] * n_channels + channels[:, None]), mask=both, other=0).to(tl.float32)
+        delta = out * tl.sum(tl.where(both, d * change[None, :], 0.0), axis=1)
+        raw = tl.load(x + channels, mask=inside, other=0)
+        edited = raw.to(tl.float32) + m * delta
+        tl.store(y + channels, tl.where(edits, edited.to(y.dtype.element_ty), raw), mask=inside)
