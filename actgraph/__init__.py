@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from actgraph.calibrate.corpora import Corpus
     from actgraph.calibrate.perplexity import log_likelihoods, perplexity
     from actgraph.formats import load
+    from actgraph.formats.adapters import load_adapter, save_adapter
     from actgraph.formats.trace import trace
     from actgraph.formats.vectors import SteeringVector, load_vector
     from actgraph.graph import Graph, Site
@@ -48,8 +49,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ActgraphError", "Compiled", "Corpus", "Driver", "Generation", "Graph", "GraphDiff", "ParityReport", "Pass", "PassManager",
     "Pipeline", "PrefixCache", "Profile", "Program", "Report", "RunResult", "Session", "Site", "SteeringVector", "Step",
-    "bisect", "compare", "compile", "diff", "extract_vector", "generate", "load", "load_vector", "log_likelihoods",
-    "perplexity", "register", "run", "sample_inputs", "stream", "trace",
+    "bisect", "compare", "compile", "diff", "extract_vector", "generate", "load", "load_adapter", "load_vector",
+    "log_likelihoods", "perplexity", "register", "run", "sample_inputs", "save_adapter", "stream", "trace",
 ]  # fmt: skip
 
 install_executor("fx", "actgraph.runtime.torch_engine:TorchExecutor")
@@ -60,6 +61,7 @@ _HOMES = {
     "actgraph.calibrate.corpora": ("Corpus",),
     "actgraph.calibrate.perplexity": ("log_likelihoods", "perplexity"),
     "actgraph.formats": ("load",),
+    "actgraph.formats.adapters": ("load_adapter", "save_adapter"),
     "actgraph.formats.trace": ("trace",),
     "actgraph.formats.vectors": ("SteeringVector", "load_vector"),
     "actgraph.graph": ("Graph", "Site"),

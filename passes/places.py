@@ -1,4 +1,4 @@
-"""The options ``site`` and ``ignore``, the same in every pass that takes places."""
+"""The options ``site``, ``ignore`` and ``where``, the same in every pass that takes places."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from actgraph.graph import Graph, Site
 from actgraph.pipeline.base import Pass
 
 Selector = str | tuple[str, ...]
+
+#: What the option ``where`` says of itself.
+WHERE = (
+    "Which tokens: all, prompt, generated, positions (3, 3:, :4, 2:5, prompt[-1], generated[:4]), token(13), row(0); & and | "
+    "join them, ! excludes."
+)
 
 
 class SitePass(Pass):

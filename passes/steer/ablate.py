@@ -1,121 +1,126 @@
 """Directional ablation: project a direction out of an activation.
 
 Source: Refusal in Language Models Is Mediated by a Single Direction (2024). ``h' = h - (h . v) v`` with a unit vector v.
+With a scale it is the mirror variant of *Selective Steering* (2026): ``h' = h - scale (h . v) v``, which reflects at 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from actgraph.errors import PassError
-from actgraph.formats.vectors import SteeringVector, load_vector
-from actgraph.graph import Editor, Graph, Site, SiteKind
+from actgraph.errors import OptionError, PassError
+from actgraph.formats.vectors import SteeringVector, load_vector, name_sites, vector_messages
+from actgraph.graph import Graph, Site
 from actgraph.graph.graph import Array
-from actgraph.graph.views import Linear
-from actgraph.passes.places import Selector, SitePass
-from actgraph.passes.steer.folding import linear_readers
-from actgraph.pipeline.base import UNBOUNDED, Declined, PassContext, PassResult
+from actgraph.passes.places import Selector
+from actgraph.passes.steer.edit import Edit, EditPass
+from actgraph.passes.steer.runtime_inputs import INPUT, per_token, row_input
+from actgraph.pipeline.base import PassContext, PassResult
 
 
-class Ablate(SitePass):
-    """Project the unit direction out of each site, for all tokens.
+class Ablate(EditPass):
+    """Project the unit direction out of each site, for all tokens or those that ``where`` names.
+
+    Several directions are made orthonormal first, so that what they span is taken out. ``scale`` 1 ablates, 0.5 leaves half, 2
+    reflects, and ``scale=input`` makes it an optional input of each row (``ablate.scale``, 0 where nobody gives it).
 
     Folds into weights where that is exact: ``W <- (I - v v^T) W`` where the site is a linear's output (bias likewise),
-    ``W <- W (I - v v^T)`` into the linears that read it where nothing else does. A residual stream has other readers and
-    keeps a node. The papers ablate at every site that writes the stream: select ``embed, blocks.*.attn.out, blocks.*.mlp.out``.
+    ``W <- W (I - v v^T)`` into the linears that read it where nothing else does (see ``fold_edits``; ``unfold`` takes it out
+    again). A residual stream has other readers and keeps a node. The papers ablate at every site that writes the stream: select
+    ``embed, blocks.*.attn.out, blocks.*.mlp.out``, or use ``orthogonalize``.
     """
 
     name: ClassVar[str] = "ablate"
-    family: ClassVar[str] = "steer"
-    repeatable: ClassVar[bool] = True
+    change: ClassVar[str] = "a direction is projected out"
+    off: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
     oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     site: Selector = Field(default=(), description="Where to ablate; default: the sites named in the direction's file.")
-    direction: str | tuple[float, ...] = Field(
-        description="A safetensors file with the direction, or its numbers; normalised to unit length.",
+    direction: str | tuple[str, ...] | tuple[float, ...] = Field(
+        description="A file with the direction, several, or its numbers; normalised to unit length.",
         json_schema_extra={"path": True},
     )
+    scale: float | Literal["input"] = Field(default=1.0, description="How much is taken out: 1 all, 2 reflects; or `input`.")
     fold: bool = Field(default=True, description="Move the projection into weights where that is exact.")
 
+    @model_validator(mode="after")
+    def _finite(self) -> Ablate:
+        if self.scale != INPUT and not np.isfinite(self.scale):
+            raise OptionError(f"ablate: scale is {self.scale}", "give a finite number")
+        return self
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        given = (self.direction,) if isinstance(self.direction, str) else self.direction
+        return tuple(name for name in given if isinstance(name, str))
+
+    def _vectors(self, graph: Graph) -> list[SteeringVector]:
+        found = [name_sites(load_vector(name), graph) for name in self._files]
+        for name, vector in zip(self._files, found, strict=True):
+            self.check_origin(vector, graph, name)
+        return found or [SteeringVector({"": np.asarray(self.direction, np.float32)})]
+
+    def targets(self, graph: Graph) -> Selector:
+        return tuple(dict.fromkeys(name for vector in self._vectors(graph) for name in vector.directions if name))
+
+    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+        if self.scale == INPUT:
+            return None
+        basis, scale = _orthonormal(self._vectors(graph), site), float(self.scale)
+        return self.at_tokens(lambda rows: rows - scale * (rows @ basis) @ basis.T, tokens)
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        given = self.direction
-        vector = load_vector(given) if isinstance(given, str) else SteeringVector({"": np.asarray(given, np.float32)})
-        selector = self.site or tuple(name for name in vector.directions if name)
-        if not selector:
-            raise PassError("ablate: the direction names no site", "say where with site=blocks.2.resid_post")
-        result = PassResult(expected_change="a direction is projected out", expected_size=UNBOUNDED)
-        with context.edit(graph) as editor:
-            for site in self.model_copy(update={"site": selector}).select(graph):
-                unit = _unit(vector.for_site((site.name, *site.aliases)))
-                rule = self._apply(graph, editor, site, unit, result)
-                if rule:
-                    result.counts[rule] += 1
-                    result.details.append({"site": site.name, "rule": rule})
-        result.messages += editor.messages
-        if not result.counts:
-            raise PassError(f"ablate changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
+        vectors = self._vectors(graph)
+        result = self.run_at(graph, context, self.targets(graph), vectors=vectors)
+        for name, vector in zip(self._files, vectors, strict=False):
+            result.messages += vector_messages(vector, graph, called=name)
         return result
 
-    def _apply(self, graph: Graph, editor: Editor, site: Site, unit: Array, result: PassResult) -> str:
-        shape, dtype = site.type.shape, site.type.dtype
-        if not shape or dtype is None:
-            result.declined.append(Declined(site.name, "its type is unknown"))
-            return ""
-        if shape[-1] != len(unit):
+    def apply(self, edit: Edit, site: Site, width: int) -> str:
+        assert site.type.dtype is not None and site.type.shape is not None
+        basis = _orthonormal(edit.shared["vectors"], site)
+        if len(basis) != width:
             raise PassError(
-                f"ablate: the direction has {len(unit)} numbers but {site.name} is {site.type}", "use a direction of this site"
+                f"ablate: the direction has {len(basis)} numbers but {site.name} is {site.type}", "use a direction of this site"
             )
-        if self.fold and self._fold(graph, editor, site, unit):
-            return "folded"
-        basis = unit[:, None].astype(dtype.numpy)
-        editor.insert_at(site, "actgraph.lowrank_map", [basis, np.array([[-1.0]], dtype.numpy)])
-        return "inserted"
-
-    def _fold(self, graph: Graph, editor: Editor, site: Site, unit: Array) -> bool:
-        linears = graph.views.linears()
-        if site.kind is SiteKind.EDGE:
-            uses = set(site.uses(graph))
-            readers = [linear for linear in linears if linear.input in uses]
-            if uses != {linear.input for linear in readers}:
-                return False  # a reader without weights keeps the direction
-        elif site.kind is SiteKind.VALUE:
-            writer = next((linear for linear in linears if linear.output == site.value), None)
-            if writer is not None and _stored(writer):
-                weight = writer.read_weight().astype(np.float64)
-                writer.write_weight(editor, (weight - np.outer(unit, unit @ weight)).astype(writer.read_weight().dtype))
-                bias = writer.read_bias()
-                if bias is not None:
-                    wide = bias.astype(np.float64)
-                    writer.write_bias(editor, (wide - unit * (unit @ wide)).astype(bias.dtype))
-                return True
-            readers = linear_readers(graph, site.value, linears) or []
-        else:
-            return False
-        if not readers or not all(_stored(linear) for linear in readers):
-            return False
-        for linear in readers:
-            weight = linear.read_weight().astype(np.float64)
-            linear.write_weight(editor, (weight - np.outer(weight @ unit, unit)).astype(linear.read_weight().dtype))
-        by = f"{self.name} (folded into the weights of its readers)"
-        if site.kind is SiteKind.VALUE:
-            editor.forget_sites(site.value, by)
-        for linear in readers:
-            editor.forget_edge(linear.input, by)
-        return True
+        if self.scale == 0:
+            return "identity"
+        mask, strength = edit.mask(), self.scale
+        if strength == INPUT:  # a mask scales the change, and 0 leaves a token bit for bit as it is
+            if "scale" not in edit.shared:
+                given = row_input(edit.editor, edit.graph, "ablate.scale")
+                edit.shared["scale"] = per_token(edit.editor, given, len(site.type.shape) - 1)
+            mask = edit.shared["scale"] if mask is None else edit.editor.insert("mul", [mask, edit.shared["scale"]]).output
+            strength = 1.0
+        dtype = site.type.dtype.numpy
+        operands = [basis.astype(dtype), (-float(strength) * np.eye(basis.shape[1])).astype(dtype)]
+        rule = edit.place(
+            site, "actgraph.lowrank_map", [*operands, mask] if mask is not None else operands, self.attributes, fold=self.fold
+        )
+        edit.result.details.append({"site": site.name, "rule": rule})
+        return rule
 
 
-def _stored(linear: Linear) -> bool:
-    """Whether the weight is stored in floating point and can be replaced."""
-    return linear.weight.is_parameter and linear.matrix is not None
-
-
-def _unit(direction: Array) -> Array:
-    wide = direction.astype(np.float64)
-    norm = float(np.linalg.norm(wide))
-    if norm == 0.0:
-        raise PassError("ablate: the direction is zero", "extract it from sets that differ")
-    return np.asarray(wide / norm)
+def _orthonormal(vectors: list[SteeringVector], site: Site) -> Array:
+    """``[width, r]`` float64: the directions for a site, orthonormal. Raises PassError where one is zero or depends on
+    others.
+    """
+    columns: list[Array] = []
+    for vector in vectors:
+        wide = vector.for_site((site.name, *site.aliases)).astype(np.float64)
+        if not wide.any():
+            raise PassError("ablate: the direction is zero", "extract it from sets that differ")
+        left = wide / np.linalg.norm(wide)
+        for column in columns:
+            if len(column) == len(left):
+                left = left - (left @ column) * column
+        if np.linalg.norm(left) < 1e-6:
+            raise PassError("ablate: one direction is a combination of the others", "leave it out")
+        columns.append(left / np.linalg.norm(left))
+    if len({len(column) for column in columns}) != 1:
+        raise PassError("ablate: directions have different widths", "use directions of one site")
+    return np.stack(columns, 1)

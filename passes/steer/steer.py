@@ -2,170 +2,222 @@
 
 Sources: Steering Language Models With Activation Engineering (ActAdd, 2023); Steering Llama 2 via Contrastive Activation
 Addition (CAA, 2023). ``h' = h + scale * v`` at every token, or at those that ``where`` names (CAA steers all tokens behind the
-prompt, ActAdd the first ones).
+prompt, ActAdd the first ones). With ``norm=restore`` each token keeps its norm, with ``norm=relative`` the shift is a fraction
+of the token's norm (Physics Steering, 2025).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
-from actgraph.errors import PassError
-from actgraph.formats.vectors import SteeringVector, is_of_another_model, load_vector
-from actgraph.graph import Editor, Graph, Site, SiteKind, Use, Value
-from actgraph.graph.context import token_dims
+from actgraph.errors import OptionError, PassError
+from actgraph.formats.vectors import SteeringVector, load_vector, name_sites, vector_messages
+from actgraph.graph import Graph, Site, SiteKind, Value
 from actgraph.graph.graph import Array
-from actgraph.graph.views import Linear
-from actgraph.ops import get_op
-from actgraph.passes.places import Selector, SitePass
-from actgraph.passes.steer.folding import bias_writer
-from actgraph.passes.steer.where import Where, where_mask
-from actgraph.pipeline.base import ROUNDING, UNBOUNDED, Declined, PassContext, PassResult
+from actgraph.ops.dtypes import DType
+from actgraph.passes.places import Selector
+from actgraph.passes.steer.edit import Edit, EditPass
+from actgraph.passes.steer.runtime_inputs import INPUT, looked_up, not_zero, per_channel, per_token, row_input, why_no_rows
+from actgraph.pipeline.base import PassContext, PassResult
 
 
-class Steer(SitePass):
+class Steer(EditPass):
     """Add ``scale`` times a vector at each site, for all tokens or those that ``where`` names.
 
-    ``where`` is ``all``, ``prompt``, ``generated``, or a window of positions: ``3:`` (from position 3 on), ``:4`` (the first
-    four), ``2:5`` (2, 3 and 4); ``prompt & 2:`` are the tokens that meet both. Positions count the real tokens of each row
-    from 0, and never padding. A token is generated when as many tokens as the prompt has stand before it; sessions tell the
-    lengths of prompts, and where nobody does (the input ``prompt_lengths`` is optional) all tokens are prompt. A clause means
-    the same with and without a cache, which may be inserted before or after. It needs sites of [batch, seq, channels].
+    Positions of a clause count the real tokens of each row from 0, and never padding. A token is generated when as many tokens
+    as the prompt has stand before it; sessions tell the lengths of prompts, and where nobody does (the input ``prompt_lengths``
+    is optional) all tokens are prompt. A clause means the same with and without a cache, which may be inserted before or after.
+    It needs sites of [batch, seq, channels].
 
-    Vectors at one site, value or edge, merge into one. Where the site's value is a linear's output, directly or through
-    residual adds, and nothing else reads that linear's output, the shift folds into the linear's bias and costs nothing; the
-    sites that lie between the two are then gone (their values contain the shift), which a later pass that names them is told.
-    A shift at some tokens only does neither: it stays a node.
+    Several vectors, each with its scale, are one: their sum. ``scale=input`` makes the strength an optional input of each row
+    (``steer.scale``, 0 where nobody gives it: the unsteered model, bit for bit), ``vector=input`` the vector (``steer.vector``,
+    times ``scale``), and ``pick=row`` lets each row pick one of the vectors by number (``steer.index``: 0 none, 1 the first).
+
+    Vectors at one site, value or edge, with one clause merge into one. Where the site's value is written by a linear, a norm or
+    a convolution, directly or through residual adds, and nothing else reads what that writes, the shift folds into its bias and
+    costs nothing (see ``fold_edits``; ``unfold`` takes it out again); the sites that lie between the two are then gone (their
+    values contain the shift), which a later pass that names them is told. A shift at some tokens only, one that keeps norms and
+    one that is given at run time do not fold: they stay nodes.
     """
 
     name: ClassVar[str] = "steer"
-    family: ClassVar[str] = "steer"
-    repeatable: ClassVar[bool] = True
     off: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
     oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
-    site: Selector = Field(default=(), description="Where to add the vector; default: the site named in the vector's file.")
-    vector: str | tuple[float, ...] = Field(
-        description="A safetensors file (see `actgraph extract-vector`), or the numbers themselves.",
+    site: Selector = Field(default=(), description="Where to add the vector; default: the sites named in the vector's file.")
+    vector: str | tuple[str, ...] | tuple[float, ...] = Field(
+        description="A file with a vector (see `actgraph extract-vector`), several, the numbers themselves, or `input`.",
         json_schema_extra={"path": True},
     )
-    scale: float = Field(default=1.0, description="Factor on the vector; 0 is the identity.", allow_inf_nan=False)
-    where: str = Field(
-        default="all", description="Which tokens: all, prompt, generated, or a window of positions (3:, :4, 2:5); & joins them."
+    scale: float | tuple[float, ...] | Literal["input"] = Field(
+        default=1.0, description="Factor on the vector (on each of several), or `input`; 0 is the identity."
     )
+    norm: Literal["none", "restore", "relative"] = Field(
+        default="none", description="restore: tokens keep their norm. relative: the shift is scale times the token's norm."
+    )
+    pick: Literal["none", "row"] = Field(default="none", description="row: each row picks one vector by the input steer.index.")
     fold: bool = Field(default=True, description="Move the shift into a bias where that is exact: with where=all.")
-    axis: int = Field(default=-1, description="The axis of the site that the vector lies along (1 for NCHW images).")
 
-    @field_validator("where")
-    @classmethod
-    def _readable(cls, clause: str) -> str:
-        Where.parse(clause)
-        return clause
+    @model_validator(mode="after")
+    def _consistent(self) -> Steer:
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if not all(scale == INPUT or np.isfinite(scale) for scale in scales):
+            raise OptionError(f"steer: scale is {self.scale}", "give finite numbers")
+        if isinstance(self.scale, tuple) and len(self.scale) != len(self._files):
+            raise OptionError(f"steer: there are {len(self._files)} vectors and {len(self.scale)} scales", "give one for each")
+        if self.pick == "row" and not self._files:
+            raise OptionError("steer: pick=row needs vectors to pick from", "name files: vector=[a.safetensors, b.safetensors]")
+        if len(self._files) > 1 and self.norm != "none" and self.pick == "none":
+            raise OptionError(
+                f"steer: with norm={self.norm} it matters which vector comes first", "use a steer for each, in the order wanted"
+            )
+        return self
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        """The files with vectors."""
+        if isinstance(self.vector, str):
+            return () if self.vector == INPUT else (self.vector,)
+        return tuple(name for name in self.vector if isinstance(name, str))
+
+    @property
+    def _at_run_time(self) -> bool:
+        return INPUT in (self.vector, self.scale) or self.pick == "row"
+
+    def vectors(self, graph: Graph) -> list[SteeringVector]:
+        """The vectors of the option, with the names that ``graph`` has for their sites. Raises InputError for others."""
+        if self.vector == INPUT:
+            return []
+        found = [name_sites(load_vector(name), graph) for name in self._files]
+        for name, vector in zip(self._files, found, strict=True):
+            self.check_origin(vector, graph, name)
+            if vector.scale == "relative" and (self.norm != "none" or len(found) > 1):
+                raise OptionError(f"steer: {name} is in units of the activation's norm", "use it alone, with norm=none")
+        return found or [SteeringVector({"": np.asarray(self.vector, np.float32)})]
+
+    def targets(self, graph: Graph) -> Selector:
+        return tuple(dict.fromkeys(name for vector in self.vectors(graph) for name in vector.directions if name))
+
+    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+        if self._at_run_time:
+            return None
+        names, vectors = (site.name, *site.aliases), self.vectors(graph)
+        total, norm = self._sum([vector.for_site(names).astype(np.float64) for vector in vectors]), self._norm(vectors)
+
+        def edited(rows: Array) -> Array:
+            sizes = np.linalg.norm(rows, axis=-1, keepdims=True)
+            if norm == "relative":  # a vector in units of the activation's norm, or one of which only the direction counts
+                unit = 1.0 if self.norm == "none" else np.linalg.norm(total) / abs(float(self.scale))  # type: ignore[arg-type]
+                return np.asarray(rows + sizes * total / unit)
+            shifted = rows + total
+            return np.asarray(
+                shifted * sizes / np.linalg.norm(shifted, axis=-1, keepdims=True) if norm == "restore" else shifted
+            )
+
+        return self.at_tokens(edited, tokens)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        vector = (
-            load_vector(self.vector)
-            if isinstance(self.vector, str)
-            else SteeringVector({"": np.asarray(self.vector, np.float32)})
-        )
-        selector = self.site or tuple(name for name in vector.directions if name)
-        if not selector:
-            raise PassError("steer: the vector names no site", "say where with site=blocks.2.resid_post")
-        sites = self.model_copy(update={"site": selector}).select(graph)
-        where = Where.parse(self.where)
-        result = PassResult(expected_change="the outputs are steered", expected_size=UNBOUNDED)
-        with context.edit(graph) as editor:
-            mask = None if where.everywhere or self.scale == 0 else where_mask(editor, graph, where)
-            for site in sites:
-                direction = vector.for_site((site.name, *site.aliases)).astype(np.float64) * self.scale
-                rule = self._apply(graph, editor, site, direction, mask, result)
-                if rule:
-                    result.counts[rule] += 1
-                    result.details.append(
-                        {"site": site.name, "rule": rule, "scale": self.scale, "norm": float(np.linalg.norm(direction))}
-                    )
-        if not where.everywhere and self.fold and result.counts["inserted"]:
-            result.messages.append(f"not folded: a bias is added to every token, and the shift is where={self.where}")
-        if where.part and result.counts["inserted"]:
-            told = "where nobody gives it, all tokens are prompt"
-            result.messages.append(f"where={self.where} reads the input prompt_lengths: {told}")
-        if is_of_another_model(vector.model, graph):
-            result.messages.append(
-                f"{self.vector} was extracted from another model than {graph.name}, or before its embeddings were changed"
-            )
-        result.messages += editor.messages
-        if set(result.counts) == {"identity"}:
-            result.expected_change, result.expected_size = "exact", ROUNDING
-        if not result.counts:
-            raise PassError(f"steer changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
+        vectors = self.vectors(graph)
+        result = self.run_at(graph, context, self.targets(graph), vectors=vectors)
+        for name, vector in zip(self._files, vectors, strict=False):
+            result.messages += vector_messages(vector, graph, called=name)
+        if self.where != "all" and self.fold and result.counts["inserted"]:
+            result.messages.insert(0, f"not folded: a bias is added to every token, and the shift is where={self.where}")
         return result
 
-    def _apply(self, graph: Graph, editor: Editor, site: Site, direction: Array, mask: Value | None, result: PassResult) -> str:
-        """Steer one site, at the tokens of ``mask``, and return the rule that was used; empty when declined."""
-        width = site.type.shape[self.axis] if site.type.shape else None
-        if site.type.dtype is None or width is None:
-            result.declined.append(Declined(site.name, "its type or width is unknown"))
-            return ""
-        if width != len(direction):
-            raise PassError(
-                f"steer: the vector has {len(direction)} numbers but {site.name} is {site.type}",
-                "use a vector extracted at this site, or set axis",
-            )
-        if not direction.any():
-            return "identity"
-        data = direction.astype(site.type.dtype.numpy)
-        attributes = {} if self.axis == -1 else {"axis": self.axis}
-        if mask is not None:
-            assert site.type.shape is not None
-            channel = self.axis % len(site.type.shape)
-            tokens = (*site.type.shape[:channel], *site.type.shape[channel + 1 :])
-            if tokens != token_dims(graph):
-                result.declined.append(
-                    Declined(site.name, f"where={self.where} is about tokens, and {site.type} has other axes")
+    def _sum(self, directions: Sequence[Array]) -> Array:
+        """The directions, each times its scale, as one."""
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,) * len(directions)
+        return np.asarray(sum(d * float(s) for d, s in zip(directions, scales, strict=True)))
+
+    def apply(self, edit: Edit, site: Site, width: int) -> str:
+        assert site.type.dtype is not None and site.type.shape is not None
+        vectors: Sequence[SteeringVector] = edit.shared["vectors"]
+        directions = [vector.for_site((site.name, *site.aliases)).astype(np.float64) for vector in vectors]
+        for direction in directions:
+            if len(direction) != width:
+                raise PassError(
+                    f"steer: the vector has {len(direction)} numbers but {site.name} is {site.type}",
+                    "use a vector extracted at this site, or set axis",
                 )
-                return ""
-            editor.insert_at(site, "actgraph.shift", [data, None, mask], attributes)
-            return "inserted"
-        if site.kind is not SiteKind.VIRTUAL and self._merge(graph, editor, site, direction):
-            return "merged"
-        if site.kind is SiteKind.VALUE and self.fold and self._fold(graph, editor, site, direction):
-            return "folded"
-        editor.insert_at(site, "actgraph.shift", [data], attributes)
+        if self._at_run_time:
+            reason = why_no_rows(edit.graph, site.type.shape, self.axis)
+            if reason:
+                return edit.declined(site, reason)
+            operands, factor = self._given(edit, site, directions, width)
+        else:
+            total = self._sum(directions)
+            edit.result.details.append({"site": site.name, "scale": self.scale, "norm": float(np.linalg.norm(total))})
+            rule = self._constant(edit, site, total)
+            edit.result.details[-1]["rule"] = rule
+            return rule
+        attributes = self._shift(vectors, directions)
+        attributes |= {} if factor == 1 else {"scale": factor * attributes.get("scale", 1.0)}
+        edit.editor.insert_at(site, "actgraph.shift", operands, attributes)
+        edit.result.details.append({"site": site.name, "rule": "inserted", "scale": self.scale})
         return "inserted"
 
-    def _merge(self, graph: Graph, editor: Editor, site: Site, direction: Array) -> bool:
-        """Add to the constant shift that already produces what the site's readers see and nobody else does, if there is one."""
-        node = site.value.producer
-        if node is None or node.op != "actgraph.shift" or any(o is not None for o in node.operands[2:]):
-            return False
-        if set(site.uses(graph)) != set(site.value.uses):
-            return False
-        old = node.operands[1]
-        plain = get_op(node.op).complete({"axis": self.axis})
-        if old is None or not old.is_parameter or get_op(node.op).complete(node.attributes) != plain:
-            return False
-        total = graph.read(old).astype(np.float64) + direction
-        editor.set_parameter(old, total.astype(graph.read(old).dtype), uses=[Use(node, 1)])
-        return True
+    def _norm(self, vectors: Sequence[SteeringVector]) -> str:
+        """What the shift does about norms: a vector in units of the activation's norm is a relative shift."""
+        return "relative" if any(vector.scale == "relative" for vector in vectors) else self.norm
 
-    def _fold(self, graph: Graph, editor: Editor, site: Site, direction: Array) -> bool:
-        if self.axis not in (-1, len(site.type.shape or ()) - 1):
-            return False
-        linears: dict[Value, Linear] = {linear.output: linear for linear in graph.views.linears()}
-        found = bias_writer(graph, site.value, linears)
-        if found is None:
-            return False
-        linear, between = found
-        bias = linear.read_bias()
-        dtype = site.type.dtype.numpy if site.type.dtype else np.dtype(np.float32)
-        total = direction if bias is None else bias.astype(np.float64) + direction
-        path = [value.uses[0] for value in between]  # where a bias becomes a node of its own, another value is read there
-        linear.write_bias(editor, total.astype(dtype))
-        for use in path:
-            shifted = use.node.operands[use.index] if use.node is not None else None
-            assert shifted is not None
-            editor.forget_sites(shifted, f"{self.name} (its shift was folded into {linear.weight.name}'s bias)")
-        return True
+    def _shift(self, vectors: Sequence[SteeringVector], directions: Sequence[Array]) -> dict[str, Any]:
+        """The attributes of a shift by what is given at run time."""
+        attributes = self.attributes | ({} if self._norm(vectors) == "none" else {"norm": self._norm(vectors)})
+        if any(vector.scale == "relative" for vector in vectors):
+            attributes["scale"] = float(np.linalg.norm(directions[0]))
+        return attributes
+
+    def _constant(self, edit: Edit, site: Site, total: Array) -> str:
+        """Add ``total`` at one site: nothing, merged into what is there, folded, or as a node."""
+        assert site.type.dtype is not None
+        if not total.any():
+            return "identity"
+        norm = self._norm(edit.shared["vectors"])
+        attributes: dict[str, Any] = {**self.attributes, **({} if norm == "none" else {"norm": norm})}
+        data = total
+        if norm == "relative":  # of a vector in units of the activation's norm the length counts, else its direction alone
+            assert isinstance(self.scale, float)
+            size = abs(self.scale) if self.norm == "relative" else float(np.linalg.norm(total))
+            attributes["scale"], data = size, total / size
+        mask, stored = edit.mask(), data.astype(site.type.dtype.numpy)
+        operands = [stored, None, mask] if mask is not None else [stored]
+        return edit.place(site, "actgraph.shift", operands, attributes, fold=self.fold and site.kind is SiteKind.VALUE)
+
+    def _given(
+        self, edit: Edit, site: Site, directions: Sequence[Array], width: int
+    ) -> tuple[list[Value | Array | None], float]:
+        """The operands of a shift by what the host gives, and its constant factor."""
+        assert site.type.dtype is not None and site.type.shape is not None
+        editor, graph, rank = edit.editor, edit.graph, len(site.type.shape)
+        dtype, factor = site.type.dtype.numpy, self.scale if isinstance(self.scale, float) else 1.0
+        strengths: list[Value] = []
+        if self.scale == INPUT:
+            given = edit.once("scale", lambda: row_input(editor, graph, "steer.scale"))
+            strengths.append(edit.once(("scale", rank), lambda: per_token(editor, given, rank - 1)))
+        vector: Value | Array
+        if self.vector == INPUT:
+            given = row_input(editor, graph, f"steer.vector.{site.name}", width=width)
+            vector = per_channel(editor, given, rank, self.axis)
+            if self.scale != INPUT:  # which is 0 where nobody gives it
+                strengths.append(per_token(editor, not_zero(editor, given), rank - 1))
+        elif self.pick == "row":
+            scales = self.scale if isinstance(self.scale, tuple) else (factor,) * len(directions)
+            index = edit.once("index", lambda: row_input(editor, graph, "steer.index", dtype=DType.I64))
+            strengths.append(
+                edit.once(("pick", rank), lambda: per_token(editor, looked_up(editor, [0, *scales], index), rank - 1))
+            )
+            table = np.stack([np.zeros(width), *directions]).astype(dtype)
+            vector = per_channel(editor, editor.insert("gather", [table, index], {"axis": 0}).output, rank, self.axis)
+            factor = 1.0
+        else:
+            scales = self.scale if isinstance(self.scale, tuple) else (1.0,) * len(directions)
+            vector = np.asarray(sum(d * float(s) for d, s in zip(directions, scales, strict=True)), dtype)
+        strength = strengths[0]
+        for other in strengths[1:]:
+            strength = editor.insert("mul", [strength, other]).output
+        return [vector, strength, edit.mask()], factor

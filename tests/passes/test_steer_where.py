@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import actgraph as ag
-from actgraph.errors import OptionError, PassError
+from actgraph.errors import InputError, OptionError, PassError
+from actgraph.formats.vectors import model_fingerprint
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
-from actgraph.passes.steer.where import Where
+from actgraph.graph.where import Where
 from tests import zoo
 from tests.passes.conftest import in_dialect
 
@@ -24,37 +27,67 @@ def steered(graph: Graph, where: str, **options: object) -> ag.RunResult:
 
 
 @pytest.mark.parametrize(
-    ("clause", "meaning"),
+    ("clause", "canonical"),
     [
-        ("all", Where()), ("0:", Where()), ("all & all", Where()), ("prompt", Where(part="prompt")), ("3:", Where(3)),
-        (":4", Where(0, 4)), ("2:5", Where(2, 5)), (" 2 : 5 ", Where(2, 5)), ("generated & 5:9", Where(5, 9, "generated")),
-        ("1:6&:4&prompt&prompt", Where(1, 4, "prompt")),
+        ("all", "all"), ("0:", "all"), ("all & all", "all"), ("all | prompt", "all"), ("prompt", "prompt"), ("3:", "3:"),
+        (":4", ":4"), ("2:5", "2:5"), (" 2 : 5 ", "2:5"), ("3", "3"), ("generated & 5:9", "generated & 5:9"),
+        ("1:6&:4&prompt&prompt", "prompt & 1:4"), ("prompt[-1]", "prompt[-1]"), ("prompt[ -3: ]", "prompt[-3:]"),
+        ("prompt[2:-1]", "prompt[:-1] & 2:"), ("prompt[2:5]", "prompt & 2:5"), ("generated[0]", "generated[0]"),
+        ("generated[2:] & generated[:4]", "generated[2:4]"), ("token(7, 3,3)", "token(3, 7)"), ("row(0, 2:4)", "row(0, 2:4)"),
+        ("token(1,2) & token(2,3)", "token(2)"), ("row(0:4) & row(2, 9)", "row(2)"),
+        ("prompt&2:|generated ! token(1)!row(3)", "prompt & 2: | generated ! token(1) ! row(3)"),
+        ("all ! 0 | prompt[-1]", "all ! :1 ! prompt[-1]"),
     ],
 )  # fmt: skip
-def test_clauses_are_read(clause: str, meaning: Where) -> None:
-    assert Where.parse(clause) == meaning
-    assert meaning.everywhere == (clause in ("all", "0:", "all & all"))
+def test_clauses_are_read(clause: str, canonical: str) -> None:
+    where = Where.parse(clause)
+    assert str(where) == canonical
+    assert Where.parse(str(where)) == where and where.everywhere == (canonical == "all")
 
 
 @pytest.mark.parametrize(
     ("clause", "why"),
     [
-        ("", "is empty"), ("  ", "is empty"), ("3: &", "empty part"), (":", "':'.*not known"), ("3", "'3'.*not known"),
-        ("-3:", "not known"), ("promt", "'promt'.*not known"), ("5:5", "no token"), (":0", "no token"), ("4: & :2", "no token"),
-        ("prompt & generated", "both"), ("99999999:", "positions go up to"),
+        ("", "is empty"), ("  ", "is empty"), ("3: &", "empty part"), ("prompt |", "empty part"), (":", "':'.*not known"),
+        ("-3:", "count from 0"), ("-1", "count from 0"), ("promt", "'promt'.*not known"), ("5:5", "no token"),
+        (":0", "no token"), ("4: & :2", "no token"), ("prompt & generated", "no token"), ("99999999:", "positions go up to"),
+        ("! 3", "nothing to exclude from"), ("3 !", "empty part"), ("all ! all", "all are excluded"), ("token()", "not known"),
+        ("token(1:3)", "no list of token ids"), ("token(-1)", "tokens count from 0"), ("row(-1)", "rows count from 0"),
+        ("generated[-1]", "where a text will end"), ("prompt[3:2]", "no token"), ("2 3", "not known"),
+        ("token(1) & token(2)", "no token"),
     ],
 )  # fmt: skip
 def test_a_clause_that_says_nothing_is_refused(clause: str, why: str) -> None:
     with pytest.raises(OptionError, match=why) as caught:
         Where.parse(clause)
-    assert "prompt, generated" in caught.value.hint
+    assert caught.value.hint
     with pytest.raises(OptionError, match=why):
         steered(zoo.captured("llama"), f'"{clause}"')
 
 
-def padded() -> tuple[dict[str, Array], list[int]]:
+def test_masks_on_arrays() -> None:
+    """Each kind of term, by hand, for two rows of 4 and 2 prompt tokens."""
+    positions = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
+    lengths, tokens = np.array([4, 2]), np.array([[5, 6, 7, 5, 6, 7], [9, 9, 5, 5, 9, 9]])
+    expected = {
+        "prompt": ["111100", "110000"], "generated": ["000011", "001111"], "prompt[-1]": ["000100", "010000"],
+        "prompt[-3:]": ["011100", "110000"], "prompt[1:-1]": ["011000", "000000"], "generated[1:3]": ["000001", "000110"],
+        "generated[0]": ["000010", "001000"], "2": ["001000", "001000"], "1:3": ["011000", "011000"],
+        "token(5)": ["100100", "001100"], "token(5, 9) & generated": ["000000", "001111"], "row(1)": ["000000", "111111"],
+        "prompt[-1] | generated ! token(6)": ["000101", "011111"], "all ! prompt ! row(1)": ["000011", "000000"],
+        "row(0) | 0": ["111111", "100000"],
+    }  # fmt: skip
+    for clause, rows in expected.items():
+        mask = Where.parse(clause).mask(positions, lengths, tokens)
+        assert ["".join(map(str, row)) for row in mask.astype(int)] == rows, clause
+    assert Where.parse("prompt").mask(positions).all() and not Where.parse("prompt[-1]").mask(positions).any()
+    with pytest.raises(InputError, match="token ids"):
+        Where.parse("token(5)").mask(positions)
+
+
+def padded(model: str = "llama") -> tuple[dict[str, Array], list[int]]:
     """Rows of 9, 5 and 2 real tokens, on the right."""
-    inputs = zoo.inputs("llama", batch=3, length=LENGTH)
+    inputs = zoo.inputs(model, batch=3, length=LENGTH)
     counts = [LENGTH, 5, 2]
     inputs["attention_mask"] = np.stack([np.r_[np.zeros(LENGTH - n, np.int64), np.ones(n, np.int64)] for n in counts])
     inputs["position_ids"] = np.maximum(inputs["attention_mask"].cumsum(1) - 1, 0)
@@ -62,25 +95,43 @@ def padded() -> tuple[dict[str, Array], list[int]]:
 
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
-@pytest.mark.parametrize("clause", ["prompt", "generated", "3:", ":4", "2:5", "prompt & 1:"])
-def test_exactly_the_named_tokens_move(dialect: str, clause: str) -> None:
+@pytest.mark.parametrize(
+    "clause",
+    [
+        "prompt", "generated", "3:", ":4", "2:5", "prompt & 1:", "prompt[-1]", "prompt[-2:] | generated[1:3]",
+        "token({0}, {1})", "row(0, 2)", "all ! token({0}) ! 0", "generated ! row(1)", "prompt[1:] & 2: | generated[0]",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt"])
+def test_exactly_the_named_tokens_move(dialect: str, model: str, clause: str) -> None:
     """Seen at the site itself: the shift at tokens of the clause, and the others bit for bit as they were."""
-    graph = in_dialect("llama", dialect)
+    graph = in_dialect(model, dialect)
     tap = "tap{site=blocks.1.resid_post}"
-    inputs, counts = padded()
+    inputs, _ = padded(model)
+    clause = clause.format(inputs["input_ids"][0, 3], inputs["input_ids"][1, 7])
     before = ag.run(graph, tap).graph.run(inputs)["blocks.1.resid_post"]
     result = steered(graph, f'"{clause}"')
-    lengths = np.array([4, 2, 1])
-    told = {"prompt_lengths": lengths} if "prompt" in clause or "generated" in clause else {}
+    given = {"prompt_lengths": np.array([4, 3, 1]), "row_index": np.arange(3)}
+    names = {value.name for value in result.graph.inputs()}
+    told = {name: array for name, array in given.items() if name in names}
     after = ag.run(result.graph, tap).graph.run({**inputs, **told})["blocks.1.resid_post"]
-    where = Where.parse(clause)
-    for row, count in enumerate(counts):
-        p = np.arange(count)
-        named = (p >= where.start) & (p < (where.stop or LENGTH))
-        named &= {"": p >= 0, "prompt": p < lengths[row], "generated": p >= lengths[row]}[where.part]
-        real = slice(LENGTH - count, None)
-        assert np.array_equal(after[row, real][~named], before[row, real][~named])
-        np.testing.assert_allclose(after[row, real][named], before[row, real][named] + VECTOR, atol=1e-5)
+    named = Where.parse(clause).mask(inputs["position_ids"], given["prompt_lengths"], inputs["input_ids"])
+    real = inputs["attention_mask"] == 1
+    assert 0 < (real & named).sum() < real.sum()
+    assert np.array_equal(after[real & ~named], before[real & ~named])
+    np.testing.assert_allclose(after[real & named], before[real & named] + VECTOR, atol=1e-5)
+
+
+def test_token_ids_in_a_file(tmp_path: Path) -> None:
+    """The table that ids are looked up in is no embedding: sites and the fingerprint of a saved model stay those it had."""
+    graph = zoo.captured("llama")
+    made = steered(graph, '"token(3)"').graph
+    again = ag.load(made.save(tmp_path / "x.onnx"))
+    inputs = {**padded()[0], "input_ids": np.full((3, LENGTH), 3)}
+    assert [site.name for site in again.sites("embed")] == ["embed"] and model_fingerprint(again) == model_fingerprint(graph)
+    np.testing.assert_allclose(again.run(inputs)["logits"], made.run(inputs)["logits"], atol=1e-5)
+    with pytest.raises(InputError, match=r"token\(99999\): .* has \d+ tokens"):
+        steered(graph, '"token(99999)"')
 
 
 def test_without_lengths_all_tokens_are_prompt() -> None:

@@ -35,6 +35,20 @@ def test_tap_marks_its_outputs(stories: Graph) -> None:
         apply(tapped, "tap{site=blocks.1.attn.out prefix=debug.}")
 
 
+def test_tap_of_some_tokens(both_stories: dict[str, Graph]) -> None:
+    """The tokens of the clause as they are, and zeros for the others, in both dialects."""
+    inputs = token_inputs()
+    for graph in both_stories.values():
+        whole = apply(graph, "tap{site=blocks.2.resid_post}").run(inputs)["blocks.2.resid_post"]
+        some = apply(graph, 'tap{site=blocks.2.resid_post where="2:5 ! row(1)"}').run({**inputs, "row_index": np.arange(2)})
+        expected = np.zeros_like(whole)
+        expected[0, 2:5] = whole[0, 2:5]
+        assert np.array_equal(some["blocks.2.resid_post"], expected)
+        assert np.array_equal(some["logits"], graph.run(inputs)["logits"])
+    with pytest.raises(PassError, match="is about tokens"):
+        apply(both_stories["fx"], "tap{site=blocks.0.attn.pattern where=2:}")
+
+
 def test_tap_inside_a_fused_attention(stories: Graph) -> None:
     pattern = apply(stories, "tap{site=blocks.0.attn.pattern}").run(token_inputs())["blocks.0.attn.pattern"]
     assert pattern.shape == (2, 8, 12, 12)

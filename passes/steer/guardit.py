@@ -1,0 +1,204 @@
+"""Unlearning at inference time: turn activations away from what is to be forgotten, in requests that are about it.
+
+Source: Inference-Time Machine Unlearning via Gated Activation Redirection (GUARD-IT, 2026). The hook of the released code
+subtracts ``alpha s`` with positive alpha and ``s`` pointing to the forget set, and so does the pass (a README example has
+the other sign).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from actgraph.calibrate.document_rows import collect_rows
+from actgraph.errors import InputError, PassError
+from actgraph.formats.artifacts import Artifact, load_artifact
+from actgraph.formats.vectors import model_fingerprint
+from actgraph.graph import Graph, Site, Value
+from actgraph.passes.places import Selector
+from actgraph.passes.steer.clusters import best_clusters, normalised
+from actgraph.passes.steer.edit import Edit, EditPass
+from actgraph.passes.steer.runtime_inputs import per_channel, per_token, row_input
+from actgraph.pipeline.base import PassContext, PassResult
+
+Array = np.ndarray[Any, Any]
+KIND = "guardit_clusters"
+_MADE_BY = "make one with actgraph.passes.steer.guardit.forget_clusters"
+_EPS = 1e-6
+_NEVER = -2.0  # a cosine that is below any threshold
+
+
+@dataclass(frozen=True)
+class ForgetClusters:
+    """What is to be forgotten, in clusters.
+
+    centroids: ``[k, e]`` float64, the unit means of the embeddings of each cluster. vectors: ``[k, width]`` float64, what
+    the pass subtracts. labels: the cluster of each forget document. threshold: the similarity above which a request is about
+    a cluster.
+    """
+
+    site: str
+    centroids: Array
+    vectors: Array
+    labels: Array
+    threshold: float
+    model: str = ""
+
+    def similarity(self, embeddings: Array, *, best: bool = False) -> Array:
+        """What to give as ``guardit.similarity``: ``[requests, k]`` float32 cosines of embeddings ``[requests, e]`` with the
+        centroids. best: only that of the most similar cluster of each request, so that no other one can be active.
+        """
+        cosines = np.asarray(normalised(embeddings) @ self.centroids.T, np.float32)
+        if best:
+            most = cosines.argmax(1)[:, None]
+            return np.where(np.arange(cosines.shape[1]) == most, cosines, np.float32(_NEVER))
+        return cosines
+
+    def save(self, path: str | Path) -> Path:
+        """Write what the pass ``guardit`` reads."""
+        arrays = {"vectors": self.vectors.astype(np.float32), "centroids": self.centroids.astype(np.float32)}
+        return Artifact(KIND, arrays, {"site": self.site, "threshold": self.threshold}, self.model).save(path)
+
+
+def default_site(graph: Graph) -> str:
+    """The output of the block at a quarter of the depth."""
+    return f"blocks.{len(graph.views.blocks()) // 4}.resid_post"
+
+
+def forget_clusters(
+    graph: Graph,
+    forget: Sequence[str],
+    retain: Sequence[str],
+    embed: Callable[[Sequence[str]], Array],
+    *,
+    site: str = "",
+    clusters: int | None = None,
+    direction: Literal["orthogonal", "difference", "orthogonal_difference"] = "orthogonal",
+    threshold: float | Literal["balanced", "quantile"] = "balanced",
+    fpr_weight: float = 1.0,
+    fpr: float = 0.05,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_length: int | None = 512,
+    progress: bool = True,
+) -> ForgetClusters:
+    """Cluster the forget documents and find what the pass subtracts for each cluster.
+
+    embed: texts -> ``[n, e]`` embeddings of a sentence encoder. site: one residual stream (default: a quarter of the depth).
+    clusters: how many (default: 2 to 20 by the best silhouette, the smallest of equal ones). direction: the forget mean
+    without its part along the retain mean, their difference, or that without its part. threshold: a number, ``balanced``
+    (the best recall minus ``fpr_weight`` times the false positives, over 200 steps of the scores), or ``quantile`` (all but
+    ``fpr`` of the retain texts). Every vector is as long as the mean of the two sets' norms, so that ``alpha`` means the
+    same for any model.
+    """
+    if not forget or not retain:
+        raise InputError("there is nothing to forget or to retain", "give texts of both")
+    name = graph.site(site or default_site(graph)).name
+    embedded = {key: normalised(embed(texts)) for key, texts in (("forget", forget), ("retain", retain))}
+    labels = best_clusters(embedded["forget"], clusters, seed)
+    rows = [
+        collect_rows(graph, [name], texts, position="mean", batch_size=batch_size, max_length=max_length, progress=progress)[
+            name
+        ]
+        for texts in (forget, retain)
+    ]
+    found, kept = (each.astype(np.float64) for each in rows)
+    norms = [float(np.linalg.norm(each, axis=1).mean()) for each in (found, kept)]
+    retained = kept.mean(0)
+    count = int(labels.max()) + 1
+    vectors = np.stack([partial_vector(found[labels == k].mean(0), retained, direction) for k in range(count)])
+    vectors = vectors / (np.linalg.norm(vectors, axis=1, keepdims=True) + _EPS) * (sum(norms) / 2)
+    centroids = normalised(np.stack([embedded["forget"][labels == k].mean(0) for k in range(count)]))
+    if not isinstance(threshold, str):
+        limit = float(threshold)
+    else:
+        scores = [(embedded[key] @ centroids.T).max(1) for key in ("forget", "retain")]
+        balanced = balanced_threshold(scores[0], scores[1], fpr_weight)
+        limit = balanced if threshold == "balanced" else float(np.quantile(scores[1], 1 - fpr))
+    return ForgetClusters(name, centroids, vectors, labels, limit, model_fingerprint(graph))
+
+
+def partial_vector(forget: Array, retain: Array, direction: str = "orthogonal") -> Array:
+    """What leads to the forget mean and not to the retain mean."""
+    start = forget if direction == "orthogonal" else forget - retain
+    if direction == "difference":
+        return np.asarray(start)
+    return np.asarray(start - (start @ retain) / (retain @ retain + _EPS) * retain)
+
+
+def balanced_threshold(forget: Array, retain: Array, weight: float = 1.0, steps: int = 200) -> float:
+    """The threshold with the largest ``recall - weight * false positives`` of scores ``> threshold`` (the first of equal
+    ones).
+    """
+    both = np.concatenate([forget, retain])
+    grid = np.linspace(both.min(), both.max(), steps)
+    gain = [(forget > t).mean() - weight * (retain > t).mean() for t in grid]
+    return float(grid[int(np.argmax(gain))])
+
+
+class Guardit(EditPass):
+    """Turn activations away from clusters of what is to be forgotten, keeping norms: ``u = h - alpha s``, ``h' = u |h| / |u|``.
+
+    Which requests are meant is told from outside, once for each: the optional input ``guardit.similarity`` [batch, k] of
+    cosines with the clusters' centroids (``ForgetClusters.similarity``). Clusters above the threshold are active, and ``s``
+    is the mean of their vectors, or their mean weighted by similarity. Where none is active, or nobody gives the input, a
+    row stays as it is bit for bit.
+    """
+
+    name: ClassVar[str] = "guardit"
+    change: ClassVar[str] = "activations are turned away from what is to be forgotten, in requests about it"
+    off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0}
+
+    clusters: str = Field(description=f"The file with clusters: {_MADE_BY}.", json_schema_extra={"path": True})
+    site: Selector = Field(default=(), description="Where; default: the site of the clusters.")
+    alpha: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="How far, as a multiple of the vectors; 0 is off.")
+    threshold: float | None = Field(
+        default=None, description="Similarity above which a cluster is active; default: the file's."
+    )
+    mode: Literal["threshold", "weighted"] = Field(default="threshold", description="What becomes of active clusters.")
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        file = load_artifact(self.clusters, KIND, _MADE_BY)
+        self.check_model(file.model, graph, self.clusters)
+        return self.run_at(graph, context, str(file.notes.get("site", "")), file=file)
+
+    def apply(self, edit: Edit, site: Site, width: int) -> str:
+        file: Artifact = edit.shared["file"]
+        vectors = file.array("vectors", 2)
+        if vectors.shape[1] != width:
+            raise PassError(
+                f"guardit: clusters have {vectors.shape[1]} channels, and {site.name} is {site.type}", "make them there"
+            )
+        if self.alpha == 0:
+            return "identity"
+        assert site.type.dtype is not None and site.type.shape is not None
+        editor, rank = edit.editor, len(site.type.shape)
+        if "vector" not in edit.shared:
+            edit.shared["vector"], edit.shared["on"] = self._chosen(edit, vectors, float(file.notes["threshold"]))
+        vector = per_channel(editor, edit.shared["vector"], rank, self.axis)
+        strength = per_token(editor, edit.shared["on"], rank - 1)
+        attributes = {**self.attributes, "norm": "restore", "scale": -self.alpha}
+        editor.insert_at(site, "actgraph.shift", [vector, strength, edit.mask()], attributes)
+        edit.result.details.append({"site": site.name, "rule": "inserted", "clusters": len(vectors), "alpha": self.alpha})
+        return "inserted"
+
+    def _chosen(self, edit: Edit, vectors: Array, threshold: float) -> tuple[Value, Value]:
+        """``s [batch, width]`` of each request, and 1 where a cluster is active ``[batch]``."""
+        editor, count = edit.editor, len(vectors)
+        given = row_input(editor, edit.graph, "guardit.similarity", width=count, default=_NEVER)
+        limit = threshold if self.threshold is None else self.threshold
+        active = editor.insert("actgraph.switch", [given], {"threshold": limit}).output
+        if self.mode == "weighted":
+            active = editor.insert("mul", [active, given]).output
+        ones = np.ones((count, 1), np.float32)
+        total = editor.insert("matmul", [active, ones]).output
+        least = 1.0 if self.mode == "threshold" else _EPS
+        weights = editor.insert("div", [active, editor.insert("clip", [total, least, None]).output]).output
+        vector = editor.insert("matmul", [weights, vectors.astype(np.float32)]).output
+        on = editor.insert("actgraph.switch", [total], {"threshold": 0.0}).output
+        return vector, editor.insert("reshape", [on], {"shape": (-1,)}).output
