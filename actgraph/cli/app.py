@@ -12,9 +12,11 @@ from actgraph.cli import (
     bench,
     bisect,
     build_plugin,
+    convert_vector,
     demo,
     diff,
     export,
+    export_adapter,
     extract_vector,
     generate,
     inspect,
@@ -26,7 +28,23 @@ from actgraph.cli import (
 )
 from actgraph.errors import ActgraphError
 
-_VERBS = (sites, passes, run, inspect, diff, verify, export, generate, bench, bisect, extract_vector, build_plugin, demo)
+_VERBS = (
+    sites,
+    passes,
+    run,
+    inspect,
+    diff,
+    verify,
+    export,
+    export_adapter,
+    generate,
+    bench,
+    bisect,
+    extract_vector,
+    convert_vector,
+    build_plugin,
+    demo,
+)
 
 #: typer carries its own copy of click, or uses the installed one: either way the base class of its usage errors.
 _ClickException: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = example(
     "actgraph generate stories260k --prompt 'Once upon a time' -n 40",
+    "actgraph generate steered.onnx 'Once upon a time' --input steer.scale=2",
     "actgraph generate steered.onnx 'Once upon a time' --temperature 0.8 --top-p 0.9 --seed 7 --stop '\\n\\n'",
 )
 
@@ -61,6 +63,10 @@ def generate(
     engine: Annotated[
         str, typer.Option(help="auto (by the kind of MODEL), torch, torch.compile, or onnxruntime (exports a torch graph).")
     ] = "auto",
+    given: options.Inputs = [],  # noqa: B006  # typer takes a list
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An .onnx_adapter file with such values.", show_default=False)
+    ] = None,
     seed: options.Seed = 0,
     tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,
@@ -78,6 +84,7 @@ def generate(
     the speed is told on standard error; --json tells the seconds from the prompt to the last token, and tokens over these.
     """
     import actgraph as ag
+    from actgraph.cli.input_values import read_inputs
     from actgraph.cli.models import open_any
     from actgraph.cli.output import dump_json, remark
     from actgraph.errors import InputError
@@ -88,7 +95,8 @@ def generate(
     engines = ("auto", *ENGINES)
     if engine not in engines:
         raise InputError(f"there is no engine {engine!r}", f"choose {', '.join(engines)}")
-    given = prompt if prompt is not None else text or ""
+    start = prompt if prompt is not None else text or ""
+    values: dict[str, Any] = {"inputs": read_inputs(given), "adapter": adapter}
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling["stop"] = [unescaped(each) for each in stop or ()]
     program = open_any(model, tokenizer, dtype=dtype, quiet=quiet)
@@ -107,11 +115,11 @@ def generate(
         print(f"opened for {compiled.engine} in {time.perf_counter() - begun:.2f} s, {kept}", file=sys.stderr)
     begun = time.perf_counter()
     if json:
-        result = ag.generate(compiled, given, max_new_tokens, **sampling)
+        result = ag.generate(compiled, start, max_new_tokens, **sampling, **values)
         seconds = time.perf_counter() - begun
         dump_json(
             {
-                "prompt": given,
+                "prompt": start,
                 "text": result.text,
                 "prompt_tokens": result.prompt_tokens,
                 "tokens": result.tokens,
@@ -122,8 +130,8 @@ def generate(
             }
         )
         return
-    steps = ag.stream(compiled, given, max_new_tokens, **sampling)
-    print(given, end="", flush=True)
+    steps = ag.stream(compiled, start, max_new_tokens, **sampling, **values)
+    print(start, end="", flush=True)
     count, first = 0, begun
     for step in steps:
         print(step.text, end="", flush=True)

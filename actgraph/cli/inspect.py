@@ -76,6 +76,9 @@ def describe(graph: Graph) -> dict[str, Any]:
         "parameters": {dtype: {"tensors": counts[dtype], "bytes": size} for dtype, size in sizes.most_common()},
         "history": [record.to_dict() for record in graph.history],
         "made by": dict(Counter(node.origin.options or node.origin.created_by for node in nodes if node.origin.created_by)),
+        "folds": [
+            {"site": f.site, "op": f.op, "rule": f.rule, "condition": f.condition, "bytes": f.nbytes} for f in graph.folds
+        ],
         "notes": list(graph.notes),
         "metadata": dict(graph.metadata),
     }
@@ -130,6 +133,9 @@ def _print(facts: dict[str, Any], verbose: bool) -> None:
         print(f"  {number}. {record['text'] or record['name']}: {counts or 'nothing to do'}")
     for step, count in facts["made by"].items():
         print(f"nodes made by {step}: {count}")
+    for fold in facts["folds"]:
+        recorded = human(fold["bytes"])
+        print(f"folded: {fold['op']} at {fold['site']} into the {fold['rule']} ({recorded} recorded; `unfold` takes it out)")
     for name, count in facts.get("functions", {}).items():
         print(f"function {name}: called {count} times")
     for note in facts["notes"]:

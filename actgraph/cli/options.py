@@ -79,6 +79,16 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        metavar="NAME=VALUE",
+        help="A value for an optional input, such as steer.scale=2: a number, a list with one for each row, or a file "
+        "(.npy, .safetensors). May be repeated.",
+        show_default=False,
+    ),
+]
 Text = Annotated[bool, typer.Option("--text", help="Print the canonical text of the graph instead.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print results only.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +40,8 @@ _QUANTIZERS = frozenset({"actgraph.fake_quant", "actgraph.quantize", "onnx.Quant
 class Check:
     """One comparison. ``change`` is the largest relative difference of any output; ``None`` where nothing could be compared.
 
-    checked: false where nothing was learned, which is not ok.
+    checked: false where nothing was learned, which is not ok (or, where the check does not apply, is). seconds: how long it
+    took.
     """
 
     what: str
@@ -47,11 +49,14 @@ class Check:
     change: float | None = None
     detail: str = ""
     checked: bool = True
+    seconds: float | None = None
 
     @property
     def verdict(self) -> str:
         """In words, for the table."""
-        return "ok" if self.ok else "FAILED" if self.checked else "NOT CHECKED"
+        if not self.checked:
+            return "-" if self.ok else "NOT CHECKED"
+        return "ok" if self.ok else "FAILED"
 
 
 def verify(
@@ -81,8 +86,11 @@ def verify(
     With two models their outputs are compared on drawn inputs of several sizes (or on --inputs); where one has a cache,
     also the logits of each token when they are fed one by one. With passes, the pipeline runs, each pass must move the
     outputs by no more than it declares, each that has an off setting must be the identity there, each that has another way
-    to compute the same must agree with it, and the result must give the same outputs when exported to ONNX with its
-    functions kept and inlined. Where a pass quantizes activations, exports may differ by a twentieth of what it declares,
+    to compute the same must agree with it, an edit of activations must equal its formula in Python functions at its sites,
+    and the result must give the same outputs when exported to ONNX with its functions kept and inlined. Of a causal language
+    model rows of a padded batch must equal rows alone, padding on the left that on the right, tokens behind a cache those
+    without, and a prompt in chunks the whole one. The seconds that each check took stand beside it, and last what the passes
+    cost. Where a pass quantizes activations, exports may differ by a twentieth of what it declares,
     because rounding in the last place flips single codes. A check in which no numbers could be compared counts as failed.
     """
     from actgraph.cli.models import open_any, read_pipeline
@@ -98,15 +106,28 @@ def verify(
         checks = list(check_programs(f"{model} = {other}", program, right, arrays, tolerance, seed))
     else:
         assert pipeline is not None
-        checks = list(check_pipeline(program, pipeline, corpus, arrays, tolerance, seed=seed, quiet=quiet))
+        checks = list(_timed(check_pipeline(program, pipeline, corpus, arrays, tolerance, seed=seed, quiet=quiet)))
     ok = all(check.ok for check in checks)
     if json:
         dump_json({"ok": ok, "tolerance": tolerance, "checks": [asdict(check) for check in checks]})
     elif not quiet:
-        rows = [(c.verdict, c.what, "" if c.change is None else f"{c.change:.2g}", c.detail) for c in checks]
-        table(["", "check", "difference", ""], rows)
+        rows = [(c.verdict, c.what, _shown(c.change, ".2g"), _shown(c.seconds, ".1f"), c.detail) for c in checks]
+        table(["", "check", "difference", "seconds", ""], rows)
     if not ok:
         raise typer.Exit(1)
+
+
+def _shown(number: float | None, form: str) -> str:
+    return "" if number is None else format(number, form)
+
+
+def _timed(checks: Iterator[Check]) -> Iterator[Check]:
+    """Each check with the seconds since the former one, where it does not say how long it took."""
+    begun = time.perf_counter()
+    for check in checks:
+        now = time.perf_counter()
+        yield check if check.seconds is not None or not check.checked else replace(check, seconds=now - begun)
+        begun = time.perf_counter()
 
 
 def sample_sets(graph: Graph, seed: int = 0, longest: int | None = None) -> list[dict[str, Any]]:
@@ -180,10 +201,11 @@ def check_pipeline(
 
     Promises are checked on the last of ``inputs`` (default: drawn for each graph).
     """
+    from actgraph.cli.verify_ladder import check_hooks, check_ladder, cost
     from actgraph.graph.program import Program
     from actgraph.pipeline import PassManager
 
-    program = source if isinstance(source, Program) else Program.of(source)
+    program = begun = source if isinstance(source, Program) else Program.of(source)
     calibration = {"progress": not quiet}
     flips = dict.fromkeys(program.graphs, 0.0)
     for index, step in enumerate(pipeline):
@@ -202,6 +224,8 @@ def check_pipeline(
                 continue
             if declared is not None and activation_quantizers(after) > activation_quantizers(before):
                 flips[name] += FLIPPED_CODES * min(declared, 1.0)
+            for found in check_hooks(step, before, after, tolerance, seed):
+                yield replace(found, what=f"{label}{found.what}")
             for what, setting, reference in (("off", step.off, before), ("oracle", step.oracle, after)):
                 if setting and any(getattr(step, key) != value for key, value in setting.items()):
                     found = _variant(manager, index, step, what, dict(setting), before, reference, arrays, tolerance)
@@ -217,6 +241,10 @@ def check_pipeline(
         with tempfile.TemporaryDirectory(prefix="actgraph-") as folder:
             for check in check_exports(graph, Path(folder), inputs or sample_sets(graph, seed), tolerance, flips[name]):
                 yield replace(check, what=f"{label}{check.what}")
+        for check in check_ladder(graph, tolerance + flips[name], seed):
+            yield replace(check, what=f"{label}{check.what}")
+    if len(begun) == len(program) == 1:
+        yield Check("what the passes cost", True, None, cost(begun.graph, program.graph, seed), checked=False)
 
 
 def activation_quantizers(graph: Graph) -> int:

@@ -19,7 +19,8 @@ from tests.cli.conftest import Outcome
 
 Cli = Callable[..., Outcome]
 VERBS = [
-    "sites", "passes", "run", "inspect", "diff", "verify", "export", "generate", "bench", "bisect", "extract-vector", "demo",
+    "sites", "passes", "run", "inspect", "diff", "verify", "export", "generate", "bench", "bisect", "extract-vector",
+    "convert-vector", "export-adapter", "demo",
 ]  # fmt: skip
 SPARSE = "sparsify{method=teal threshold=0.05}"
 

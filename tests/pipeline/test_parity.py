@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,11 +11,18 @@ import torch
 
 import actgraph as ag
 from actgraph.errors import InputError, ParityError
+from actgraph.formats.artifacts import Artifact
 from actgraph.graph import Graph
+from actgraph.passes.steer.austeer import UnitMomentum
+from actgraph.passes.steer.steer2edit import Measured, Steer2EditDirections
+from actgraph.passes.steer.taugate import NeuronGates, TauGates
+from actgraph.passes.steer.weight_edits import RankOneEdit, RankOneEdits
 from actgraph.pipeline import ROUNDING, UNBOUNDED, Pass, PassContext, PassManager, PassResult, all_passes
 from actgraph.pipeline.parity import measure
 from tests import zoo
+from tests.passes.planes import a_plane
 from tests.pipeline import toys
+from tests.saes import random_sae, write_sae
 
 
 def run(pipeline: Any, graph: Graph | None = None, **options: Any) -> ag.RunResult:
@@ -119,7 +127,32 @@ SIZES = [
     ("clip{site=blocks.0.mlp.hidden max=1.0}", UNBOUNDED),
     ("steer{site=blocks.0.resid_post vector=V scale=0.0}", ROUNDING), ("steer{site=blocks.0.resid_post vector=V}", UNBOUNDED),
     ("ablate{site=blocks.0.resid_post direction=V}", UNBOUNDED),
+    ("orthogonalize{direction=V amount=0.0}", ROUNDING), ("orthogonalize{direction=V}", UNBOUNDED),
+    ("rank_one{edits=FOLDER/edits.safetensors scale=0.0}", ROUNDING), ("rank_one{edits=FOLDER/edits.safetensors}", UNBOUNDED),
+    ("steer2edit{directions=FOLDER/measured.safetensors a=0.1}", UNBOUNDED),
+    ("safety_project{aligned=FOLDER/aligned.pt2 base=FOLDER/base.pt2}", UNBOUNDED),
+    ("mote{experts=0:1}", UNBOUNDED), ("mote{experts=0:1 amount=0}", ROUNDING),
+    ("actadd{prompts=FOLDER/actadd.safetensors}", UNBOUNDED),
+    ("ci_parametric{factors=FOLDER/ci.safetensors alpha=[1.0, 0.5]}", UNBOUNDED),
+    ("guardit{clusters=FOLDER/guardit.safetensors}", UNBOUNDED), ("kif{signature=FOLDER/kif.safetensors}", UNBOUNDED),
+    ("physics_steer{delta=FOLDER/physics.safetensors axis=-1}", UNBOUNDED),
+    ("sae_steer{sae=FOLDER/sae latents=[1] mode=clamp value=2.0 site=blocks.0.resid_post}", UNBOUNDED),
+    ("fold_edits", ROUNDING), ("unfold", ROUNDING),
+    ("guiding_giants{controller=FOLDER/giants.safetensors where=all}", UNBOUNDED),
+    ("taugate{gates=FOLDER/gates.safetensors}", UNBOUNDED),
+    ("angular_steer{plane=FOLDER/plane5.safetensors angle=30}", UNBOUNDED),
+    ("angular_steer{plane=FOLDER/plane5.safetensors angle=30 scale=0}", ROUNDING),
+    ("selective_steer{plane=FOLDER/plane5.safetensors angle=30}", UNBOUNDED),
+    ("selective_steer{plane=FOLDER/plane5.safetensors angle=360}", ROUNDING),
+    ("austeer{units=FOLDER/units.safetensors k=3}", UNBOUNDED),
+    ("austeer{units=FOLDER/units.safetensors k=3 scale=0.0}", ROUNDING),
 ]  # fmt: skip
+
+
+#: What some passes need to find.
+BEFORE = {
+    "fold_edits": "steer{site=blocks.0.mlp.out vector=V fold=false}", "unfold": "steer{site=blocks.0.mlp.out vector=V}",
+}  # fmt: skip
 
 
 def test_every_built_in_pass_is_listed_with_its_size() -> None:
@@ -127,12 +160,57 @@ def test_every_built_in_pass_is_listed_with_its_size() -> None:
     assert {text.split("{")[0] for text, _ in SIZES} == names
 
 
+def _files(graph: Graph, folder: Path) -> None:
+    """The files that passes take."""
+    linear = graph.views.feed_forwards()[0].down
+    write, read = (np.ones(size, np.float32) for size in (linear.out_features, linear.in_features))
+    RankOneEdits({"blocks.0.mlp.hidden": RankOneEdit(write, read)}).save(folder / "edits.safetensors")
+    Steer2EditDirections({"blocks.0.mlp.hidden": Measured(write, read)}).save(folder / "measured.safetensors")
+    rows, where = np.stack([write, -write]), {"site": "blocks.0.resid_post"}
+    for name, artifact in {
+        "actadd": Artifact("actadd_prompts", {"blocks.0.resid_post": rows}),
+        "ci": Artifact("ci_factors", {"blocks.0.resid_post": rows}, {"factors": ["a", "b"]}),
+        "guardit": Artifact("guardit_clusters", {"vectors": rows, "centroids": rows}, {**where, "threshold": 0.5}),
+        "kif": Artifact("kif_signature", {"directions": rows[:1].T / np.sqrt(rows.shape[1])}, where),
+        "physics": Artifact("physics_delta", {"pattern": write}, where),
+        "giants": Artifact(
+            "controller",
+            {
+                "first": rows[:1],
+                "first_bias": write[:1],
+                "second": np.ones((2, 1), np.float32),
+                "second_bias": write[:2],
+                "direction": write,
+            },
+            {"inputs": [where["site"]], "layers": [where["site"]]},
+        ),
+    }.items():
+        artifact.save(folder / f"{name}.safetensors")
+    TauGates({"blocks.0.mlp.act": NeuronGates(0 * read, 2 * read)}, 8.0).save(folder / "gates.safetensors")
+    write_sae(folder / "sae", random_sae(width=len(write), latents=12), model_name="", hook_name="blocks.0.hook_resid_post")
+    site = "blocks.0.resid_post"
+    a_plane(folder, [site], [site], width=zoo.WIDTH)
+    UnitMomentum({site: np.linspace(-1, 1, zoo.WIDTH, dtype=np.float32)}).save(folder / "units.safetensors")
+    for name, index in (("aligned", 0), ("base", 1)):
+        other = graph.clone()
+        with other.edit("train") as editor:
+            down = other.views.feed_forwards()[index].down
+            down.write_weight(editor, down.read_weight() * 1.5)
+        other.save(folder / f"{name}.pt2")
+
+
 @pytest.mark.parametrize(("text", "size"), SIZES)
-def test_sizes_of_built_in_passes(text: str, size: float) -> None:
-    graph = zoo.captured("llama")
+def test_sizes_of_built_in_passes(text: str, size: float, tmp_path: Path) -> None:
+    model = "mixtral_batched" if text.startswith("mote") else "llama"
+    graph = zoo.captured(model)
+    if "FOLDER" in text:
+        _files(graph, tmp_path)
+        text = text.replace("FOLDER", str(tmp_path))
     width = graph.site("blocks.0.resid_post").type.shape
     assert width is not None
     text = text.replace("V", str([1.0] * int(width[-1])))
-    change = ag.run(graph, text, corpus=[zoo.inputs("llama")], parity="each", reproducer=False).report[0].change
+    if text in BEFORE:
+        graph = ag.run(graph, BEFORE[text].replace("V", str([1.0] * int(width[-1]))), parity="none").graph
+    change = ag.run(graph, text, corpus=[zoo.inputs(model)], parity="each", reproducer=False).report[0].change
     assert change is not None and change.compared
     assert change.tolerance == (None if size == UNBOUNDED else pytest.approx(max(size, ROUNDING)))
