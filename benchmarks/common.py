@@ -108,15 +108,15 @@ def make_model(name: str, folder: Path) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
 
 
-def make_vector(folder: Path) -> Path:
-    """A steering vector for the model in ``folder``."""
+def make_vector(folder: Path, number: int = 0) -> Path:
+    """A steering vector for the model in ``folder``, another one for each ``number``."""
     import numpy as np
     from safetensors.numpy import save_file
 
-    path = folder / "steering" / "vector.safetensors"
+    path = folder / "steering" / f"vector{number or ''}.safetensors"
     path.parent.mkdir(exist_ok=True)
     size = json.loads((folder / "config.json").read_text())["hidden_size"]
-    save_file({"vector": np.random.default_rng(1).standard_normal(size).astype(np.float32) / 2}, path)
+    save_file({"vector": np.random.default_rng(1 + number).standard_normal(size).astype(np.float32) / 2}, path)
     return path
 
 

@@ -53,8 +53,8 @@ OPEN_SECONDS, RUN_SECONDS = 600.0, 600.0
 class Output:
     """The lines: printed, and kept in a file from which a later run learns what is done."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, benchmark: str = "decode") -> None:
+        self._path, self._benchmark = path, benchmark
         lines = path.read_text().splitlines() if path is not None and path.exists() else []
         self._done = {self._key(found) for found in map(json.loads, lines) if found.get("figure") == "group done"}
 
@@ -66,10 +66,10 @@ class Output:
         return (model, group, context) in self._done
 
     def emit(self, **figures: Any) -> None:
-        common.emit("decode", **figures)
+        common.emit(self._benchmark, **figures)
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps({"benchmark": "decode", **figures}) + "\n")
+                file.write(json.dumps({"benchmark": self._benchmark, **figures}) + "\n")
 
 
 # --- one group ----------------------------------------------------------------------------------------------------------------
@@ -83,6 +83,7 @@ class Group:
     ) -> None:
         self.model, self.name, self.out = model, name, out
         self.runners: dict[str, Runner] = {}
+        known = {runner.name: runner for runner in runners}
         self._processes: dict[str, Process] = {}
         waiting: dict[str, list[Runner]] = {}
         for runner in runners:
@@ -101,7 +102,7 @@ class Group:
                         self._failed([opened], error)
                         continue
                     self._processes[opened] = process
-                    self.runners[opened] = RUNNERS[opened]
+                    self.runners[opened] = known[opened]
                     out.emit(model=model, group=name, runner=opened, note=note)
 
     def _failed(self, names: Iterable[str], error: str, **more: Any) -> None:
@@ -112,7 +113,7 @@ class Group:
         self._failed([runner], error, **more)
         self.runners.pop(runner, None)
 
-    def run(self, runner: str, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
+    def run(self, runner: str, prompt: list[Any], count: int) -> tuple[float, float, list[int]]:
         return self._processes[runner].run(runner, prompt, count, RUN_SECONDS)
 
     def close(self) -> None:

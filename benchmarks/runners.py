@@ -47,7 +47,10 @@ BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Runner:
-    """One side of a comparison. script, options: what is run in which way; env: its environment (``""``: the running one)."""
+    """One side of a comparison. script, options: what is run in which way; env: its environment (``""``: the running one).
+
+    shares: a name that those with which it shares a process have as well.
+    """
 
     name: str
     bits: int
@@ -56,6 +59,7 @@ class Runner:
     env: str = ""
     gated: float = 0.0
     steered: bool = False
+    shares: str = ""
 
     @property
     def ours(self) -> bool:
@@ -64,7 +68,7 @@ class Runner:
     @property
     def process(self) -> str:
         """Runners with the same value share a process: what one pipeline of ours makes, in several engines."""
-        return f"actgraph {self.options['pipeline']}" if self.ours else self.name
+        return self.shares or (f"actgraph {self.options['pipeline']}" if self.ours else self.name)
 
 
 def _ours(engine: str, kind: str) -> Runner:
@@ -102,9 +106,9 @@ def _peers() -> Iterable[Runner]:
     yield Runner("openvino-int4", 4, "peers/ov.py", {"precision": "f32", "bits": 4}, "openvino")
     yield Runner("llama-q4_0", 4, "peers/llama.py", {"type": "Q4_0"}, "llama")
     yield Runner("genai-int4", 4, "peers/genai.py", {"precision": "int4"})
-    yield hf("transformers-hooks", 32, dtype="float32", vector=VECTOR, by="hooks")
-    yield hf("transformers-repeng", 32, dtype="float32", vector=VECTOR, by="repeng", env="repeng")
-    yield hf("transformers-nnsight", 32, dtype="float32", vector=VECTOR, by="nnsight")
+    yield hf("transformers-hooks", 32, dtype="float32", vectors=[VECTOR], by="hooks")
+    yield hf("transformers-repeng", 32, dtype="float32", vectors=[VECTOR], by="repeng", env="repeng")
+    yield hf("transformers-nnsight", 32, dtype="float32", vectors=[VECTOR], by="nnsight")
 
 
 RUNNERS: dict[str, Runner] = {
@@ -136,6 +140,7 @@ class Process:
 
     def __init__(self, python: Path, runners: list[Runner], folder: Path, vector: Path, threads: int) -> None:
         self._log = folder / f"{runners[0].name}.log"
+        self._unread = b""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         with self._log.open("w") as log:
@@ -161,7 +166,7 @@ class Process:
             self._waiting.remove(name)
             yield name, answer.get("note", ""), answer.get("error", "")
 
-    def run(self, runner: str, prompt: list[int], count: int, seconds: float) -> tuple[float, float, list[int]]:
+    def run(self, runner: str, prompt: list[Any], count: int, seconds: float) -> tuple[float, float, list[int]]:
         """Raises RuntimeError when it fails or takes longer than ``seconds``; the process may have ended then."""
         self._send({"runner": runner, "prompt": prompt, "count": count})
         answer = self._answer(seconds)
@@ -178,10 +183,16 @@ class Process:
     def _answer(self, seconds: float) -> dict[str, Any]:
         out = self._process.stdout
         assert out is not None
-        if out.closed or not select.select([out], [], [], max(seconds, 0.0))[0]:
-            self.close(now=True)
-            raise RuntimeError(f"no answer within {seconds:.0f} s")
-        line = out.readline()
+        end = time.monotonic() + seconds
+        while b"\n" not in self._unread:  # several answers may come at once: a buffered reader would hide them from select
+            if out.closed or not select.select([out], [], [], max(end - time.monotonic(), 0.0))[0]:
+                self.close(now=True)
+                raise RuntimeError(f"no answer within {seconds:.0f} s")
+            piece = os.read(out.fileno(), 1 << 16)
+            self._unread += piece
+            if not piece:
+                break
+        line, _, self._unread = self._unread.partition(b"\n")
         if not line:
             lines = self._log.read_text(errors="replace").strip().splitlines()
             raise RuntimeError(f"the process ended: {lines[-1] if lines else 'it said nothing'}")
@@ -202,6 +213,8 @@ class Process:
 
 
 def _filled(value: Any, vector: Path) -> Any:
+    if isinstance(value, list):
+        return [_filled(each, vector) for each in value]
     return value.replace(VECTOR, str(vector)) if isinstance(value, str) else value
 
 

@@ -1,19 +1,21 @@
-"""transformers in torch: ``generate`` as users call it, plain or compiled, also with a vector added after every block.
+"""transformers in torch: ``generate`` as users call it, plain or compiled, also with vectors added to outputs of blocks.
 
-options: ``dtype`` (float32, bfloat16), ``compiled``, ``vector`` (a safetensors file with one vector), ``by`` (what adds it:
-``hooks``, ``repeng`` or ``nnsight``).
+options: ``dtype`` (float32, bfloat16), ``compiled``, ``by`` (what adds: ``hooks``, ``repeng`` or ``nnsight``), ``vectors``
+(safetensors files with one vector each; none: nothing is added), ``blocks`` (their numbers; default: all), ``by_row`` (each row
+of the batch gets a vector of its own). Runners of one process share one model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import Run, serve, versions
+from protocol import Run, rows_of, serve, versions
+from steered import WAYS, Shifts, read_vectors
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
 
@@ -32,24 +34,26 @@ class Clock:
 
 def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.get("dtype", "float32"))).eval()
+    dtype, by = options.get("dtype", "float32"), options.get("by")
+    model = model_of(folder, dtype, by == "nnsight")
     compiled = options.get("compiled", False)
-    generate: Callable[..., Any] = model.generate
-    names = ["torch", "transformers"]
-    if "vector" in options:
-        generate = steered(model, options["vector"], options["by"])
-        names += [options["by"]] if options["by"] != "hooks" else []
+    names = ["torch", "transformers", *([by] if by in ("repeng", "nnsight") else [])]
+    shifts: Shifts | None = None
+    if options.get("vectors"):
+        blocks = options.get("blocks", range(model.config.num_hidden_layers))
+        shifts = Shifts(blocks, read_vectors(options["vectors"], getattr(torch, dtype)), options.get("by_row", False))
 
-    def run(prompt: list[int], count: int) -> tuple[float, float, list[int]]:
+    def run(prompt: list[Any], count: int) -> tuple[float, float, list[int]]:
         more: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         if compiled:
             more["cache_implementation"] = "static"
             more["compile_config"] = CompileConfig(fullgraph=False, mode="default")
             more["compile_config"]._compile_all_devices = True
         clock = Clock()
-        ids = torch.tensor([prompt])
-        start = time.perf_counter()
-        with torch.no_grad():
+        ids = torch.tensor(rows_of(prompt))
+        steered = contextlib.nullcontext(model.generate) if shifts is None else WAYS[by](model, shifts)
+        with torch.no_grad(), steered as generate:
+            start = time.perf_counter()
             made = generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -57,55 +61,20 @@ def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
                 generation_config=GenerationConfig(eos_token_id=None, **more),
             )
         assert len(clock.times) == count + 1, f"{len(clock.times)} calls of the streamer"
-        return clock.times[1] - start, clock.times[-1] - clock.times[1], made[0, len(prompt) :].tolist()
+        return clock.times[1] - start, clock.times[-1] - clock.times[1], made[:, ids.shape[1] :].flatten().tolist()
 
     run.note = versions(*names)  # type: ignore[attr-defined]
     return run
 
 
-def steered(model: Any, file: str, by: str) -> Callable[..., Any]:
-    """``model.generate`` with the vector added to what every block puts out."""
-    from safetensors.torch import load_file
-
-    (vector,) = load_file(file).values()
-    vector = vector.to(model.dtype)
-    layers = model.model.layers
-    if by == "hooks":
-
-        def add(module: Any, inputs: Any, output: Any) -> Any:
-            return (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector
-
-        for layer in layers:
-            layer.register_forward_hook(add)
-        return model.generate
-    if by == "repeng":
-        from repeng import ControlModel, ControlVector
-
-        numbers = range(len(layers))
-        control = ControlModel(model, list(numbers))
-        control.set_control(ControlVector("llama", {number: vector.float().numpy() for number in numbers}), 1.0)
-        return control.generate
-    if by == "nnsight":
+@functools.cache
+def model_of(folder: Path, dtype: str, nnsight: bool) -> Any:
+    """One for all runners of a process."""
+    if nnsight:
         from nnsight import TransformersModel
 
-        loaded = TransformersModel(model.name_or_path, task="text-generation", dispatch=True, dtype=model.dtype)
-        return traced(loaded, vector, len(layers))
-    raise ValueError(f"no way to steer by {by}")
-
-
-def traced(model: Any, vector: torch.Tensor, layers: int) -> Callable[..., Any]:
-    """The intervention written as nnsight asks: in the order in which the blocks run, at each step."""
-
-    def generate(ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        steps = options["generation_config"].max_new_tokens
-        with model.generate(ids, **options) as tracer:
-            for _ in tracer.iter[:steps]:
-                for number in range(layers):
-                    model.model.layers[number].output[:] += vector
-            made = tracer.result.save()
-        return made
-
-    return generate
+        return TransformersModel(str(folder), task="text-generation", dispatch=True, dtype=getattr(torch, dtype))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 if __name__ == "__main__":

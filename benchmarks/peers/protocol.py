@@ -3,6 +3,7 @@
 The first line that comes in is ``{"folder", "threads", "runners": {name: options}}``; for each name one line goes out,
 ``{"ready": name, "note": ...}`` or ``{"failed": name, "error": ...}``. Then each ``{"runner", "prompt", "count"}`` is answered
 by ``{"first", "rest", "tokens"}`` (seconds to the first token, seconds for the others, what was generated) or ``{"error"}``.
+A prompt may be several rows of the same length: then the tokens are those of all rows, one row behind the other.
 Needs the standard library alone.
 """
 
@@ -27,6 +28,11 @@ Open = Callable[[Path, dict[str, Any], int], Run]
 def versions(*packages: str) -> str:
     """``name version`` of each, for the notes of a run."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+
+
+def rows_of(prompt: list[Any]) -> list[list[int]]:
+    """A prompt as rows of tokens."""
+    return prompt if prompt and isinstance(prompt[0], list) else [prompt]
 
 
 def greedy(step: Callable[[list[int]], int]) -> Run:
@@ -67,8 +73,9 @@ def serve(open_runner: Open) -> None:
         request = json.loads(line)
         try:
             first, rest, tokens = runners[request["runner"]](request["prompt"], request["count"])
-            if len(tokens) != request["count"]:
-                raise RuntimeError(f"{len(tokens)} tokens instead of {request['count']}")
+            expected = request["count"] * len(rows_of(request["prompt"]))
+            if len(tokens) != expected:
+                raise RuntimeError(f"{len(tokens)} tokens instead of {expected}")
             answer(first=first, rest=rest, tokens=[int(token) for token in tokens])
         except Exception as error:
             answer(error=_line(error))
