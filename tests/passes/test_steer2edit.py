@@ -402,7 +402,7 @@ def test_bad_input(stories: Graph, file: Path, tmp_path: Path) -> None:
     with pytest.raises(PassError, match=r"blocks\.0\.attn\.head_out was measured as \[64, 64\], and its weight is \[32, 32\]"):
         apply(zoo.captured("llama"), step % " other_model=allow")
     with pytest.raises(PassError, match="it has neither attention nor feed-forward"):
-        apply(zoo.captured("resnet"), step % "")
+        apply(zoo.captured("resnet"), step % " other_model=allow")
     with pytest.raises(InputError, match="no token of a response"):
         steer2edit_directions(stories, [("Once upon a time", "")], pairs("else"))
     with pytest.raises(InputError, match="a prompt and a response"):
