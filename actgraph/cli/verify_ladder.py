@@ -208,4 +208,5 @@ def cost(before: Graph, after: Graph, seed: int = 0, rounds: int = 15) -> str:
             if number > 1:
                 times[side].append(time.perf_counter() - begun)
     base, made = (statistics.median(each) for each in times)
-    return f"a forward of {tokens} tokens: {1e3 * base:.2f} ms before, {1e3 * made:.2f} ms after ({100 * (made / base - 1):+.1f} %)"
+    change = f"{100 * (made / base - 1):+.1f} %"
+    return f"a forward of {tokens} tokens: {1e3 * base:.2f} ms before, {1e3 * made:.2f} ms after ({change})"

@@ -15,7 +15,7 @@ __all__ = ["DType", "Dim", "OpDef", "Shape", "TensorType", "all_ops", "get_op"]
 FAMILIES = (
     "steering", "subspace", "latent", "gating", "sparsity", "threshold_gate", "clipping", "quantization", "fake_quantization",
     "linear", "grouped_linear", "feed_forward", "norms", "rotary", "attention", "experts", "router", "positions", "recent",
-    "cache",
+    "cache", "running_sum",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from actgraph.graph.views import Attention
 from actgraph.ops.dtypes import DType
 from actgraph.ops.shapes import TensorType
 from actgraph.passes.cache import masks, proof, ring, storage
+from actgraph.passes.cache.carried import carry_sums
 from actgraph.passes.cache.cut import cut
 from actgraph.passes.cache.masks import Mask
 from actgraph.passes.cache.precision import GATES, HALF, in_float32, with_open_gates
@@ -61,9 +62,10 @@ class KeyValueCache(Pass):
     Masks are replaced by ``position_mask`` after their values were shown to be causal, a window or chunks, with or without
     padding; positions that the graph counts go on where the cache ends. A model that looks ahead, mixes rows of a batch, or
     mixes tokens outside its attentions is refused, and before the pass returns the new graph has reproduced the old one, token
-    by token. What the graph takes as separate sequences packed into one row (positions that start anew) is one sequence with
-    the cache. Masks are proven for up to 1024 tokens (or the model's limit), and up to 4608 where they are made with a number
-    of that size, such as a window; longer ones are taken to go on in the same way.
+    by token. A gate that sums activations over a request (``running_sum``) carries its sum in a slot. What the graph takes as
+    separate sequences packed into one row (positions that start anew) is one sequence with the cache. Masks are proven for up
+    to 1024 tokens (or the model's limit), and up to 4608 where they are made with a number of that size, such as a window;
+    longer ones are taken to go on in the same way.
     """
 
     name: ClassVar[str] = "kv_cache"
@@ -213,6 +215,7 @@ def _insert(rewrite: _Rewrite, attentions: Sequence[Attention], found: Sequence[
     caches = [rewrite.attention(n, attention, mask) for n, (attention, mask) in enumerate(zip(attentions, found, strict=True))]
     rewrite.positions()
     rewrite.attention_mask()
+    carry_sums(rewrite.editor)
     return caches
 
 

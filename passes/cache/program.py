@@ -205,7 +205,7 @@ def _difference(program: Program, combined: Graph) -> float:
 
 def _trial_length(graph: Graph) -> int:
     """Tokens of the trial: around each ring, and no more than the cache or the model takes."""
-    slots = list(slots_of(graph).values())
+    slots = [slot for slot in slots_of(graph).values() if slot.update != "replace"]
     places = {update: [n for s in slots if s.update == update and isinstance(n := s.shape[2], int)] for update in UPDATES}
     limits = [*places["scatter"], *(limit for limit in (context_length(graph),) if limit is not None)]
     return min([max([_LENGTH, *(size + 5 for size in places["ring"])]), *limits])

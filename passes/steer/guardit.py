@@ -19,11 +19,17 @@ from actgraph.calibrate.document_rows import collect_rows
 from actgraph.errors import InputError, PassError
 from actgraph.formats.artifacts import Artifact, load_artifact
 from actgraph.formats.vectors import model_fingerprint
-from actgraph.graph import Graph, Site, Value
+from actgraph.graph import Graph, Node, Site, Value
+from actgraph.graph.context import graph_context, has_context, token_dims
+from actgraph.graph.slots import slots_of
+from actgraph.graph.where_mask import where_mask
+from actgraph.ops.dtypes import DType
+from actgraph.passes.cache.carried import carry_sum
 from actgraph.passes.places import Selector
 from actgraph.passes.steer.clusters import best_clusters, normalised
 from actgraph.passes.steer.edit import Edit, EditPass
 from actgraph.passes.steer.runtime_inputs import per_channel, per_token, row_input
+from actgraph.passes.steer.upstream import computed_from
 from actgraph.pipeline.base import PassContext, PassResult
 
 Array = np.ndarray[Any, Any]
@@ -37,7 +43,8 @@ _NEVER = -2.0  # a cosine that is below any threshold
 class ForgetClusters:
     """What is to be forgotten, in clusters.
 
-    centroids: ``[k, e]`` float64, the unit means of the embeddings of each cluster. vectors: ``[k, width]`` float64, what
+    centroids: ``[k, e]`` float64, the unit means of the embeddings of each cluster (of unit activations, ``[k, width]``, where
+    ``gate`` is ``activation``). vectors: ``[k, width]`` float64, what
     the pass subtracts. labels: the cluster of each forget document. threshold: the similarity above which a request is about
     a cluster.
     """
@@ -48,6 +55,7 @@ class ForgetClusters:
     labels: Array
     threshold: float
     model: str = ""
+    gate: Literal["embedding", "activation"] = "embedding"
 
     def similarity(self, embeddings: Array, *, best: bool = False) -> Array:
         """What to give as ``guardit.similarity``: ``[requests, k]`` float32 cosines of embeddings ``[requests, e]`` with the
@@ -62,7 +70,8 @@ class ForgetClusters:
     def save(self, path: str | Path) -> Path:
         """Write what the pass ``guardit`` reads."""
         arrays = {"vectors": self.vectors.astype(np.float32), "centroids": self.centroids.astype(np.float32)}
-        return Artifact(KIND, arrays, {"site": self.site, "threshold": self.threshold}, self.model).save(path)
+        notes = {"site": self.site, "threshold": self.threshold, "gate": self.gate}
+        return Artifact(KIND, arrays, notes, self.model).save(path)
 
 
 def default_site(graph: Graph) -> str:
@@ -74,7 +83,7 @@ def forget_clusters(
     graph: Graph,
     forget: Sequence[str],
     retain: Sequence[str],
-    embed: Callable[[Sequence[str]], Array],
+    embed: Callable[[Sequence[str]], Array] | None = None,
     *,
     site: str = "",
     clusters: int | None = None,
@@ -89,25 +98,23 @@ def forget_clusters(
 ) -> ForgetClusters:
     """Cluster the forget documents and find what the pass subtracts for each cluster.
 
-    embed: texts -> ``[n, e]`` embeddings of a sentence encoder. site: one residual stream (default: a quarter of the depth).
-    clusters: how many (default: 2 to 20 by the best silhouette, the smallest of equal ones). direction: the forget mean
-    without its part along the retain mean, their difference, or that without its part. threshold: a number, ``balanced``
-    (the best recall minus ``fpr_weight`` times the false positives, over 200 steps of the scores), or ``quantile`` (all but
-    ``fpr`` of the retain texts). Every vector is as long as the mean of the two sets' norms, so that ``alpha`` means the
-    same for any model.
+    embed: texts -> ``[n, e]`` embeddings of a sentence encoder; ``None``: activations at the site, averaged over the tokens of
+    a text, are clustered and compared instead, and the pass gates by them within the graph. site: one residual stream
+    (default: a quarter of the depth). clusters: how many (default: 2 to 20 by the best silhouette, the smallest of equal
+    ones). direction: the forget mean without its part along the retain mean, their difference, or that without its part.
+    threshold: a number, ``balanced`` (the best recall minus ``fpr_weight`` times the false positives, over 200 steps of the
+    scores), or ``quantile`` (all but ``fpr`` of the retain texts). Every vector is as long as the mean of the two sets'
+    norms, so that ``alpha`` means the same for any model.
     """
     if not forget or not retain:
         raise InputError("there is nothing to forget or to retain", "give texts of both")
     name = graph.site(site or default_site(graph)).name
-    embedded = {key: normalised(embed(texts)) for key, texts in (("forget", forget), ("retain", retain))}
+    how = {"position": "mean", "batch_size": batch_size, "max_length": max_length, "progress": progress}
+    found, kept = (collect_rows(graph, [name], texts, **how)[name].astype(np.float64) for texts in (forget, retain))
+    own = {"forget": found, "retain": kept}
+    both = (("forget", forget), ("retain", retain))
+    embedded = {key: normalised(own[key] if embed is None else embed(texts)) for key, texts in both}
     labels = best_clusters(embedded["forget"], clusters, seed)
-    rows = [
-        collect_rows(graph, [name], texts, position="mean", batch_size=batch_size, max_length=max_length, progress=progress)[
-            name
-        ]
-        for texts in (forget, retain)
-    ]
-    found, kept = (each.astype(np.float64) for each in rows)
     norms = [float(np.linalg.norm(each, axis=1).mean()) for each in (found, kept)]
     retained = kept.mean(0)
     count = int(labels.max()) + 1
@@ -120,7 +127,8 @@ def forget_clusters(
         scores = [(embedded[key] @ centroids.T).max(1) for key in ("forget", "retain")]
         balanced = balanced_threshold(scores[0], scores[1], fpr_weight)
         limit = balanced if threshold == "balanced" else float(np.quantile(scores[1], 1 - fpr))
-    return ForgetClusters(name, centroids, vectors, labels, limit, model_fingerprint(graph))
+    gate: Literal["embedding", "activation"] = "activation" if embed is None else "embedding"
+    return ForgetClusters(name, centroids, vectors, labels, limit, model_fingerprint(graph), gate)
 
 
 def partial_vector(forget: Array, retain: Array, direction: str = "orthogonal") -> Array:
@@ -144,10 +152,15 @@ def balanced_threshold(forget: Array, retain: Array, weight: float = 1.0, steps:
 class Guardit(EditPass):
     """Turn activations away from clusters of what is to be forgotten, keeping norms: ``u = h - alpha s``, ``h' = u |h| / |u|``.
 
-    Which requests are meant is told from outside, once for each: the optional input ``guardit.similarity`` [batch, k] of
-    cosines with the clusters' centroids (``ForgetClusters.similarity``). Clusters above the threshold are active, and ``s``
-    is the mean of their vectors, or their mean weighted by similarity. Where none is active, or nobody gives the input, a
-    row stays as it is bit for bit.
+    Clusters whose similarity is above the threshold are active, and ``s`` is the mean of their vectors, or their mean weighted
+    by similarity. Where none is active a token stays as it is bit for bit. Which requests are meant is
+
+    - told from outside, once for each, with clusters of embeddings: the optional input ``guardit.similarity`` [batch, k] of
+      cosines with the centroids (``ForgetClusters.similarity``); nobody gives it: none.
+    - found within the graph, with clusters of activations: cosines of the centroids with the mean activation, at the site of
+      the clusters and before the edit, of the prompt up to each token, padding left out. Every generated token has that of its
+      whole prompt (``prompt_lengths`` says where it ends), which a cache carries in a slot. A token of the prompt sees no
+      later one, unlike in a gate on the whole prompt, so that chunks of a prompt give what the whole gives.
     """
 
     name: ClassVar[str] = "guardit"
@@ -178,19 +191,57 @@ class Guardit(EditPass):
             return "identity"
         assert site.type.dtype is not None and site.type.shape is not None
         editor, rank = edit.editor, len(site.type.shape)
+        inside = file.notes.get("gate") == "activation"
+        if inside and editor.site_value(site) in self._above(edit, file):
+            return edit.declined(site, f"the gate reads {file.notes['site']}, which depends on it")
+        keep: list[Node] = edit.shared.setdefault("keep", [])
         if "vector" not in edit.shared:
-            edit.shared["vector"], edit.shared["on"] = self._chosen(edit, vectors, float(file.notes["threshold"]))
-        vector = per_channel(editor, edit.shared["vector"], rank, self.axis)
-        strength = per_token(editor, edit.shared["on"], rank - 1)
+            if inside and self.axis not in (-1, rank - 1):
+                return edit.declined(site, "the gate by activations takes channels on the last axis")
+            given = self._read(edit, file, keep) if inside else self._told(edit, len(vectors))
+            edit.shared["vector"], edit.shared["on"] = self._chosen(edit, given, vectors, float(file.notes["threshold"]))
+        vector, strength = edit.shared["vector"], edit.shared["on"]
+        if vector.shape is None or len(vector.shape) != rank:
+            vector, strength = per_channel(editor, vector, rank, self.axis), per_token(editor, strength, rank - 1)
         attributes = {**self.attributes, "norm": "restore", "scale": -self.alpha}
-        editor.insert_at(site, "actgraph.shift", [vector, strength, edit.mask()], attributes)
+        editor.insert_at(site, "actgraph.shift", [vector, strength, edit.mask()], attributes, keep=keep)
         edit.result.details.append({"site": site.name, "rule": "inserted", "clusters": len(vectors), "alpha": self.alpha})
         return "inserted"
 
-    def _chosen(self, edit: Edit, vectors: Array, threshold: float) -> tuple[Value, Value]:
-        """``s [batch, width]`` of each request, and 1 where a cluster is active ``[batch]``."""
+    def _told(self, edit: Edit, count: int) -> Value:
+        """The similarity of each request with each cluster, ``[batch, k]``, from outside."""
+        return row_input(edit.editor, edit.graph, "guardit.similarity", width=count, default=_NEVER)
+
+    def _above(self, edit: Edit, file: Artifact) -> frozenset[Value]:
+        """What the gate is computed from, as it is before any edit."""
+        if "above" not in edit.shared:
+            edit.shared["above"] = computed_from(edit.editor.site_value(edit.graph.site(str(file.notes["site"]))))
+        above: frozenset[Value] = edit.shared["above"]
+        return above
+
+    def _read(self, edit: Edit, file: Artifact, keep: list[Node]) -> Value:
+        """The similarity at each token with each cluster, ``[batch, seq, k]``, of what the graph computes."""
+        editor, graph = edit.editor, edit.graph
+        read = graph.site(str(file.notes["site"]))
+        if read.type.shape is None or read.type.shape[:2] != token_dims(graph) or len(read.type.shape) != 3:
+            raise PassError(f"guardit: {read.name} is {read.type}, and a gate on activations reads [batch, seq, channels]")
+        counted = where_mask(editor, graph, "prompt")
+        assert counted is not None
+        if has_context(graph, "valid_tokens"):
+            valid = editor.insert("cast", [graph_context(graph, editor, "valid_tokens")], {"to": DType.F32}).output
+            counted = editor.insert("mul", [counted, valid]).output
+        total = editor.insert("actgraph.running_sum", [editor.site_value(read), counted])
+        total = carry_sum(editor, total) if slots_of(graph) else total
+        keep.append(total)
+        edit.result.messages.append(
+            "the gate reads the input prompt_lengths: where nobody gives it, generated tokens count as prompt"
+        )
+        centroids = np.ascontiguousarray(file.array("centroids", 2).T.astype(np.float32))
+        return editor.insert("actgraph.direction_scores", [total.output, centroids], {"measure": "cosine"}).output
+
+    def _chosen(self, edit: Edit, given: Value, vectors: Array, threshold: float) -> tuple[Value, Value]:
+        """``s [..., width]`` of the similarities ``given [..., k]``, and 1 where a cluster is active ``[...]``."""
         editor, count = edit.editor, len(vectors)
-        given = row_input(editor, edit.graph, "guardit.similarity", width=count, default=_NEVER)
         limit = threshold if self.threshold is None else self.threshold
         active = editor.insert("actgraph.switch", [given], {"threshold": limit}).output
         if self.mode == "weighted":
@@ -201,4 +252,4 @@ class Guardit(EditPass):
         weights = editor.insert("div", [active, editor.insert("clip", [total, least, None]).output]).output
         vector = editor.insert("matmul", [weights, vectors.astype(np.float32)]).output
         on = editor.insert("actgraph.switch", [total], {"threshold": 0.0}).output
-        return vector, editor.insert("reshape", [on], {"shape": (-1,)}).output
+        return vector, editor.insert("sum", [on], {"axes": (-1,), "keepdims": False}).output

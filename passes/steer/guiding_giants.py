@@ -27,6 +27,7 @@ from actgraph.passes.places import WHERE, Selector
 from actgraph.passes.steer.edit import Edit, EditPass
 from actgraph.passes.steer.runtime_inputs import INPUT, per_token, row_input
 from actgraph.passes.steer.training import History
+from actgraph.passes.steer.upstream import computed_from
 from actgraph.pipeline.base import PassContext, PassResult
 
 KIND = "controller"
@@ -232,19 +233,6 @@ def _read(edit: Edit) -> dict[str, tuple[Value, frozenset[Value]]]:
     if "read" not in edit.shared:
         sites: Sequence[Site] = edit.shared["inputs"]
         values = {site.name: edit.editor.site_value(site) for site in sites}
-        edit.shared["read"] = {name: (value, _above(value)) for name, value in values.items()}
+        edit.shared["read"] = {name: (value, computed_from(value)) for name, value in values.items()}
     read: dict[str, tuple[Value, frozenset[Value]]] = edit.shared["read"]
     return read
-
-
-def _above(value: Value) -> frozenset[Value]:
-    """The values that ``value`` is computed from, itself left out."""
-    found: set[Value] = set()
-    pending = [value]
-    while pending:
-        node = pending.pop().producer
-        for operand in node.operands if node is not None else ():
-            if operand is not None and operand not in found:
-                found.add(operand)
-                pending.append(operand)
-    return frozenset(found)

@@ -12,6 +12,7 @@ import actgraph as ag
 from actgraph.errors import InputError, PassError
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
+from actgraph.graph.program import Program
 from actgraph.passes.steer.clusters import best_clusters, k_means, silhouette
 from actgraph.passes.steer.guardit import ForgetClusters, balanced_threshold, default_site, forget_clusters
 from tests import zoo
@@ -108,6 +109,103 @@ def test_the_most_similar_cluster_alone(clusters: ForgetClusters) -> None:
     both = np.array([[1.0, 0.9, 0, 0, 0, 0, 0, 0.0]])
     assert (clusters.similarity(both) > clusters.threshold).sum() == 2
     assert (clusters.similarity(both, best=True) > clusters.threshold).tolist() == [[True, False]]
+
+
+@pytest.fixture(scope="module")
+def inside(stories: Graph) -> ForgetClusters:
+    """Clusters of activations, with a gate inside the graph."""
+    made = forget_clusters(stories, DOGS + CARS, REST, clusters=2, progress=False)
+    assert made.gate == "activation" and made.centroids.shape == made.vectors.shape == (2, 64)
+    return made
+
+
+def by_hand(h: Array, counted: Array, made: ForgetClusters, threshold: float, alpha: float) -> Array:
+    """The method on activations ``h [batch, seq, width]``; counted: the tokens of prompts, bool."""
+    got = h.astype(float).copy()
+    for row, token in np.ndindex(*h.shape[:2]):
+        seen = h[row, : token + 1][counted[row, : token + 1]].astype(float)
+        if not len(seen):
+            continue
+        mean = seen.mean(0)
+        active = made.centroids @ (mean / np.linalg.norm(mean)) > threshold
+        if active.any():
+            u = got[row, token] - alpha * made.vectors[active].mean(0)
+            got[row, token] = u * np.linalg.norm(got[row, token]) / np.linalg.norm(u)
+    return got
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_gate_inside_the_graph(
+    stories: Graph, inside: ForgetClusters, dialect: str, padding: str, tmp_path: Path
+) -> None:
+    """Prompts up to each token open it, padding and generated tokens left out; closed tokens stay as they are."""
+    file = inside.save(tmp_path / "inside.safetensors")
+    before = ag.run(stories, f"tap{{site={inside.site}}}", parity="none").graph
+    real = np.array([[n < length for n in range(8)] for length in (8, 5, 6)])
+    real = real[:, ::-1] if padding == "left" else real
+    positions = np.maximum(real.cumsum(1) - 1, 0)
+    ids = ag.sample_inputs(stories, batch=3, seq=8)["input_ids"]
+    lengths = np.array([5, 5, 2])
+    inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64), "position_ids": positions}
+    h = before.run(inputs)[inside.site]
+    counted = real & (positions < lengths[:, None])
+    scores = []
+    for row, token in np.ndindex(*ids.shape):
+        seen = h[row, : token + 1][counted[row, : token + 1]]
+        scores += [*(inside.centroids @ (seen.mean(0) / np.linalg.norm(seen.mean(0))))] if len(seen) else []
+    near = np.sort(scores)[len(scores) // 3 : -len(scores) // 3]
+    gap = int(np.diff(near).argmax())
+    threshold = float(near[gap : gap + 2].mean())  # open for some, closed for others, and nobody near it
+    made = ag.run(stories, f"guardit{{clusters={file} alpha=0.6 threshold={threshold}}}, tap{{site={inside.site}}}").graph
+    made = made if dialect == "fx" else ag.load(made.save(tmp_path / "made.onnx"))
+    got = made.run({**inputs, "prompt_lengths": lengths})[inside.site]
+    expected = by_hand(h, counted, inside, threshold, 0.6)
+    np.testing.assert_allclose(got[real], expected[real], atol=2e-4)
+    moved = np.abs(expected - h).max(-1)[real] > 0.01
+    assert 3 < moved.sum() < moved.size - 3
+    if dialect == "fx":
+        assert np.array_equal(got[real][~moved], h[real][~moved])
+    after = real & ~counted
+    for row in range(3):  # what is generated has the gate of the last token of its prompt
+        told = after[row] | (counted[row] & (positions[row] == lengths[row] - 1))
+        assert len(set((np.abs(expected - h).max(-1)[row][told] > 0.01).tolist())) == 1
+
+
+@pytest.mark.parametrize("order", ["before", "after", "program", "static"])
+def test_the_gate_inside_the_graph_behind_a_cache(
+    stories: Graph, inside: ForgetClusters, order: str, tmp_path: Path
+) -> None:
+    """The sum over the prompt is a slot: single tokens, chunks of prompts and all at once give the same."""
+    file = inside.save(tmp_path / "inside.safetensors")
+    step = f"guardit{{clusters={file} alpha=0.8 threshold=0.6}}"
+    passes = {
+        "before": f"{step}, kv_cache{{graphs=combined}}", "after": f"kv_cache{{graphs=combined}}, {step}",
+        "program": f"{step}, kv_cache", "static": f"{step}, kv_cache{{form=static max_length=32}}",
+    }[order]  # fmt: skip
+    cached = ag.run(stories, passes, reproducer=False).rewritten
+    whole = ag.run(stories, step).graph
+    ids = ag.sample_inputs(stories, batch=1, seq=9)["input_ids"]
+
+    def feed(model: Graph | Program, chunk: int) -> Array:
+        session = ag.compile(model, lowering="explicit", chunk=chunk).session(1)
+        pieces = [ids[:, :6], ids[:, 6:7], ids[:, 7:8], ids[:, 8:9]]
+        return np.stack([np.asarray(session.feed(piece)["logits"][:, -1]) for piece in pieces])
+
+    expected, plain = feed(whole, 512), feed(stories, 512)
+    assert np.abs(expected - plain).max() > 0.1
+    for chunk in (512, 2):
+        np.testing.assert_allclose(feed(cached, chunk), expected, atol=3e-4)
+    texts = [ag.generate(model, "The dog ran to", max_new_tokens=12) for model in (cached, whole, stories)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_gate_on_what_comes_later_is_refused(stories: Graph, inside: ForgetClusters, tmp_path: Path) -> None:
+    file = inside.save(tmp_path / "inside.safetensors")
+    with pytest.raises(PassError, match=r"the gate reads blocks\.1\.resid_post, which depends on it"):
+        ag.run(stories, f"guardit{{clusters={file} site=blocks.0.resid_post}}", reproducer=False)
+    later = ag.run(stories, f"guardit{{clusters={file} threshold=0.6 site=[blocks.1.resid_post,blocks.3.resid_post]}}").graph
+    assert sum(node.op == "actgraph.running_sum" for node in later.nodes()) == 1, "one gate for all sites"
 
 
 def test_decisions_do_not_depend_on_weights(stories: Graph, clusters: ForgetClusters, file: Path) -> None:
