@@ -9,10 +9,8 @@ same in ONNX, ``model(name)`` the eager model, ``inputs(name)`` example inputs, 
 from __future__ import annotations
 
 import functools
-import getpass
 import hashlib
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from actgraph.formats.onnx_export import to_onnx
 from actgraph.formats.trace import eval_mode, trace
 from actgraph.graph.fx import FxGraph
 from actgraph.graph.onnx import OnnxGraph
+from tests import captures
 
 VOCAB, WIDTH, HIDDEN = 96, 32, 48
 _TEXT: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -347,6 +346,11 @@ _NO_CACHE = {
 
 @functools.cache
 def _captured(name: str) -> FxGraph:
+    return captures.shared(name, functools.partial(capture, name), Path(__file__).read_text(encoding="utf-8"))
+
+
+def capture(name: str) -> FxGraph:
+    """A new capture from torch, which knows the classes of modules, as files do not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name == "stories260k":
@@ -377,18 +381,12 @@ def exported(name: str) -> OnnxGraph:
 
 def stock_onnx(name: str) -> Path:
     """The model as written by stock ``torch.onnx.export``, metadata stripped; made once per machine and version."""
-    path = _cache_folder() / f"{name}-{_recipe_hash(name)}.onnx"
+    path = captures.folder() / f"{name}-{_recipe_hash(name)}.onnx"
     if not path.exists():
         beside = path.with_suffix(f".{os.getpid()}.tmp")
         beside.write_bytes(_export_stock(name))
         beside.replace(path)
     return path
-
-
-def _cache_folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"actgraph-zoo-{getpass.getuser()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _recipe_hash(name: str) -> str:

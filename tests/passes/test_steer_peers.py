@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import json
 import subprocess
 import sys
@@ -82,7 +81,6 @@ def with_nnsight(name: str, shift: int = 0, sign: float = 1.0) -> Array:
     return np.asarray(logits.numpy())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nnsight") is None, reason="pip install 'actgraph[bench]'")
 @pytest.mark.parametrize("name", MODELS)
 def test_nnsight_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     path = vector_of(name).save(tmp_path / "v.safetensors")

@@ -161,6 +161,7 @@ def test_blocks_of_a_negative_size() -> None:
 # --- in plugins -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_files_with_steering_and_feed_forwards_run_with_a_plugin(tmp_path: Path) -> None:
     """Kept shift and feed_forward nodes: the results with the plugin are those without, and its kernels ran."""

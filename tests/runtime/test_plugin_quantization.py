@@ -26,7 +26,7 @@ from tests.conformance.harness import Case, carried, feeds, run_torch, types_of
 from tests.runtime.kernel_cases import reference
 from tests.runtime.plugin_models import call_model, needs_compiler, session
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 OPS = ("quantize", "dequantize", "topk_gate")
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
