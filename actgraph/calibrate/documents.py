@@ -10,7 +10,8 @@ import numpy as np
 from actgraph.calibrate.batches import batches
 from actgraph.calibrate.corpora import Corpus
 from actgraph.calibrate.encode import Signature, samples
-from actgraph.calibrate.engine import _bar, locate
+from actgraph.calibrate.engine import locate
+from actgraph.calibrate.progress import progress_bar
 from actgraph.calibrate.rows import Axes
 from actgraph.calibrate.statistics import Request, Statistic
 from actgraph.errors import InputError
@@ -51,7 +52,7 @@ def per_document(
     opened = Corpus.of(corpus)
     results: dict[int, Array] = {}
     source = samples(located, opened, limit=max_length)
-    with _bar("reading", len(opened), progress) as advance:
+    with progress_bar("reading", len(opened), progress) as advance:
         for batch in batches(signature, source, batch_size=batch_size, pad=axes.known):
             array = run(batch.inputs)[value.name]
             rows = np.moveaxis(array.astype(np.float32, copy=False), axis, -1)

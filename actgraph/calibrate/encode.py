@@ -230,12 +230,17 @@ def _tokenizer(graph: Graph) -> Tokenizer:
 
 
 def token_ids(graph: Graph, document: str | Messages, longest: int | None = None) -> list[int]:
-    """The ids of one text or chat, special tokens included, cut to ``longest``. Raises InputError without a tokenizer."""
+    """The ids of one text or chat, special tokens included, cut to ``longest``.
+
+    A chat whose last message is not the assistant's ends where the assistant would begin (the template's generation prompt), as
+    it does when the model is asked. Raises InputError without a tokenizer.
+    """
     tokenizer = _tokenizer(graph)
     if isinstance(document, str):
         ids = list(tokenizer.encode(document).ids)
     else:
-        ids = list(tokenizer.encode(_chat(graph, document), add_special_tokens=False).ids)
+        chat = _chat(graph, document, document[-1].get("role") != "assistant")
+        ids = list(tokenizer.encode(chat, add_special_tokens=False).ids)
     return ids if longest is None else ids[:longest]
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from actgraph.calibrate.batches import Batch, batches
 from actgraph.calibrate.corpora import Corpus
 from actgraph.calibrate.encode import Sample, Signature, samples
 from actgraph.calibrate.files import VERSION, Cache, cache_folder
+from actgraph.calibrate.progress import progress_bar
 from actgraph.calibrate.rows import Axes, select
 from actgraph.calibrate.statistics import Request, Statistics
 from actgraph.errors import InputError
@@ -54,7 +53,7 @@ def collect(
     fresh = Statistics()
     if missing or not wanted:
         source = limited(samples(graph, opened, limit=max_length), max_tokens, start, stop)
-        fresh = _forward(graph, missing, source, batch_size, _bar("calibrating", len(opened), progress))
+        fresh = _forward(graph, missing, source, batch_size, progress_bar("calibrating", len(opened), progress))
         if fresh.documents == 0:
             raise InputError(f"no document of the corpus {opened.name} is left to calibrate on", "change start and stop")
         if store is not None:
@@ -132,20 +131,3 @@ def locate(graph: Graph, requests: Iterable[Request]) -> tuple[Graph, dict[str, 
                 if graph.site(name).kind is SiteKind.VIRTUAL:
                     editor.site_value(graph.site(name))
     return graph, {name: graph.site(name).value for name in names}
-
-
-Advance = Callable[[int], None]
-
-
-@contextmanager
-def _bar(title: str, total: int, wanted: bool) -> Iterator[Advance]:
-    """A progress bar on standard error, if that is a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda rows: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda rows: progress.advance(task, rows)

@@ -15,7 +15,7 @@ from actgraph.calibrate.accumulators import Sum
 from actgraph.calibrate.batches import Batch, batches
 from actgraph.calibrate.corpora import Corpus
 from actgraph.calibrate.encode import Signature, samples
-from actgraph.calibrate.engine import _bar
+from actgraph.calibrate.progress import progress_bar
 from actgraph.errors import InputError
 from actgraph.formats.expert_profiles import ExpertUsage
 from actgraph.graph.context import token_dims
@@ -52,7 +52,7 @@ def collect_routing(
     width = max(router.experts for router in routers.values())
     totals = [Sum.nothing() for _ in range(4)]
     documents = tokens = 0
-    with _bar("profiling experts", len(opened), progress) as advance:
+    with progress_bar("profiling experts", len(opened), progress) as advance:
         for batch in batches(signature, samples(graph, opened, limit=max_length), batch_size=batch_size):
             outputs = runner(batch.inputs)
             valid = _valid(batch, dims)

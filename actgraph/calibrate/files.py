@@ -23,7 +23,7 @@ from actgraph.errors import ActgraphError, InputError
 Array = np.ndarray[Any, Any]
 
 #: Changes when what is stored changes its meaning.
-VERSION = "2"
+VERSION = "3"
 #: The folder of the cache; ``off`` turns it off.
 VARIABLE = "ACTGRAPH_CACHE"
 

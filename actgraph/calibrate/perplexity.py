@@ -15,7 +15,8 @@ import numpy as np
 from actgraph.calibrate.batches import batches
 from actgraph.calibrate.corpora import Corpus
 from actgraph.calibrate.encode import Signature, samples
-from actgraph.calibrate.engine import _bar, limited
+from actgraph.calibrate.engine import limited
+from actgraph.calibrate.progress import progress_bar
 from actgraph.errors import InputError
 from actgraph.graph.context import logits_output
 from actgraph.graph.executor import executor_for
@@ -84,7 +85,7 @@ def log_likelihoods(
     runner = executor_for(graph).open(graph)
     totals: dict[int, float] = {}
     counts: dict[int, int] = {}
-    with _bar("perplexity", len(opened), progress) as advance:
+    with progress_bar("perplexity", len(opened), progress) as advance:
         for batch in batches(signature, limited(source, max_tokens, 0, None), batch_size=batch_size):
             logits = runner(with_initial_slots(graph, batch.inputs))[output]
             ids = batch.inputs["input_ids"]

@@ -66,10 +66,13 @@ def test_chats_go_through_the_tokenizers_own_template() -> None:
     with pytest.raises(InputError, match="no chat template"):
         token_ids(graph, messages)
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     settings_of = {"chat_template": template, "bos_token": {"content": "<s>"}}
     graph.companions.tokenizer_files["tokenizer_config.json"] = json.dumps(settings_of).encode()
     wanted = graph.companions.tokenizer.encode("<s>user: Hello\nassistant: Once\n", add_special_tokens=False).ids
     assert token_ids(graph, messages) == list(wanted)
+    asked = graph.companions.tokenizer.encode("<s>user: Hello\nassistant: ", add_special_tokens=False).ids
+    assert token_ids(graph, messages[:1]) == list(asked), "a question ends where the assistant begins"
     assert wanted[0] == 1
     settings_of["chat_template"] = "{{ ''.__class__.__mro__[1].__subclasses__() }}"  # a template is data, not code
     graph.companions.tokenizer_files["tokenizer_config.json"] = json.dumps(settings_of).encode()
