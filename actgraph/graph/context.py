@@ -51,7 +51,9 @@ KINDS: dict[str, ContextKind] = {
     "prompt_lengths": ContextKind(
         "number of prompt tokens of each row; where nobody tells it, all tokens are prompt", DType.I64, ("batch",), 2**31 - 1
     ),
-    "row_index": ContextKind("index of each row among the requests of a batch", DType.I64, ("batch",), 0),
+    "row_index": ContextKind(
+        "index of each row among the requests of a batch; -1 where nobody tells it", DType.I64, ("batch",), -1
+    ),
     "step": ContextKind("number of the step of an iterated model, from 0", DType.I64, (), 0),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ A clause names tokens by their part of the row, by position, by token id and by 
 and come from the host (position ids, prompt lengths), never from the shape of a tensor: a clause means the same for a whole
 text, for chunks of it, for single tokens behind a cache and in a padded batch. A token is *generated* iff its position is at
 least the number of prompt tokens of its row; where nobody tells the lengths of prompts, every token is prompt, of unknown end.
+In a graph rows are told from outside as well (sessions do), and where nobody tells them no token is of a named row.
 """
 
 from __future__ import annotations
@@ -171,6 +172,15 @@ class Where:
     def reads_rows(self) -> bool:
         """Whether it depends on the row of the batch."""
         return any(box.rows is not None for box in self._all)
+
+    def assumptions(self) -> list[str]:
+        """What it takes for granted where the host does not tell more than the tokens, one line each."""
+        told = []
+        if self.reads_prompt_lengths:
+            told.append("the input prompt_lengths: where nobody gives it, all tokens are prompt")
+        if self.reads_rows:
+            told.append("the input row_index: where nobody gives it, no token is of a row that a clause names")
+        return [f"where={self} reads {each}" for each in told]
 
     @property
     def _all(self) -> tuple[Box, ...]:

@@ -27,6 +27,7 @@ def where_mask(editor: Editor, graph: Graph, clause: str | Where) -> Value | Non
 
     Positions count the real tokens of each row from 0, padding excluded (a token of padding has position 0 or none that
     matters). Token p of a row is generated iff ``p >= prompt_lengths[row]``; where nobody tells them, all are prompt.
+    Rows are told by ``row_index``; where nobody does, no token is of a row that a clause names.
     Raises OptionError for a clause that cannot be read, and InputError for a graph without token dimensions, or without token
     ids where the clause names some.
     """
@@ -60,7 +61,7 @@ class _Factors:
         if box.tokens is not None:
             result = self.both(result, self._one_of(box.tokens))
         if box.rows is not None:
-            result = self.both(result, self.union([self._within(window, "rows") for window in box.rows]))
+            result = self.both(result, self.union([self._within(Window(w.start or 0, w.stop), "rows") for w in box.rows]))
         return result
 
     def union(self, masks: Sequence[Value | None]) -> Value | None:

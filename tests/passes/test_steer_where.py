@@ -134,6 +134,21 @@ def test_token_ids_in_a_file(tmp_path: Path) -> None:
         steered(graph, '"token(99999)"')
 
 
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_rows_that_nobody_tells_are_of_no_clause(dialect: str) -> None:
+    """A host that knows nothing of rows gets the unsteered model, and the pass says so."""
+    graph, inputs = in_dialect("llama", dialect), padded()[0]
+    plain = graph.run(inputs)["logits"]
+    for clause in ("row(0)", "row(:2)", "row(1:)"):
+        result = steered(graph, f'"{clause}"')
+        assert any("reads the input row_index" in message for message in result.report[0].messages)
+        assert np.array_equal(result.graph.run(inputs)["logits"], plain)
+        moved = result.graph.run({**inputs, "row_index": np.arange(3)})["logits"]
+        real = inputs["attention_mask"] == 1
+        rows = {n for n in range(3) if not np.array_equal(moved[n][real[n]], plain[n][real[n]])}
+        assert rows == {"row(0)": {0}, "row(:2)": {0, 1}, "row(1:)": {1, 2}}[clause]
+
+
 def test_without_lengths_all_tokens_are_prompt() -> None:
     graph = zoo.captured("llama")
     inputs = padded()[0]
