@@ -331,16 +331,32 @@ def name_sites(vector: SteeringVector, graph: Graph) -> SteeringVector:
     )
 
 
-def vector_messages(vector: SteeringVector, graph: Graph, *, called: str = "the steering vector") -> list[str]:
-    """What whoever applies the vector to ``graph`` should be told: how a foreign file was read, an architecture that differs.
+def vector_messages(
+    vector: SteeringVector, graph: Graph, *, called: str = "the steering vector", where: str = "", factor: object = None
+) -> list[str]:
+    """What whoever applies the vector to ``graph`` should be told: how a foreign file was read, an architecture that differs,
+    other tokens or another factor than it is meant for (where, factor: those in use, if any).
 
-    These are no errors: model hints in GGUF files are free text.
+    These are no errors: model hints in GGUF files are free text, and a clause and a scale are suggestions.
     """
     messages = [f"{called}: {vector.notes['mapping']}"] if "mapping" in vector.notes else []
     own = _model_type(graph)
     if vector.model_type and own and _plain(vector.model_type) != _plain(own):
         messages.append(f"{called} is for the architecture {vector.model_type}, and {graph.name} is {own}")
+    if where and not _same_tokens(vector.where, where):
+        messages.append(f"{called} is meant for where={vector.where}, and acts at where={where}")
+    if vector.recommended_scale is not None and isinstance(factor, float) and factor not in (0.0, vector.recommended_scale):
+        messages.append(f"{called} was found to work with scale={vector.recommended_scale:g}, and has {factor:g}")
     return messages
+
+
+def _same_tokens(one: str, other: str) -> bool:
+    from actgraph.graph.where import Where
+
+    try:
+        return Where.parse(one) == Where.parse(other)
+    except InputError:  # the clause of a file may be anybody's words
+        return one == other
 
 
 def _model_type(graph: Graph) -> str:

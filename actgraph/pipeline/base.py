@@ -108,6 +108,11 @@ class Pass(BaseModel, abc.ABC):
     off: ClassVar[Mapping[str, Any]] = {}
     oracle: ClassVar[Mapping[str, Any]] = {}
 
+    @property
+    def at_defaults(self) -> Mapping[str, Any]:
+        """Options that do what the pass does where nobody gives the inputs that it adds; empty: the model stays as it is."""
+        return {}
+
     def requests(self, graph: Graph) -> Sequence[Request]:
         """The statistics that the pass needs on ``graph``; empty when it needs no calibration."""
         return ()

@@ -17,12 +17,12 @@ from actgraph.formats.vectors import SteeringVector, load_vector, name_sites, ve
 from actgraph.graph import Graph, Site
 from actgraph.graph.graph import Array
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass
-from actgraph.passes.steer.runtime_inputs import INPUT, per_token, row_input
+from actgraph.passes.steer.edit import Edit, FoldingEditPass, edit_dtype
+from actgraph.passes.steer.runtime_inputs import INPUT
 from actgraph.pipeline.base import PassContext, PassResult
 
 
-class Ablate(EditPass):
+class Ablate(FoldingEditPass):
     """Project the unit direction out of each site, for all tokens or those that ``where`` names.
 
     Several directions are made orthonormal first, so that what they span is taken out. ``scale`` 1 ablates, 0.5 leaves half, 2
@@ -37,7 +37,6 @@ class Ablate(EditPass):
     name: ClassVar[str] = "ablate"
     change: ClassVar[str] = "a direction is projected out"
     off: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
-    oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     site: Selector = Field(default=(), description="Where to ablate; default: the sites named in the direction's file.")
     direction: str | tuple[str, ...] | tuple[float, ...] = Field(
@@ -45,7 +44,6 @@ class Ablate(EditPass):
         json_schema_extra={"path": True},
     )
     scale: float | Literal["input"] = Field(default=1.0, description="How much is taken out: 1 all, 2 reflects; or `input`.")
-    fold: bool = Field(default=True, description="Move the projection into weights where that is exact.")
 
     @model_validator(mode="after")
     def _finite(self) -> Ablate:
@@ -64,24 +62,26 @@ class Ablate(EditPass):
             self.check_origin(vector, graph, name)
         return found or [SteeringVector({"": np.asarray(self.direction, np.float32)})]
 
+    def reads_rows(self, edit: Edit) -> bool:
+        return self.scale == INPUT
+
     def targets(self, graph: Graph) -> Selector:
         return tuple(dict.fromkeys(name for vector in self._vectors(graph) for name in vector.directions if name))
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
         if self.scale == INPUT:
             return None
         basis, scale = _orthonormal(self._vectors(graph), site), float(self.scale)
-        return self.at_tokens(lambda rows: rows - scale * (rows @ basis) @ basis.T, tokens)
+        return self.at_tokens(lambda rows: rows - scale * (rows @ basis) @ basis.T, inputs)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         vectors = self._vectors(graph)
-        result = self.run_at(graph, context, self.targets(graph), vectors=vectors)
+        result = self.run_at(graph, context, vectors=vectors)
         for name, vector in zip(self._files, vectors, strict=False):
-            result.messages += vector_messages(vector, graph, called=name)
+            result.messages += vector_messages(vector, graph, called=name, where=self.where)
         return result
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
-        assert site.type.dtype is not None and site.type.shape is not None
         basis = _orthonormal(edit.shared["vectors"], site)
         if len(basis) != width:
             raise PassError(
@@ -91,12 +91,8 @@ class Ablate(EditPass):
             return "identity"
         mask, strength = edit.mask(), self.scale
         if strength == INPUT:  # a mask scales the change, and 0 leaves a token bit for bit as it is
-            if "scale" not in edit.shared:
-                given = row_input(edit.editor, edit.graph, "ablate.scale")
-                edit.shared["scale"] = per_token(edit.editor, given, len(site.type.shape) - 1)
-            mask = edit.shared["scale"] if mask is None else edit.editor.insert("mul", [mask, edit.shared["scale"]]).output
-            strength = 1.0
-        dtype = site.type.dtype.numpy
+            mask, strength = edit.times(mask, edit.of_rows(site, "ablate.scale")), 1.0
+        dtype = edit_dtype(site)
         operands = [basis.astype(dtype), (-float(strength) * np.eye(basis.shape[1])).astype(dtype)]
         rule = edit.place(
             site, "actgraph.lowrank_map", [*operands, mask] if mask is not None else operands, self.attributes, fold=self.fold

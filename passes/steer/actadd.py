@@ -19,12 +19,12 @@ from actgraph.errors import InputError, PassError
 from actgraph.formats.artifacts import Artifact, load_artifact
 from actgraph.formats.vectors import model_fingerprint
 from actgraph.graph import Graph, Site, Value
-from actgraph.graph.context import graph_context
+from actgraph.graph.context import graph_context, token_dims
 from actgraph.graph.executor import executor_for
 from actgraph.graph.graph import Array
 from actgraph.graph.where_mask import where_mask
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass
+from actgraph.passes.steer.edit import Edit, EditPass, stored_for, token_axes
 from actgraph.pipeline.base import PassContext, PassResult
 
 KIND = "actadd_prompts"
@@ -97,13 +97,16 @@ class ActAdd(EditPass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         file = self._file()
         self.check_model(file.model, graph, self.prompts)
-        return self.run_at(graph, context, self.targets(graph), file=file)
+        return self.run_at(graph, context, file=file)
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
-        return None  # which positions tokens have is not told
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
+        rows = stored_for(self._file(), site, 2, by="actadd", what="prompts").astype(np.float64)
+        positions = inputs["position_ids"] - self.start
+        place, inside = np.clip(positions, 0, len(rows) - 1), (positions >= 0) & (positions < len(rows))
+        return self.at_tokens(lambda h: h + self.scale * rows[place] * inside[..., None], inputs)
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
-        rows = _rows_at(edit.shared["file"], site)
+        rows = stored_for(edit.shared["file"], site, 2, by="actadd", what="prompts")
         if rows.shape[1] != width:
             raise PassError(
                 f"actadd: the prompts have {rows.shape[1]} channels, and {site.name} is {site.type}", "use their site"
@@ -111,7 +114,8 @@ class ActAdd(EditPass):
         if self.scale == 0:
             return "identity"
         assert site.type.dtype is not None and site.type.shape is not None
-        if self.axis not in (-1, len(site.type.shape) - 1) or len(site.type.shape) != 3:
+        last = self.axis in (-1, len(site.type.shape) - 1)
+        if not last or token_axes(site.type.shape, self.axis) != token_dims(edit.graph):
             return edit.declined(site, f"{site.type} is not [batch, seq, channels]")
         editor = edit.editor
         if "place" not in edit.shared:
@@ -133,10 +137,3 @@ class ActAdd(EditPass):
         mask = edit.mask()
         assert inside is not None
         return place, inside if mask is None else editor.insert("mul", [inside, mask]).output
-
-
-def _rows_at(file: Artifact, site: Site) -> Array:
-    name = next((each for each in (site.name, *site.aliases) if each in file.arrays), "")
-    if not name and len(file.arrays) != 1:
-        raise PassError(f"actadd: the file has nothing for {site.name}", f"it has {', '.join(file.arrays)}")
-    return file.array(name or next(iter(file.arrays)), 2)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class AngularSteer(PlanePass):
     """Send tokens to an angle in the plane, keeping their length there, and so their norm.
 
-    ``angle=input`` makes the angle an optional input of each row (``steer.angle``, degrees). Every angle changes the model, so
-    no default of it could leave the model as it is: a second input ``steer.scale`` says whether a row is steered (1, or a
-    fraction of the way), and is 0 where nobody gives it: the unsteered model, bit for bit. ``angle=input scale=1`` has the
-    angle alone, which is 0 degrees (all the way to the positive set) where nobody gives it.
+    ``angle=input`` makes the angle an optional input of each row (``angular_steer.angle``, degrees). Every angle changes the
+    model, so no default of it could leave the model as it is: a second input ``angular_steer.scale`` says whether a row is
+    steered (1, or a fraction of the way), and is 0 where nobody gives it: the unsteered model, bit for bit. ``angle=input
+    scale=1`` has the angle alone, which is 0 degrees (all the way to the positive set) where nobody gives it.
     """
 
     name: ClassVar[str] = "angular_steer"
@@ -50,7 +50,14 @@ class AngularSteer(PlanePass):
     def _scale(self) -> float | str:
         return self.scale if self.scale is not None else INPUT if self.angle == INPUT else 1.0
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+    @property
+    def at_defaults(self) -> Mapping[str, Any]:
+        return {"angle": 0.0} if self.angle == INPUT and self._scale != INPUT else {}
+
+    def reads_rows(self, edit: Edit) -> bool:
+        return INPUT in (self.angle, self._scale)
+
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
         if INPUT in (self.angle, self._scale):
             return None
         basis, angle, scale = load_plane(self.plane).basis.astype(np.float64), np.deg2rad(float(self.angle)), float(self._scale)
@@ -61,22 +68,20 @@ class AngularSteer(PlanePass):
             turned = rows + scale * (goal - part) @ basis.T
             return np.where(part[..., :1] > self.threshold, turned, rows) if self.adaptive else np.asarray(turned)
 
-        return self.at_tokens(edited, tokens)
+        return self.at_tokens(edited, inputs)
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
-        if not self.fits(edit, site, width, INPUT in (self.angle, self._scale)):
-            return ""
+        self.check_width(edit, site, width)
         if self._scale == 0:
             return "identity"
         angle: Value | Array
         if isinstance(self.angle, str):
-            if "second" not in edit.shared:
-                edit.shared["second"] = edit.editor.insert("mul", [self.angle_rows(edit, site), RADIANS]).output
-            angle = edit.shared["second"]
+            degrees = edit.of_rows(site, "angular_steer.angle")
+            angle = edit.once(("radians", degrees), lambda: edit.editor.insert("mul", [degrees, RADIANS]).output)
         else:
             angle = edit.shared.get("second", np.asarray(np.deg2rad(self.angle % 360), np.float32))
         when: dict[str, str | float] = {"when": "above", "threshold": self.threshold} if self.adaptive else {}
         operands: list[Value | Array | None] = [self.basis(edit), angle, self.mask(edit, site, self._scale)]
-        self.insert(edit, site, "actgraph.target_angle", operands, when)
-        edit.result.details.append({"site": site.name, "rule": "inserted", "angle": self.angle, "scale": self._scale})
-        return "inserted"
+        rule = self.insert(edit, site, "actgraph.target_angle", operands, when)
+        edit.result.details.append({"site": site.name, "rule": rule, "angle": self.angle, "scale": self._scale})
+        return rule

@@ -20,13 +20,11 @@ from actgraph.calibrate.document_rows import collect_rows
 from actgraph.errors import InputError, PassError
 from actgraph.formats.artifacts import Artifact, load_artifact
 from actgraph.formats.vectors import model_fingerprint
-from actgraph.graph import Graph, Site, SiteKind
-from actgraph.graph.context import token_dims
+from actgraph.graph import Graph, Site
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass, token_axes
-from actgraph.passes.steer.folding import fold_edit
+from actgraph.passes.steer.edit import Edit, FoldingEditPass, stored_for
 from actgraph.passes.steer.plane_edit import finite
-from actgraph.passes.steer.runtime_inputs import per_token, row_input
+from actgraph.passes.steer.runtime_inputs import INPUT
 from actgraph.pipeline.base import PassContext, PassResult
 
 if TYPE_CHECKING:
@@ -139,12 +137,12 @@ def extract_momentum(
     return UnitMomentum(activation_momentum(*rows), len(rows[0][names[0]]), model_fingerprint(graph))
 
 
-class AUSteer(EditPass):
+class AUSteer(FoldingEditPass):
     """Scale the ``k`` channels with the largest activation momentum, at every token or those that ``where`` names.
 
     A channel with momentum ``m`` becomes ``1 + scale * m`` times what it was, so that the shift follows the activation. The
     channels of all sites are ranked together, of equal ones the first in the order of execution; a site without any of them
-    gets no node. ``scale=input`` makes the scale an optional input of each row (``steer.scale``, 0 where nobody gives it: the
+    gets no node. ``scale=input`` makes the scale an optional input of each row (``austeer.scale``, 0 where nobody gives it: the
     unsteered model, bit for bit).
 
     The factors fold into the weight that writes the site or into all that read it (``head_out``, ``mlp.out``), and cost nothing
@@ -154,7 +152,6 @@ class AUSteer(EditPass):
 
     name: ClassVar[str] = "austeer"
     off: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
-    oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     site: Selector = Field(default=(), description="Which sites' channels are ranked; default: those of the file.")
     units: str = Field(
@@ -163,40 +160,39 @@ class AUSteer(EditPass):
     )
     k: int = Field(default=10, ge=1, description="How many channels are scaled, of all sites together.")
     scale: float | Literal["input"] = Field(default=5.0, description="Factor on the momentum, or `input`.")
-    fold: bool = Field(default=True, description="Move the factors into weights where that is exact: with where=all.")
 
     _finite = field_validator("scale")(finite)
+
+    def reads_rows(self, edit: Edit) -> bool:
+        return self.scale == INPUT
 
     def targets(self, graph: Graph) -> Selector:
         return tuple(load_artifact(self.units, KIND, _MADE_BY).arrays)
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
         if isinstance(self.scale, str):
             return None
         found = load_artifact(self.units, KIND, _MADE_BY)
-        sites = self.model_copy(update={"site": self.site or self.targets(graph)}).select(graph)
-        factors = np.ones(len(_of(found, site, self.units)))
-        for unit in ranked_units({each.name: _of(found, each, self.units) for each in sites}, self.k):
+        sites = self.select(graph)
+        factors = np.ones(len(_of(found, site)))
+        for unit in ranked_units({each.name: _of(found, each) for each in sites}, self.k):
             if unit.site == site.name:
                 factors[unit.channel] += float(self.scale) * unit.momentum
-        return self.at_tokens(lambda rows: rows * factors, tokens)
+        return self.at_tokens(lambda rows: rows * factors, inputs)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         found = load_artifact(self.units, KIND, _MADE_BY)
         self.check_model(found.model, graph, self.units)
-        selector = self.site or tuple(found.arrays)
-        # In the order of execution, which is that of ties; files keep tensors in the order of their names.
-        sites = self.model_copy(update={"site": selector}).select(graph)
-        units = ranked_units({site.name: _of(found, site, self.units) for site in sites}, self.k)
+        sites = self.select(graph)  # in the order of execution, which is that of ties; files have them by name
+        units = ranked_units({site.name: _of(found, site) for site in sites}, self.k)
         touched = [site.name for site in sites if any(unit.site == site.name for unit in units)]
-        result = self.model_copy(update={"site": tuple(touched)}).run_at(graph, context, (), units=units, found=found)
+        result = self.model_copy(update={"site": tuple(touched)}).run_at(graph, context, units=units, found=found)
         result.messages.insert(0, f"{len(units)} channels at {len(touched)} of {len(sites)} sites")
         return result
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
-        assert site.type.dtype is not None and site.type.shape is not None
         units: list[Unit] = [unit for unit in edit.shared["units"] if unit.site == site.name]
-        own = len(_of(edit.shared["found"], site, self.units))
+        own = len(_of(edit.shared["found"], site))
         if own != width:
             raise PassError(
                 f"austeer: {self.units} has {own} channels for {site.name}: {site.type}", "use a file of this model"
@@ -207,34 +203,15 @@ class AUSteer(EditPass):
         for unit in units:
             factors[unit.channel] += (1 if isinstance(self.scale, str) else self.scale) * unit.momentum
         mask = edit.mask()
-        if isinstance(self.scale, str):
-            dims, axes = token_dims(edit.graph), token_axes(site.type.shape, self.axis)
-            if dims and axes[:1] != dims[:1]:
-                return edit.declined(site, f"rows of the batch get scales of their own, and {site.type} has no axis of rows")
-            mask = self._given(edit, site, mask)
+        if self.scale == INPUT:  # a fraction of a mask scales what the factor adds
+            mask = edit.times(mask, edit.of_rows(site, "austeer.scale"))
         operands: list[Value | Array | None] = [factors] if mask is None else [factors, mask]
-        node = edit.editor.insert_at(site, "actgraph.channel_scale", operands, self.attributes).producer
-        assert node is not None
-        fixed = mask is None and site.kind is not SiteKind.VIRTUAL
-        folded = self.fold and fixed and fold_edit(edit.graph, edit.editor, node, site=site.name).folded
-        rule = "folded" if folded else "inserted"
+        rule = edit.place(site, "actgraph.channel_scale", operands, self.attributes, fold=self.fold)
         for unit in units:
             edit.result.details.append({"site": site.name, "rule": rule, "channel": unit.channel, "momentum": unit.momentum})
         return rule
 
-    def _given(self, edit: Edit, site: Site, mask: Value | None) -> Value:
-        """The input ``steer.scale`` times the mask: a fraction of a mask scales what the factor adds."""
-        assert site.type.shape is not None
-        if "scale" not in edit.shared:
-            scale = per_token(edit.editor, row_input(edit.editor, edit.graph, "steer.scale"), len(site.type.shape) - 1)
-            edit.shared["scale"] = scale if mask is None else edit.editor.insert("mul", [scale, mask]).output
-        scale_: Value = edit.shared["scale"]
-        return scale_
 
-
-def _of(found: Artifact, site: Site, file: str) -> Array:
-    """The momentum of a site, ``[width]``. Raises PassError where the file has none for it."""
-    name = next((name for name in (site.name, *site.aliases) if name in found.arrays), None)
-    if name is None:
-        raise PassError(f"austeer: {file} has no momentum for {site.name}", f"it is for {', '.join(found.arrays)}")
-    return found.array(name, 1)
+def _of(found: Artifact, site: Site) -> Array:
+    """The momentum of a site, ``[width]``; that of another site says nothing about it."""
+    return stored_for(found, site, 1, by="austeer", what="momentum", any_site=False)

@@ -22,7 +22,7 @@ from actgraph.formats.artifacts import Artifact, load_artifact
 from actgraph.formats.vectors import model_fingerprint
 from actgraph.graph import Graph, Site, Value
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass
+from actgraph.passes.steer.edit import Edit, FoldingEditPass, stored_for
 from actgraph.passes.steer.logistic import standardised
 from actgraph.passes.steer.pca import first_component
 from actgraph.passes.steer.runtime_inputs import INPUT, per_channel, per_token, row_input
@@ -152,7 +152,7 @@ def independence(groups: Sequence[Array], *, permutations: int = 1000, seed: int
     return Independence(cosines, observed, below / permutations)
 
 
-class CiParametric(EditPass):
+class CiParametric(FoldingEditPass):
     """Add ``sum_p alpha_p v_p`` at each chosen site, one strength for each factor.
 
     Constant strengths sum to one vector: one shift, that folds where a steering vector does (see ``fold_edits``). With
@@ -161,10 +161,13 @@ class CiParametric(EditPass):
     """
 
     name: ClassVar[str] = "ci_parametric"
+    off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0}
 
     factors: str = Field(description=f"The file with directions: {_MADE_BY}.", json_schema_extra={"path": True})
     site: Selector = Field(default=(), description="Where; default: the sites of the file.")
-    alpha: tuple[float, ...] | Literal["input"] = Field(description="A strength for each factor, in their order, or `input`.")
+    alpha: float | tuple[float, ...] | Literal["input"] = Field(
+        description="A strength for each factor, in their order, one for all, or `input`; 0 is the identity."
+    )
     norm: Literal["none", "restore"] = Field(default="none", description="restore: tokens keep their norm.")
 
     @model_validator(mode="after")
@@ -173,14 +176,17 @@ class CiParametric(EditPass):
             raise OptionError(f"ci_parametric: alpha is {self.alpha}", "give finite numbers")
         return self
 
+    def reads_rows(self, edit: Edit) -> bool:
+        return self.alpha == INPUT
+
     def targets(self, graph: Graph) -> Selector:
         return tuple(load_artifact(self.factors, KIND, _MADE_BY).arrays)
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
         if self.alpha == INPUT:
             return None
-        directions = _directions(load_artifact(self.factors, KIND, _MADE_BY), site).astype(np.float64)
-        total = np.asarray(self.alpha, np.float64) @ directions
+        directions = _directions(load_artifact(self.factors, KIND, _MADE_BY), site)
+        total = self._total(directions)
 
         def edited(rows: Array) -> Array:
             sizes, shifted = np.linalg.norm(rows, axis=-1, keepdims=True), rows + total
@@ -188,15 +194,15 @@ class CiParametric(EditPass):
                 shifted = shifted * sizes / np.linalg.norm(shifted, axis=-1, keepdims=True)
             return np.asarray(shifted)
 
-        return self.at_tokens(edited, tokens)
+        return self.at_tokens(edited, inputs)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         file = load_artifact(self.factors, KIND, _MADE_BY)
         names = list(file.notes.get("factors", []))
         self.check_model(file.model, graph, self.factors)
-        if self.alpha != INPUT and len(self.alpha) != len(names):
+        if isinstance(self.alpha, tuple) and len(self.alpha) != len(names):
             raise PassError(f"ci_parametric: there are {len(self.alpha)} strengths", f"the factors are {', '.join(names)}")
-        return self.run_at(graph, context, self.targets(graph), file=file)
+        return self.run_at(graph, context, file=file)
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
         file: Artifact = edit.shared["file"]
@@ -213,14 +219,19 @@ class CiParametric(EditPass):
             vector = editor.insert("matmul", [edit.shared["alpha"], directions.astype(np.float32)]).output
             operands = [per_channel(editor, vector, rank, self.axis), per_token(editor, edit.shared["on"], rank - 1)]
         else:
-            total = np.asarray(self.alpha, np.float64) @ directions.astype(np.float64)
+            total = self._total(directions)
             if not total.any():
                 return "identity"
             operands = [total.astype(site.type.dtype.numpy), None]
         mask = edit.mask()
-        editor.insert_at(site, "actgraph.shift", [*operands, mask] if mask is not None else operands, attributes)
-        edit.result.details.append({"site": site.name, "rule": "inserted", "factors": len(directions)})
-        return "inserted"
+        operands += [mask] if mask is not None else []
+        rule = edit.place(site, "actgraph.shift", operands, attributes, fold=self.fold)
+        edit.result.details.append({"site": site.name, "rule": rule, "factors": len(directions)})
+        return rule
+
+    def _total(self, directions: Array) -> Array:
+        """The directions ``[factors, width]``, each times its strength, as one vector."""
+        return np.asarray(np.broadcast_to(np.asarray(self.alpha, np.float64), len(directions)) @ directions.astype(np.float64))
 
     @staticmethod
     def _strengths(edit: Edit, count: int) -> tuple[Value, Value]:
@@ -233,8 +244,5 @@ class CiParametric(EditPass):
 
 
 def _directions(file: Artifact, site: Site) -> Array:
-    """``[factors, width]`` for a site; the directions of a single one serve any. Raises PassError where there are none."""
-    name = next((each for each in (site.name, *site.aliases) if each in file.arrays), "")
-    if not name and len(file.arrays) != 1:
-        raise PassError(f"ci_parametric: the file has no directions for {site.name}", f"it has {', '.join(file.arrays)}")
-    return file.array(name or next(iter(file.arrays)), 2)
+    """``[factors, width]`` for a site."""
+    return stored_for(file, site, 2, by="ci_parametric", what="directions")

@@ -2,7 +2,7 @@
 
 Source: Inference-Time Machine Unlearning via Gated Activation Redirection (GUARD-IT, 2026). The hook of the released code
 subtracts ``alpha s`` with positive alpha and ``s`` pointing to the forget set, and so does the pass (a README example has
-the other sign).
+the other sign). The code's ``best`` has no threshold: say ``threshold=-1.5`` for that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actgraph.calibrate.document_rows import collect_rows
 from actgraph.errors import InputError, PassError
 from actgraph.formats.artifacts import Artifact, load_artifact
 from actgraph.formats.vectors import model_fingerprint
-from actgraph.graph import Graph, Node, Site, Value
+from actgraph.graph import Editor, Graph, Node, Site, Value
 from actgraph.graph.context import graph_context, has_context, token_dims
 from actgraph.graph.slots import slots_of
 from actgraph.graph.where_mask import where_mask
@@ -27,7 +27,7 @@ from actgraph.ops.dtypes import DType
 from actgraph.passes.cache.carried import carry_sum
 from actgraph.passes.places import Selector
 from actgraph.passes.steer.clusters import best_clusters, normalised
-from actgraph.passes.steer.edit import Edit, EditPass
+from actgraph.passes.steer.edit import Edit, EditPass, token_axes
 from actgraph.passes.steer.runtime_inputs import per_channel, per_token, row_input
 from actgraph.passes.steer.upstream import computed_from
 from actgraph.pipeline.base import PassContext, PassResult
@@ -37,6 +37,7 @@ KIND = "guardit_clusters"
 _MADE_BY = "make one with actgraph.passes.steer.guardit.forget_clusters"
 _EPS = 1e-6
 _NEVER = -2.0  # a cosine that is below any threshold
+_LEAST = 1e-9  # the sum of clamped similarities above which `soft` acts
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class ForgetClusters:
     centroids: ``[k, e]`` float64, the unit means of the embeddings of each cluster (of unit activations, ``[k, width]``, where
     ``gate`` is ``activation``). vectors: ``[k, width]`` float64, what
     the pass subtracts. labels: the cluster of each forget document. threshold: the similarity above which a request is about
-    a cluster.
+    a cluster. retain_centroid: ``[e]`` (``[width]``) float64, the unit mean of the retain documents' unit embeddings, for
+    ``mode=ratio`` and ``retain_threshold``; ``None``: not known.
     """
 
     site: str
@@ -56,20 +58,30 @@ class ForgetClusters:
     threshold: float
     model: str = ""
     gate: Literal["embedding", "activation"] = "embedding"
+    retain_centroid: Array | None = None
 
-    def similarity(self, embeddings: Array, *, best: bool = False) -> Array:
+    def similarity(self, embeddings: Array, *, best: bool = False, retain: bool = False) -> Array:
         """What to give as ``guardit.similarity``: ``[requests, k]`` float32 cosines of embeddings ``[requests, e]`` with the
-        centroids. best: only that of the most similar cluster of each request, so that no other one can be active.
+        centroids. best: only that of the most similar cluster of each request, so that no other one can be active. retain: one
+        more column, the cosine with the retain centroid, which the pass takes with ``mode=ratio`` or ``retain_threshold``.
+        Raises InputError where that centroid is not known.
         """
-        cosines = np.asarray(normalised(embeddings) @ self.centroids.T, np.float32)
+        rows = normalised(embeddings)
+        cosines = np.asarray(rows @ self.centroids.T, np.float32)
         if best:
             most = cosines.argmax(1)[:, None]
-            return np.where(np.arange(cosines.shape[1]) == most, cosines, np.float32(_NEVER))
-        return cosines
+            cosines = np.where(np.arange(cosines.shape[1]) == most, cosines, np.float32(_NEVER))
+        if not retain:
+            return cosines
+        if self.retain_centroid is None:
+            raise InputError("these clusters have no retain centroid", _MADE_BY)
+        return np.concatenate([cosines, np.asarray(rows @ self.retain_centroid, np.float32)[:, None]], 1)
 
     def save(self, path: str | Path) -> Path:
         """Write what the pass ``guardit`` reads."""
         arrays = {"vectors": self.vectors.astype(np.float32), "centroids": self.centroids.astype(np.float32)}
+        if self.retain_centroid is not None:
+            arrays["retain_centroid"] = self.retain_centroid.astype(np.float32)
         notes = {"site": self.site, "threshold": self.threshold, "gate": self.gate}
         return Artifact(KIND, arrays, notes, self.model).save(path)
 
@@ -109,7 +121,7 @@ def forget_clusters(
     if not forget or not retain:
         raise InputError("there is nothing to forget or to retain", "give texts of both")
     name = graph.site(site or default_site(graph)).name
-    how = {"position": "mean", "batch_size": batch_size, "max_length": max_length, "progress": progress}
+    how: dict[str, Any] = {"position": "mean", "batch_size": batch_size, "max_length": max_length, "progress": progress}
     found, kept = (collect_rows(graph, [name], texts, **how)[name].astype(np.float64) for texts in (forget, retain))
     own = {"forget": found, "retain": kept}
     both = (("forget", forget), ("retain", retain))
@@ -128,7 +140,9 @@ def forget_clusters(
         balanced = balanced_threshold(scores[0], scores[1], fpr_weight)
         limit = balanced if threshold == "balanced" else float(np.quantile(scores[1], 1 - fpr))
     gate: Literal["embedding", "activation"] = "activation" if embed is None else "embedding"
-    return ForgetClusters(name, centroids, vectors, labels, limit, model_fingerprint(graph), gate)
+    mean = embedded["retain"].mean(0)
+    retain_centroid = mean / np.linalg.norm(mean) if mean.any() else None
+    return ForgetClusters(name, centroids, vectors, labels, limit, model_fingerprint(graph), gate, retain_centroid)
 
 
 def partial_vector(forget: Array, retain: Array, direction: str = "orthogonal") -> Array:
@@ -152,11 +166,13 @@ def balanced_threshold(forget: Array, retain: Array, weight: float = 1.0, steps:
 class Guardit(EditPass):
     """Turn activations away from clusters of what is to be forgotten, keeping norms: ``u = h - alpha s``, ``h' = u |h| / |u|``.
 
-    Clusters whose similarity is above the threshold are active, and ``s`` is the mean of their vectors, or their mean weighted
-    by similarity. Where none is active a token stays as it is bit for bit. Which requests are meant is
+    Clusters whose similarity is above the threshold are active, and ``s`` is the mean of their vectors, or what else ``mode``
+    makes of similarities. Where none is active a token stays as it is bit for bit. Which requests are meant is
 
     - told from outside, once for each, with clusters of embeddings: the optional input ``guardit.similarity`` [batch, k] of
-      cosines with the centroids (``ForgetClusters.similarity``); nobody gives it: none.
+      cosines with the centroids (``ForgetClusters.similarity``); nobody gives it: none. With ``mode=ratio`` or
+      ``retain_threshold`` it is [batch, k + 1], and its last column the cosine with the retain centroid
+      (``similarity(..., retain=True)``).
     - found within the graph, with clusters of activations: cosines of the centroids with the mean activation, at the site of
       the clusters and before the edit, of the prompt up to each token, padding left out. Every generated token has that of its
       whole prompt (``prompt_lengths`` says where it ends), which a cache carries in a slot. A token of the prompt sees no
@@ -171,14 +187,32 @@ class Guardit(EditPass):
     site: Selector = Field(default=(), description="Where; default: the site of the clusters.")
     alpha: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="How far, as a multiple of the vectors; 0 is off.")
     threshold: float | None = Field(
-        default=None, description="Similarity above which a cluster is active; default: the file's."
+        default=None,
+        description="Similarity above which a cluster is active; default: the file's, and 1 for the quotient of `ratio`.",
     )
-    mode: Literal["threshold", "weighted"] = Field(default="threshold", description="What becomes of active clusters.")
+    mode: Literal["threshold", "weighted", "best", "soft", "ratio"] = Field(
+        default="threshold",
+        description="What `s` is. `threshold`: the mean over active clusters. `weighted`: that mean weighted by similarity. "
+        "`best`: the vector of the most similar cluster (the first of equal ones), where it is active. `soft`: the mean over "
+        "all clusters weighted by max(similarity, 0), without a threshold; no similarity above 0 closes the gate. `ratio`: the "
+        "vector of the most similar cluster, where its similarity divided by that with what is to be retained (1e-6 at least) "
+        "is above the threshold.",
+    )
+    retain_threshold: float | None = Field(
+        default=None,
+        description="The gate is closed where the similarity with what is to be retained is above this; default: not read.",
+    )
+
+    def reads_rows(self, edit: Edit) -> bool:
+        return not _inside(edit.shared["file"])
+
+    def targets(self, graph: Graph) -> Selector:
+        return str(load_artifact(self.clusters, KIND, _MADE_BY).notes.get("site", ""))
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         file = load_artifact(self.clusters, KIND, _MADE_BY)
         self.check_model(file.model, graph, self.clusters)
-        return self.run_at(graph, context, str(file.notes.get("site", "")), file=file)
+        return self.run_at(graph, context, file=file)
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
         file: Artifact = edit.shared["file"]
@@ -191,15 +225,17 @@ class Guardit(EditPass):
             return "identity"
         assert site.type.dtype is not None and site.type.shape is not None
         editor, rank = edit.editor, len(site.type.shape)
-        inside = file.notes.get("gate") == "activation"
+        inside = _inside(file)
         if inside and editor.site_value(site) in self._above(edit, file):
             return edit.declined(site, f"the gate reads {file.notes['site']}, which depends on it")
+        if inside and self.axis not in (-1, rank - 1):
+            return edit.declined(site, "the gate by activations takes channels on the last axis")
+        if inside and token_axes(site.type.shape, self.axis) != token_dims(edit.graph):
+            return edit.declined(site, f"the gate by activations is about tokens, and {site.type} has other axes")
         keep: list[Node] = edit.shared.setdefault("keep", [])
         if "vector" not in edit.shared:
-            if inside and self.axis not in (-1, rank - 1):
-                return edit.declined(site, "the gate by activations takes channels on the last axis")
             given = self._read(edit, file, keep) if inside else self._told(edit, len(vectors))
-            edit.shared["vector"], edit.shared["on"] = self._chosen(edit, given, vectors, float(file.notes["threshold"]))
+            edit.shared["vector"], edit.shared["on"] = self._chosen(edit, given, vectors, self._limit(file))
         vector, strength = edit.shared["vector"], edit.shared["on"]
         if vector.shape is None or len(vector.shape) != rank:
             vector, strength = per_channel(editor, vector, rank, self.axis), per_token(editor, strength, rank - 1)
@@ -208,9 +244,21 @@ class Guardit(EditPass):
         edit.result.details.append({"site": site.name, "rule": "inserted", "clusters": len(vectors), "alpha": self.alpha})
         return "inserted"
 
+    @property
+    def _asks_retain(self) -> bool:
+        """Whether the similarity with what is to be retained counts: then it is one more column."""
+        return self.mode == "ratio" or self.retain_threshold is not None
+
+    def _limit(self, file: Artifact) -> float:
+        """What a similarity, or a quotient of two, must exceed."""
+        if self.threshold is not None:
+            return self.threshold
+        return 1.0 if self.mode == "ratio" else float(file.notes["threshold"])
+
     def _told(self, edit: Edit, count: int) -> Value:
-        """The similarity of each request with each cluster, ``[batch, k]``, from outside."""
-        return row_input(edit.editor, edit.graph, "guardit.similarity", width=count, default=_NEVER)
+        """The similarity of each request with each cluster, ``[batch, k]``, from outside; ``k + 1`` with that to retain."""
+        width = count + self._asks_retain
+        return row_input(edit.editor, edit.graph, "guardit.similarity", width=width, default=_NEVER)
 
     def _above(self, edit: Edit, file: Artifact) -> frozenset[Value]:
         """What the gate is computed from, as it is before any edit."""
@@ -220,7 +268,7 @@ class Guardit(EditPass):
         return above
 
     def _read(self, edit: Edit, file: Artifact, keep: list[Node]) -> Value:
-        """The similarity at each token with each cluster, ``[batch, seq, k]``, of what the graph computes."""
+        """The similarity at each token with each cluster, ``[batch, seq, k]`` (``k + 1``), of what the graph computes."""
         editor, graph = edit.editor, edit.graph
         read = graph.site(str(file.notes["site"]))
         if read.type.shape is None or read.type.shape[:2] != token_dims(graph) or len(read.type.shape) != 3:
@@ -236,20 +284,66 @@ class Guardit(EditPass):
         edit.result.messages.append(
             "the gate reads the input prompt_lengths: where nobody gives it, generated tokens count as prompt"
         )
-        centroids = np.ascontiguousarray(file.array("centroids", 2).T.astype(np.float32))
+        rows = file.array("centroids", 2)
+        if self._asks_retain:
+            rows = np.concatenate([rows, file.array("retain_centroid", 1)[None]])
+        centroids = np.ascontiguousarray(rows.T.astype(np.float32))
         return editor.insert("actgraph.direction_scores", [total.output, centroids], {"measure": "cosine"}).output
 
-    def _chosen(self, edit: Edit, given: Value, vectors: Array, threshold: float) -> tuple[Value, Value]:
-        """``s [..., width]`` of the similarities ``given [..., k]``, and 1 where a cluster is active ``[...]``."""
+    def _chosen(self, edit: Edit, given: Value, vectors: Array, limit: float) -> tuple[Value, Value]:
+        """``s [..., width]`` of the similarities ``given [..., k]`` (``k + 1``), and 1 where the gate is open ``[...]``."""
         editor, count = edit.editor, len(vectors)
-        limit = threshold if self.threshold is None else self.threshold
-        active = editor.insert("actgraph.switch", [given], {"threshold": limit}).output
-        if self.mode == "weighted":
-            active = editor.insert("mul", [active, given]).output
-        ones = np.ones((count, 1), np.float32)
-        total = editor.insert("matmul", [active, ones]).output
-        least = 1.0 if self.mode == "threshold" else _EPS
+        forget, retain = given, given
+        if self._asks_retain:
+            assert given.shape is not None
+            axis = len(given.shape) - 1
+            forget = editor.insert("slice", [given], {"axis": axis, "start": 0, "end": count}).output
+            retain = editor.insert("slice", [given], {"axis": axis, "start": count, "end": count + 1}).output
+        compared = forget
+        if self.mode == "ratio":
+            compared = editor.insert("div", [forget, editor.insert("clip", [retain, _EPS, None]).output]).output
+        if self.mode == "soft":
+            active = editor.insert("relu", [forget]).output
+        else:
+            active = editor.insert("actgraph.switch", [compared], {"threshold": limit}).output
+        if self.mode in ("best", "ratio") and count > 1:
+            active = editor.insert("mul", [active, _most_similar(editor, forget, count)]).output
+        elif self.mode == "weighted":
+            active = editor.insert("mul", [active, _bounded(editor, forget)]).output
+        if self.retain_threshold is not None:
+            closed = editor.insert("actgraph.switch", [retain], {"threshold": self.retain_threshold}).output
+            active = editor.insert("mul", [active, editor.insert("sub", [np.ones(1, np.float32), closed]).output]).output
+        total = editor.insert("matmul", [active, np.ones((count, 1), np.float32)]).output
+        least = {"weighted": _EPS, "soft": _LEAST}.get(self.mode, 1.0)
         weights = editor.insert("div", [active, editor.insert("clip", [total, least, None]).output]).output
         vector = editor.insert("matmul", [weights, vectors.astype(np.float32)]).output
-        on = editor.insert("actgraph.switch", [total], {"threshold": 0.0}).output
+        on = editor.insert("actgraph.switch", [total], {"threshold": _LEAST if self.mode == "soft" else 0.0}).output
         return vector, editor.insert("sum", [on], {"axes": (-1,), "keepdims": False}).output
+
+
+def _most_similar(editor: Editor, similarity: Value, count: int) -> Value:
+    """1 for the largest of ``similarity [..., k]`` (the first of equal ones), else 0.
+
+    Each pair is compared: of two clusters the later one wins where it is larger, else the earlier one, and the most similar is
+    the one that wins all its pairs. (No maximum can be inserted in both dialects.)
+    """
+    pairs = [(i, j) for j in range(count) for i in range(j)]
+    minus, wins = np.zeros((count, len(pairs)), np.float32), np.zeros((len(pairs), count), np.float32)
+    for column, (early, late) in enumerate(pairs):
+        minus[[early, late], column] = -1, 1
+        wins[column, [early, late]] = -1, 1
+    differences = editor.insert("matmul", [_bounded(editor, similarity), minus]).output
+    later = editor.insert("actgraph.switch", [differences], {"threshold": 0.0}).output
+    won = editor.insert("matmul", [later, wins]).output  # beside the pairs in which it is the earlier one, won until lost
+    total = editor.insert("add", [won, np.arange(count - 1, -1, -1, dtype=np.float32)]).output
+    return editor.insert("actgraph.switch", [total], {"threshold": count - 1.5}).output
+
+
+def _bounded(editor: Editor, similarity: Value) -> Value:
+    """What a host says to be infinitely dissimilar as a number: infinity times 0 is NaN."""
+    return editor.insert("clip", [similarity, _NEVER, -_NEVER]).output
+
+
+def _inside(file: Artifact) -> bool:
+    """Whether the gate reads activations, and not what the host gives."""
+    return file.notes.get("gate") == "activation"

@@ -133,11 +133,14 @@ class GuidingGiants(EditPass):
             raise OptionError(f"guiding_giants: eta is {eta}", "give a finite number")
         return eta
 
+    def targets(self, graph: Graph) -> Selector:
+        return Controller.load(self.controller).layers
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         controller = Controller.load(self.controller)
         self.check_model(controller.model, graph, self.controller)
         inputs = [graph.site(name) for name in controller.inputs]
-        result = self.run_at(graph, context, controller.layers, controller=controller, inputs=inputs)
+        result = self.run_at(graph, context, controller=controller, inputs=inputs)
         if result.declined:
             patched = sum(count for rule, count in result.counts.items() if rule != "identity")
             result.messages.insert(

@@ -3,7 +3,8 @@
 Source: Representation-Aware Unlearning via Activation Signatures: From Suppression to Knowledge-Signature Erasure (KIF, 2026).
 Where the released code and sense differ: the soft gate's mean and deviation are those of *control* prompts at the edited site
 (the code takes them from the subject's own prompts at the last hidden state, where its gate is about 0.01 for the subject
-itself), and the gate is one per token (one for the whole batch couples requests).
+itself), and the gate is one per token (one for the whole batch couples requests). Further directions are judged by the size of
+projections, since their means cannot differ (see ``further_directions``; by the code's rule none can be kept).
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ from actgraph.formats.artifacts import Artifact, load_artifact
 from actgraph.formats.vectors import model_fingerprint
 from actgraph.graph import Graph, Node, Site, Value
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass
+from actgraph.passes.steer.edit import Edit, FoldingEditPass, edit_dtype
 from actgraph.passes.steer.pca import fixed_sign
-from actgraph.passes.steer.runtime_inputs import per_token, row_input
 from actgraph.pipeline.base import PassContext, PassResult
 
 Array = np.ndarray[Any, Any]
 KIND = "kif_signature"
 _MADE_BY = "make one with actgraph.passes.steer.kif.mine_signature"
+_RANK = 1e-6  # of the rows' size: what is smaller is rounding noise
+_FOLDS, _FEWEST = 5, 8
 
 
 @dataclass(frozen=True)
 class SiteSignature:
     """What tells a subject's prompts from controls at one site.
 
-    directions: ``[width, r]`` float64, orthonormal: the raw-space direction of the difference of means, then further ones.
+    directions: ``[width, r]`` float64, orthonormal: the raw-space direction of the difference of means, then further ones
+    (``further_directions``).
     effect: the standardised effect size along it (in deviations), with its bootstrap 95 % interval ``low`` to ``high``.
     mean, deviation: of ``|h . v|`` over the tokens of control prompts, for the gate.
     """
@@ -56,13 +59,14 @@ class SiteSignature:
 class Signature:
     """A subject's signature: the site with the largest effect, and what all sites had.
 
-    strong: whether that effect reaches the threshold; a weaker one says that the subject is not told apart.
+    strong: whether that effect reaches ``threshold``; a weaker one says that the subject is not told apart.
     """
 
     best: SiteSignature
     sites: tuple[SiteSignature, ...]
     strong: bool
     model: str = ""
+    threshold: float = 2.0
 
     def table(self) -> list[dict[str, Any]]:
         """One row a site, in the order of the model."""
@@ -78,6 +82,7 @@ class Signature:
         """Write what the pass ``kif`` reads."""
         best = self.best
         notes = {"site": best.site, "effect": best.effect, "mean": best.mean, "deviation": best.deviation}
+        notes |= {"strong": self.strong, "threshold": self.threshold}
         return Artifact(KIND, {"directions": best.directions.astype(np.float32)}, notes, self.model).save(path)
 
 
@@ -100,7 +105,7 @@ def mine_signature(
 
     subject: texts about it, with the subject's name as ``span`` (``{"text": ..., "span": ...}``), or with another ``position``.
     controls: neutral texts. site: where to look; the site with the largest effect is chosen (the first of equal ones).
-    most: how many further directions (components of what the first leaves) are kept where their effect reaches ``threshold``.
+    most: how many further directions at most (see ``further_directions``) are kept where their effect reaches ``threshold``.
     Raises InputError where sets cannot be told apart, and what ``collect`` raises.
     """
     names = [each.name for each in graph.sites(site)]
@@ -112,7 +117,11 @@ def mine_signature(
     mean, deviation = _on_controls(graph, best, controls, options)
     chosen = SiteSignature(best.site, best.directions, best.effect, best.low, best.high, mean, deviation)
     return Signature(
-        chosen, tuple(chosen if each is best else each for each in found), best.effect >= threshold, model_fingerprint(graph)
+        chosen,
+        tuple(chosen if each is best else each for each in found),
+        best.effect >= threshold,
+        model_fingerprint(graph),
+        threshold,
     )
 
 
@@ -140,17 +149,63 @@ def _of_site(
     draws = np.random.default_rng(seed)
     again = [effect_size(*(s[draws.integers(0, len(s), len(s))] for s in scores)) for _ in range(bootstrap)]
     low, high = np.percentile(again, [2.5, 97.5]) if again else (effect, effect)
-    raw = [rows.astype(np.float64) for rows in (positive, negative)]
-    first = raw[0].mean(0) - raw[1].mean(0)
+    first = positive.mean(0, dtype=np.float64) - negative.mean(0, dtype=np.float64)
     directions = [first / np.linalg.norm(first)]
-    left = [rows - np.outer(rows @ directions[0], directions[0]) for rows in raw]
-    centred = np.concatenate(left) - np.concatenate(left).mean(0)
-    for component in np.linalg.svd(centred, full_matrices=False)[2][:most]:
-        if effect_size(left[0] @ component, left[1] @ component) >= threshold:
-            directions.append(fixed_sign(component))
+    for component in further_directions(standard[0], standard[1], threshold=threshold, most=most):
+        raw = component * deviation  # how raw rows move where standardised ones move along it
+        left = raw - sum(((raw @ each) * each for each in directions), np.zeros_like(raw))
+        if np.linalg.norm(left) > _RANK * np.linalg.norm(raw):
+            directions.append(fixed_sign(left / np.linalg.norm(left)))
     basis, _ = np.linalg.qr(np.stack(directions, 1))
     basis = basis * np.sign((basis * np.stack(directions, 1)).sum(0))
     return SiteSignature(site, basis, effect, float(low), float(high))
+
+
+def further_directions(positive: Array, negative: Array, *, threshold: float = 2.0, most: int = 3) -> list[Array]:
+    """Facets of a subject that its mean does not show: unit vectors in the space of the standardised rows ``[n, width]``.
+
+    They are the first ``most`` principal components of the subject's rows, after the direction of the difference of means is
+    projected out of them, whose effect reaches ``threshold``. With that direction gone both sets have the same mean along
+    every other one, so that an effect size of projections is 0 up to rounding; what can differ is how far rows lie from that
+    mean. The effect is that of ``log |projection|``, the subject's being the larger: of sizes themselves it could not reach
+    1.9 where the facet is normal, however large. A component fits the rows that it was made of, of few rows in a wide space
+    even if it says nothing, so each row is measured with components of the other four fifths. Sets of less than
+    eight rows tell too little, and have none; nor are components of negligible size (1e-6 of the rows) looked at.
+    """
+    if min(len(positive), len(negative)) < _FEWEST or most < 1:
+        return []
+    _, found = _components(positive, negative, most)
+    near, far = [], []
+    folds = [np.arange(len(rows)) % _FOLDS for rows in (positive, negative)]
+    for fold in range(_FOLDS):
+        kept = [rows[labels != fold] for rows, labels in zip((positive, negative), folds, strict=True)]
+        middle, components = _components(kept[0], kept[1], most)
+        found = found[: len(components)]
+        far.append(np.abs((positive[folds[0] == fold] - middle) @ components.T))
+        near.append(np.abs((negative[folds[1] == fold] - middle) @ components.T))
+    count = len(found)
+    sizes = [np.log(np.maximum(np.concatenate([part[:, :count] for part in each]), _RANK)) for each in (far, near)]
+    larger = sizes[0].mean(0) > sizes[1].mean(0)
+    return [found[k] for k in range(count) if larger[k] and effect_size(sizes[0][:, k], sizes[1][:, k]) >= threshold]
+
+
+def _components(positive: Array, negative: Array, most: int) -> tuple[Array, Array]:
+    """The mean of the subject's rows without the direction of the difference of means, and the first principal components of
+    these rows, ``[at most most, width]``, by the smaller Gram matrix.
+    """
+    u = positive.mean(0) - negative.mean(0)
+    u = u / (np.linalg.norm(u) or 1.0)
+    left = positive - np.outer(positive @ u, u)
+    middle = left.mean(0)
+    centred = left - middle
+    wide = centred.shape[1] > len(centred)
+    values, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    whole = ((positive - positive.mean(0)) ** 2).sum()
+    count = min(most, int((values > whole * _RANK**2).sum()))
+    rows = (centred.T @ vectors[:, :count] if wide else vectors[:, :count]).T
+    rows = rows - np.outer(rows @ u, u)
+    return middle, rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _on_controls(graph: Graph, best: SiteSignature, controls: Any, options: Mapping[str, Any]) -> tuple[float, float]:
@@ -181,13 +236,15 @@ def route(similarity: Array, *, threshold: float = 0.68, keywords: Array | None 
     return np.asarray(np.where(candidates.any(1), best, -1))
 
 
-class Kif(EditPass):
+class Kif(FoldingEditPass):
     """A capsule: scale the part of an activation that lies along a subject's signature, ``h' = h + s (h . v) v``.
 
     ``strength`` -1 takes it out, -0.8 (the method's default) leaves a fifth, -2 reflects it. ``gate=projection`` acts on the
     tokens that carry the signature: softly, ``sigmoid(1.6 (z - 3))`` of how many deviations ``|h . v|`` is above its mean on
     control prompts. ``gate=input`` leaves it to the host, request by request: the optional input ``kif.gate`` [batch], 0 (off,
     bit for bit) where nobody gives it. A file holds several directions where a subject has them; they are orthonormal.
+
+    Without a gate and for all tokens it is a linear map, which folds into weights as that of ``ablate`` does.
     """
 
     name: ClassVar[str] = "kif"
@@ -201,10 +258,13 @@ class Kif(EditPass):
     steepness: float = Field(default=1.6, gt=0, description="Of the gate by projection.")
     threshold: float = Field(default=3.0, description="Deviations above the mean of controls at which that gate is half open.")
 
+    def reads_rows(self, edit: Edit) -> bool:
+        return self.gate == "input"
+
     def targets(self, graph: Graph) -> Selector:
         return str(load_artifact(self.signature, KIND, _MADE_BY).notes.get("site", ""))
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
         file = load_artifact(self.signature, KIND, _MADE_BY)
         basis = file.array("directions", 2).astype(np.float64)
         if self.gate == "input":
@@ -218,12 +278,17 @@ class Kif(EditPass):
                 gate = 1 / (1 + np.exp(-np.clip(self.steepness * (z - self.threshold), -700, 700)))
             return np.asarray(rows + self.strength * gate * (part @ basis.T))
 
-        return self.at_tokens(edited, tokens)
+        return self.at_tokens(edited, inputs)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         file = load_artifact(self.signature, KIND, _MADE_BY)
         self.check_model(file.model, graph, self.signature)
-        return self.run_at(graph, context, str(file.notes.get("site", "")), file=file)
+        result = self.run_at(graph, context, file=file)
+        if not file.notes.get("strong", True):
+            effect, least = float(file.notes["effect"]), float(file.notes.get("threshold", 2.0))
+            told = f"its effect is {effect:.2g}, below {least:g}"
+            result.messages.append(f"{self.signature} is a weak signature: the subject is hardly told from controls ({told})")
+        return result
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
         file: Artifact = edit.shared["file"]
@@ -234,23 +299,23 @@ class Kif(EditPass):
             )
         if self.strength == 0:
             return "identity"
-        assert site.type.dtype is not None and site.type.shape is not None
-        editor, mask = edit.editor, edit.mask()
+        assert site.type.shape is not None
+        mask = edit.mask()
         keep: list[Node] = []
         if self.gate == "projection":
             if self.axis not in (-1, len(site.type.shape) - 1):
                 return edit.declined(site, "the gate by projection takes channels on the last axis")
-            mask = self._both(edit, mask, self._carries(edit, site, directions, file, keep))
+            mask = edit.times(mask, self._carries(edit, site, directions, file, keep))
         elif self.gate == "input":
-            if "gate" not in edit.shared:
-                edit.shared["gate"] = per_token(editor, row_input(editor, edit.graph, "kif.gate"), len(site.type.shape) - 1)
-            mask = self._both(edit, mask, edit.shared["gate"])
-        matrix = (self.strength * np.eye(directions.shape[1])).astype(site.type.dtype.numpy)
-        operands: list[Value | Array | None] = [directions.astype(site.type.dtype.numpy), matrix]
+            mask = edit.times(mask, edit.of_rows(site, "kif.gate"))
+        dtype = edit_dtype(site)
+        operands: list[Value | Array | None] = [
+            directions.astype(dtype), (self.strength * np.eye(directions.shape[1])).astype(dtype)
+        ]  # fmt: skip
         operands += [mask] if mask is not None else []
-        editor.insert_at(site, "actgraph.lowrank_map", operands, self.attributes, keep=keep)
-        edit.result.details.append({"site": site.name, "rule": "inserted", "strength": self.strength, "gate": self.gate})
-        return "inserted"
+        rule = edit.place(site, "actgraph.lowrank_map", operands, self.attributes, fold=self.fold, keep=keep)
+        edit.result.details.append({"site": site.name, "rule": rule, "strength": self.strength, "gate": self.gate})
+        return rule
 
     def _carries(self, edit: Edit, site: Site, directions: Array, file: Artifact, keep: list[Node]) -> Value:
         """How much each token carries the signature, 0 to 1, read before the edit."""
@@ -261,7 +326,3 @@ class Kif(EditPass):
         soft = {"mode": "soft", "steepness": self.steepness, "threshold": self.threshold, **control}
         gate = edit.editor.insert("actgraph.switch", [scores], soft).output
         return edit.editor.insert("sum", [gate], {"axes": (-1,), "keepdims": False}).output
-
-    @staticmethod
-    def _both(edit: Edit, mask: Value | None, gate: Value) -> Value:
-        return gate if mask is None else edit.editor.insert("mul", [mask, gate]).output

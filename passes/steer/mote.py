@@ -45,7 +45,7 @@ from actgraph.pipeline.base import ROUNDING, UNBOUNDED, Declined, PassContext, P
 
 _SPEC = re.compile(r"(?:(?P<number>[0-9]+)|(?P<all>\*)|(?P<name>[\w.]*blocks\.[0-9]+)):(?P<expert>[0-9]+)")
 #: The optional input with which biases are given at run time.
-INPUT = "expert_bias"
+INPUT = "mote.expert_bias"
 
 
 class Mote(OfModel):
@@ -83,8 +83,8 @@ class Mote(OfModel):
     )
     amount: Annotated[float, Field(allow_inf_nan=False)] | Literal["input"] = Field(
         default=1.0,
-        description="mode=bias: the number added, or `input`: a graph input expert_bias [blocks, experts]. after_topk: the "
-        "part of its weight that an expert loses. Otherwise 1. 0 is the identity.",
+        description="mode=bias: the number added, or `input`: a graph input mote.expert_bias [blocks, experts]. after_topk: "
+        "the part of its weight that an expert loses. Otherwise 1. 0 is the identity.",
     )
     weight: float | None = Field(
         default=None,
@@ -165,10 +165,7 @@ class Mote(OfModel):
                     result.counts[rule] += 1
                     what = "all" if self.amount == "input" else " ".join(map(str, sorted(experts)))
                     result.details.append({"site": block, "experts": what, "rule": rule})
-        if where.reads_prompt_lengths and result.counts:
-            result.messages.append(
-                f"where={self.where} reads the input prompt_lengths: where nobody gives it, all tokens are prompt"
-            )
+        result.messages += where.assumptions() if result.counts else []
         result.messages += editor.messages
         if not result.counts:
             raise PassError(f"mote changed nothing: {result.declined[0].site}: {result.declined[0].reason}")
@@ -271,7 +268,7 @@ class _Edits:
                 raise PassError(f"mote: {self.graph.name} has an input {INPUT} already", "use amount=input once")
             kind = TensorType(DType.F32, (rows, router.experts))
             default = np.zeros((rows, router.experts), np.float32)
-            self.given = self.editor.add_input(INPUT, kind, role=Role.CONTEXT, default=default)
+            self.given = self.editor.add_input(INPUT, kind, role=Role.USER, default=default)
         if self.given.shape != (rows, router.experts):
             raise PassError(f"mote: {block} has {router.experts} experts, and {INPUT} is {self.given.type}", "bias by number")
         row_of = self.editor.insert("slice", [self.given], {"axis": 0, "start": row, "end": row + 1}).output

@@ -7,7 +7,7 @@ of two regimes, each file standardised by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -83,7 +83,7 @@ def _standardised(h: Array, axis: int) -> Array:
 def adapted(pattern: Array, shape: Sequence[int], how: Adaptation) -> Array:
     """``pattern [channels, *space]`` for activations of ``shape`` (``[channels, *space]``): larger axes are cut about their
     middle; then, where sizes still differ, ``drop`` averages over space, ``pad`` adds zeros at the high end, ``interpolate``
-    is linear in each axis (corners not aligned), and ``none`` leaves it to broadcasting.
+    is linear in each axis (corners not aligned), and ``none`` broadcasts axes of size 1. Raises InputError where it cannot.
     """
     pattern = np.asarray(pattern, np.float64)
     if pattern.ndim != len(shape) or pattern.shape[0] != shape[0]:
@@ -94,8 +94,14 @@ def adapted(pattern: Array, shape: Sequence[int], how: Adaptation) -> Array:
         spare = pattern.shape[place] - size
         if spare > 0:
             pattern = np.take(pattern, np.arange(spare // 2, spare // 2 + size), axis=place)
-    if pattern.shape == tuple(shape) or how == "none":
+    if pattern.shape == tuple(shape):
         return pattern
+    if how == "none":
+        if any(have not in (1, size) for size, have in zip(shape, pattern.shape, strict=True)):
+            raise InputError(
+                f"the pattern is {list(pattern.shape)} and is not broadcast to {list(shape)}", "use drop, pad or interpolate"
+            )
+        return np.broadcast_to(pattern, tuple(shape)).copy()
     if how == "drop":
         return np.broadcast_to(pattern.mean(tuple(range(1, pattern.ndim)), keepdims=True), tuple(shape)).copy()
     if how == "pad":
@@ -119,8 +125,9 @@ class PhysicsSteer(EditPass):
     channels and space.
 
     The pattern is adapted to the traced sizes: cut about its middle where it is larger, then ``drop`` (its mean over space),
-    ``pad`` (zeros at the high end), ``interpolate`` (linear) or ``none`` (broadcasting). Where the graph's space is dynamic
-    only ``drop`` and patterns without space apply. ``alpha`` below 0 steers the other way; 0 is the identity.
+    ``pad`` (zeros at the high end), ``interpolate`` (linear) or ``none`` (broadcasting). Where axes of space are dynamic,
+    ``drop`` applies, and ``none`` and ``interpolate`` to a pattern of size 1 along them. ``alpha`` below 0 steers the other
+    way; 0 is the identity.
     """
 
     name: ClassVar[str] = "physics_steer"
@@ -132,10 +139,27 @@ class PhysicsSteer(EditPass):
     adapt: Adaptation = Field(default="drop", description="What happens where sizes of space differ.")
     axis: int = Field(default=1, description="The channel axis of the site; axes before it are samples, those behind it space.")
 
+    def targets(self, graph: Graph) -> Selector:
+        return str(load_artifact(self.delta, KIND, _MADE_BY).notes.get("site", ""))
+
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
+        pattern, shape = load_artifact(self.delta, KIND, _MADE_BY).array("pattern").astype(np.float64), site.type.shape or ()
+        place = self.axis % len(shape)
+        space = shape[place + 1 :]
+        if not all(isinstance(size, int) for size in space) and (self.adapt == "drop" or pattern[0].size == 1):
+            pattern = pattern.mean(tuple(range(1, pattern.ndim))).reshape(-1, *[1] * len(space))
+
+        def edited(rows: Array) -> Array:  # channels last: [samples ..., space ..., channels]
+            direction = np.moveaxis(adapted(pattern, (rows.shape[-1], *rows.shape[place:-1]), self.adapt), 0, -1)
+            sizes = np.sqrt(np.square(rows).sum(tuple(range(place, rows.ndim)), keepdims=True))
+            return np.asarray(rows + self.alpha * sizes * direction / np.linalg.norm(direction.ravel()))
+
+        return self.at_tokens(edited, inputs)
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         file = load_artifact(self.delta, KIND, _MADE_BY)
         self.check_model(file.model, graph, self.delta)
-        return self.run_at(graph, context, str(file.notes.get("site", "")), pattern=file.array("pattern"))
+        return self.run_at(graph, context, pattern=file.array("pattern"))
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
         assert site.type.dtype is not None and site.type.shape is not None
@@ -146,19 +170,23 @@ class PhysicsSteer(EditPass):
         if self.alpha == 0:
             return "identity"
         space = shape[place + 1 :]
-        sizes = [size for size in space if isinstance(size, int)]
-        if len(sizes) == len(space):
-            pattern = adapted(pattern, (width, *sizes), self.adapt)
-        elif self.adapt == "drop" or pattern[0].size == 1:
+        open_axes = [axis for axis, size in enumerate(space, 1) if not isinstance(size, int)]
+        if open_axes and (self.adapt == "drop" or pattern[0].size == 1):
             pattern = pattern.mean(tuple(range(1, pattern.ndim))).reshape(width, *[1] * len(space))
-        else:
-            return edit.declined(site, f"the sizes of space are not fixed ({site.type}), and adapt={self.adapt} needs them")
+        one = pattern.ndim == 1 + len(space) and all(pattern.shape[axis] == 1 for axis in open_axes)
+        if open_axes and (self.adapt == "pad" or not one):
+            why = f"the sizes of space are not fixed ({site.type}), and adapt={self.adapt} needs them"
+            return edit.declined(site, f"{why}: say adapt=drop")
+        try:
+            pattern = adapted(pattern, (width, *(size if isinstance(size, int) else 1 for size in space)), self.adapt)
+        except InputError as error:
+            raise PassError(f"physics_steer: at {site.name} {error.message}", error.hint) from error
         axes = tuple(range(place - len(shape), 0))
         attributes = {"axis": place - len(shape), "norm": "relative", "norm_axes": axes, "scale": self.alpha}
         data = pattern.reshape(*[1] * place, *pattern.shape).astype(site.type.dtype.numpy)
         keep: list[Node] = []
         vector: Value | Array = data
-        if len(sizes) != len(space):  # |D| is that of the pattern everywhere: it is spread over space in the graph
+        if open_axes:  # |D| is that of the pattern everywhere: it is spread over space in the graph
             keep.append(edit.editor.insert("clip", [edit.editor.site_value(site), 0.0, 0.0]))
             vector = edit.editor.insert("add", [keep[0].output, data]).output
         mask = edit.mask()

@@ -10,16 +10,14 @@ from pydantic import Field
 
 from actgraph.errors import PassError
 from actgraph.graph import Graph, Site
-from actgraph.graph.context import token_dims
 from actgraph.graph.graph import Array
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass, token_axes
+from actgraph.passes.steer.edit import Edit, EditPass
 from actgraph.passes.steer.plane import SteeringPlane, load_plane
-from actgraph.passes.steer.runtime_inputs import per_token, row_input
 from actgraph.pipeline.base import PassContext, PassResult
 
 if TYPE_CHECKING:
-    from actgraph.graph import Node, Value
+    from actgraph.graph import Value
 
 #: Degrees to radians.
 RADIANS = float(np.pi / 180)
@@ -50,29 +48,20 @@ class PlanePass(EditPass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         plane = load_plane(self.plane)
         self.check_model(plane.model, graph, self.plane)
-        named = self.targets(graph)
-        if not self.site and plane.sites and not named:
+        if not self.site and plane.sites and not self.targets(graph):
             raise PassError(
                 f"{self.name}: no block of {self.plane} tells the two sets apart", "say layers=all, or where with site=..."
             )
-        return self.run_at(graph, context, named, plane=plane)
+        return self.run_at(graph, context, plane=plane)
 
-    def fits(self, edit: Edit, site: Site, width: int, by_row: bool) -> bool:
-        """Whether the site has rows of the batch, where something is given for each; declines it else.
-
-        Raises PassError for a plane of another width.
-        """
+    def check_width(self, edit: Edit, site: Site, width: int) -> None:
+        """Raises PassError for a plane of another width."""
         plane: SteeringPlane = edit.shared["plane"]
         if len(plane.basis) != width:
             raise PassError(
                 f"{self.name}: the plane has {len(plane.basis)} channels but {site.name} is {site.type}",
                 "use a plane extracted at this site, or set axis",
             )
-        dims, axes = token_dims(edit.graph), token_axes(site.type.shape or (), self.axis)
-        if by_row and dims and axes[:1] != dims[:1]:
-            edit.declined(site, f"rows of the batch get values of their own, and {site.type} has no axis of rows")
-            return False
-        return True
 
     def basis(self, edit: Edit, columns: int = 2) -> Value | Array:
         """The first ``columns`` of the basis: an array for the first site, and the parameter made of it for the others."""
@@ -87,36 +76,35 @@ class PlanePass(EditPass):
         op: str,
         operands: list[Value | Array | None],
         attributes: Mapping[str, str | float] | None = None,
-    ) -> Node:
-        """Put the op at the site, and return its node; operands that are arrays are kept for the next one."""
+        *,
+        fold: bool = False,
+    ) -> str:
+        """Put the op at the site as ``Edit.place`` does; the stored operands of a node that stays are those of the next one."""
         node = edit.editor.insert_at(site, op, operands, {**(attributes or {}), **self.attributes}).producer
         assert node is not None
-        edit.shared["basis"], edit.shared["second"] = node.operands[1], node.operands[2]
-        return node
+        basis, second = node.operands[1:3]
+        rule = edit.settle(site, node, fold=fold)
+        if rule == "inserted":
+            edit.shared["basis"], edit.shared["second"] = basis, second
+        else:  # the operands may have gone with the node
+            edit.shared.pop("basis", None)
+            edit.shared.pop("second", None)
+        return rule
 
     def mask(self, edit: Edit, site: Site, scale: float | str, on: Value | None = None) -> Value | Array | None:
-        """The mask of the clause times the scale, which is a number or the input ``steer.scale``, and ``on`` (0 or 1)."""
+        """The mask of the clause times the scale, which is a number or the input ``scale``, and ``on`` (0 or 1)."""
         assert site.type.shape is not None
         editor, mask = edit.editor, edit.mask()
-        if "factor" not in edit.shared:
+        key = ("factor", len(site.type.shape))
+        if key not in edit.shared:
             factors: list[Value | Array] = [value for value in (mask, on) if value is not None]
             if isinstance(scale, str):
-                rows = row_input(editor, edit.graph, "steer.scale")
-                factors.append(per_token(editor, rows, len(site.type.shape) - 1))
+                factors.append(edit.of_rows(site, f"{self.name}.scale"))
             elif scale != 1:
                 factors.append(np.asarray([scale], np.float32))
             product: Value | Array | None = factors[0] if factors else None
             for factor in factors[1:]:
                 product = editor.insert("mul", [product, factor]).output
-            edit.shared["factor"] = product
-        kept: Value | Array | None = edit.shared["factor"]
+            edit.shared[key] = product
+        kept: Value | Array | None = edit.shared[key]
         return kept
-
-    def angle_rows(self, edit: Edit, site: Site) -> Value:
-        """The input ``steer.angle``, degrees for each row, to be broadcast to tokens; 0 where nobody gives it."""
-        assert site.type.shape is not None
-        if "angle" not in edit.shared:
-            rows = row_input(edit.editor, edit.graph, "steer.angle")
-            edit.shared["angle"] = per_token(edit.editor, rows, len(site.type.shape) - 1)
-        angle: Value = edit.shared["angle"]
-        return angle

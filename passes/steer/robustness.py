@@ -25,6 +25,8 @@ from actgraph.pipeline.manager import PassManager
 Array = np.ndarray[Any, Any]
 #: A text -> the same attacked, to make a score (the text -> number given) small.
 Attack = Callable[[str, Callable[[str], float]], str]
+#: The steered score below which an attack has succeeded, and stops.
+GOAL = 0.3
 
 
 def directions(
@@ -145,21 +147,27 @@ def most_important_words(text: str, score: Callable[[str], float]) -> list[int]:
     return sorted(range(len(words)), key=lambda i: -loss[i])
 
 
-def deep_word_bug(budget: int = 4) -> Attack:
+def deep_word_bug(budget: int = 4, goal: float = GOAL) -> Attack:
     """Character edits of the most important words (DeepWordBug): swap two, leave one out, double one, or a neighbour on the
     keyboard.
 
-    budget: how many words may change. Of the edits of a word the one that lowers the score most is taken, if it lowers it.
+    budget: how many words may change at most. Of the edits of a word the one that lowers the score most is taken, if it lowers
+    it. goal: the attack stops as soon as the score is below, and leaves a text alone whose score is (0: it never stops early).
     """
+    return _greedy(character_edits, budget, goal)
+
+
+def _greedy(edits: Callable[[str], Sequence[str]], budget: int, goal: float) -> Attack:
+    """The best of ``edits(word)`` for one word after the other, the most important first."""
 
     def attack(text: str, score: Callable[[str], float]) -> str:
         words, now = text.split(" "), score(text)
-        for place in most_important_words(text, score)[:budget]:
-            tried = [
-                (score(" ".join([*words[:place], each, *words[place + 1 :]])), each) for each in character_edits(words[place])
-            ]
+        for place in most_important_words(text, score)[:budget] if now >= goal else ():
+            tried = [(score(" ".join([*words[:place], each, *words[place + 1 :]])), each) for each in edits(words[place])]
             if tried and min(tried, key=lambda pair: pair[0])[0] < now:
                 now, words[place] = min(tried, key=lambda pair: pair[0])
+            if now < goal:
+                break
         return " ".join(words)
 
     return attack
@@ -181,20 +189,11 @@ def character_edits(word: str) -> list[str]:
     return [each for each in dict.fromkeys(edits) if each != word]
 
 
-def word_swaps(candidates: Callable[[str], Sequence[str]], budget: int = 4) -> Attack:
+def word_swaps(candidates: Callable[[str], Sequence[str]], budget: int = 4, goal: float = GOAL) -> Attack:
     """Swaps of the most important words for ``candidates(word)``: TextFooler with synonyms, greedy swaps with embeddings'
-    neighbours.
+    neighbours. budget, goal: as ``deep_word_bug`` has them.
     """
-
-    def attack(text: str, score: Callable[[str], float]) -> str:
-        words, now = text.split(" "), score(text)
-        for place in most_important_words(text, score)[:budget]:
-            tried = [(score(" ".join([*words[:place], each, *words[place + 1 :]])), each) for each in candidates(words[place])]
-            if tried and min(tried, key=lambda pair: pair[0])[0] < now:
-                now, words[place] = min(tried, key=lambda pair: pair[0])
-        return " ".join(words)
-
-    return attack
+    return _greedy(candidates, budget, goal)
 
 
 def neighbours(words: Sequence[str], embeddings: Array, count: int = 8) -> Callable[[str], list[str]]:
@@ -220,7 +219,7 @@ class Robustness:
     """Of one method and attack. Scores are arrays over inputs, by site: without steering, steered, and steered on attacked
     inputs.
 
-    Steering raises the score of a match; an attack lowers it.
+    Steering raises the score of a match; an attack lowers it, and succeeds where it is below ``goal`` afterwards.
     """
 
     method: str
@@ -229,6 +228,7 @@ class Robustness:
     steered: Mapping[str, Array]
     attacked_plain: Mapping[str, Array]
     attacked: Mapping[str, Array]
+    goal: float = GOAL
 
     def steerability(self, site: str) -> float:
         """The mean rise of the score by steering, on clean inputs."""
@@ -246,6 +246,13 @@ class Robustness:
         """The mean score of steered, attacked inputs."""
         return float(self.attacked[site].mean())
 
+    def success(self, site: str) -> float:
+        """The share of inputs whose steered score an attack brings below the goal, of those that are not below it when clean;
+        NaN: none of these.
+        """
+        open_ = self.steered[site] >= self.goal
+        return float((self.attacked[site] < self.goal)[open_].mean()) if open_.any() else float("nan")
+
     @property
     def layer_shift(self) -> int:
         """How many places the best site (by the steered score) moves under attack."""
@@ -258,7 +265,8 @@ class Robustness:
         return [
             {
                 "method": self.method, "attack": self.attack, "site": site, "steerability": self.steerability(site),
-                "directional": self.directional(site), "confidence": self.confidence(site), "layer_shift": self.layer_shift,
+                "directional": self.directional(site), "confidence": self.confidence(site), "success": self.success(site),
+                "layer_shift": self.layer_shift,
             }
             for site in self.steered
         ]  # fmt: skip
@@ -270,13 +278,14 @@ def bench(
     vectors: Mapping[str, Mapping[str, Array]],
     attacks: Mapping[str, Attack],
     *,
+    goal: float = GOAL,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Robustness]:
     """Every method against every attack, at every site.
 
     score: ``(text, site, vector)`` -> the match score of a text, steered at ``site`` by the vector (``None``: not steered).
-    vectors: method -> site -> ``[width]``. An attack sees the steered score, which it makes small. progress: told how many
-    texts are done.
+    vectors: method -> site -> ``[width]``. An attack sees the steered score, which it makes small. goal: an attack has
+    succeeded below it (give the attacks the same one). progress: told how many texts are done.
     """
     plain = np.array([score(text, "", None) for text in texts])
     results, done = [], 0
@@ -291,5 +300,5 @@ def bench(
                 attacked[site] = np.array([score(text, site, vector) for text in changed])
                 done += len(texts)
                 progress(done)
-            results.append(Robustness(method, name, plain, steered, attacked_plain, attacked))
+            results.append(Robustness(method, name, plain, steered, attacked_plain, attacked, goal))
     return results

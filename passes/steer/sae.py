@@ -9,7 +9,7 @@ and all other latents cancel, so only the rows of the edited latents are put int
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,15 +21,15 @@ from actgraph.formats.saelens import load_sae
 from actgraph.graph import Graph, Site, Value
 from actgraph.graph.graph import Array
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass
-from actgraph.passes.steer.runtime_inputs import INPUT, per_token, row_input
+from actgraph.passes.steer.edit import Edit, FoldingEditPass
+from actgraph.passes.steer.runtime_inputs import INPUT
 from actgraph.passes.steer.steer import Steer
 from actgraph.pipeline.base import ROUNDING, UNBOUNDED, PassContext, PassResult
 
 _LAST = re.compile(r"(?:decoder\.)?blocks\.(\d+)\.resid_post")
 
 
-class SaeSteer(EditPass):
+class SaeSteer(FoldingEditPass):
     """Edit latents of a sparse autoencoder at its site, for all tokens or those that ``where`` names.
 
     ``mode=add`` adds ``value`` to each latent (of a latent that does not fire, too), ``clamp`` sets it to ``value``, ``scale``
@@ -51,7 +51,6 @@ class SaeSteer(EditPass):
     name: ClassVar[str] = "sae_steer"
     change: ClassVar[str] = "latents of an SAE are edited"
     off: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
-    oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     sae: str = Field(
         description="A folder in SAELens' layout (cfg.json and sae_weights.safetensors).", json_schema_extra={"path": True}
@@ -66,7 +65,6 @@ class SaeSteer(EditPass):
         default=1.0, description="Factor on the change that the edit makes, or `input`; 0 is the identity."
     )
     site: Selector = Field(default=(), description="Where; default: the site that the SAE was trained at.")
-    fold: bool = Field(default=True, description="Move what mode=add adds into a bias where that is exact: with where=all.")
     undo_at_final_norm: float = Field(
         default=0.0, description="With mode=add: how much of it is taken away again in front of the final norm (1: all).",
         allow_inf_nan=False,
@@ -85,6 +83,29 @@ class SaeSteer(EditPass):
             raise ValueError("numbers must be finite")
         return value
 
+    def reads_rows(self, edit: Edit) -> bool:
+        return self.strength == INPUT
+
+    def targets(self, graph: Graph) -> Selector:
+        return self._site(graph, load_sae(self.sae, self.latents, input_scale=self.input_scale)).name
+
+    def _site(self, graph: Graph, sae: SparseAutoencoder, name: str = "") -> Site:
+        """The site ``name``, or the one that the SAE was trained at. Raises InputError where the SAE does not fit."""
+        allowed = {"other_site": self.other_site == "allow", "other_model": self.other_model == "allow"}
+        return sae_site(graph, sae, name, axis=self.axis, **allowed)
+
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
+        if isinstance(self.strength, str) or self.undo_at_final_norm:  # what is taken away again is at another site
+            return None
+        sae, values, strength = load_sae(self.sae, self.latents, input_scale=self.input_scale), self._values(), self.strength
+
+        def edited(rows: Array) -> Array:
+            found = np.zeros((*rows.shape[:-1], len(values))) if self.mode == "add" else sae.encode(rows)
+            wanted = {"add": found + values, "scale": found * values}.get(self.mode, np.broadcast_to(values, found.shape))
+            return np.asarray(rows + strength * (sae.decode(wanted, rows) - sae.decode(found, rows)))
+
+        return self.at_tokens(edited, inputs)
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         values = self._values()
         sae = load_sae(self.sae, self.latents, input_scale=self.input_scale)
@@ -94,9 +115,8 @@ class SaeSteer(EditPass):
                 f"{sae.size} are compared",
                 "only mode=add can be done with the rows of some latents; an SAE with ReLU or JumpReLU can do the rest",
             )
-        allowed = {"other_site": self.other_site == "allow", "other_model": self.other_model == "allow"}
         names = [site.name for site in self.select(graph)] if self.site else [""]
-        sites = [sae_site(graph, sae, name, axis=self.axis, **allowed) for name in names]
+        sites = [self._site(graph, sae, name) for name in names]
         neutral = {"add": 0.0, "scale": 1.0}.get(self.mode)
         if self.strength == 0 or (neutral is not None and (values == neutral).all()):
             result = PassResult(expected_size=ROUNDING)
@@ -111,7 +131,7 @@ class SaeSteer(EditPass):
                 "sae_steer: only a constant can be taken away in front of the final norm",
                 "undo_at_final_norm goes with mode=add, a given strength, and an SAE that does not normalise its input",
             )
-        return self.run_at(graph, context, tuple(site.name for site in sites), sae=sae, values=values)
+        return self.run_at(graph, context, sae=sae, values=values)
 
     def _values(self) -> Array:
         """The number of each latent, float64 ``[latents]``."""
@@ -165,14 +185,7 @@ class SaeSteer(EditPass):
     def _weight(self, edit: Edit, site: Site) -> Value | None:
         """The factor of each token's change: the clause's, times the strength that the host gives."""
         mask = edit.mask()
-        if self.strength != INPUT:
-            return mask
-        if "strength" not in edit.shared:
-            assert site.type.shape is not None
-            given = row_input(edit.editor, edit.graph, "sae_steer.strength")
-            edit.shared["strength"] = per_token(edit.editor, given, len(site.type.shape) - 1)
-        strength: Value = edit.shared["strength"]
-        return strength if mask is None else edit.editor.insert("mul", [strength, mask]).output
+        return edit.times(mask, edit.of_rows(site, "sae_steer.strength")) if self.strength == INPUT else mask
 
 
 def _before_final_norm(graph: Graph, site: Site) -> str:

@@ -14,11 +14,10 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from actgraph.errors import OptionError
-from actgraph.graph import Graph, Site, SiteKind
+from actgraph.graph import Graph, Site
 from actgraph.graph.graph import Array
 from actgraph.ops.dtypes import DType
-from actgraph.passes.steer.edit import Edit
-from actgraph.passes.steer.folding import fold_edit
+from actgraph.passes.steer.edit import Edit, FoldingEditPass
 from actgraph.passes.steer.plane import load_plane
 from actgraph.passes.steer.plane_edit import RADIANS, PlanePass, finite
 from actgraph.passes.steer.runtime_inputs import INPUT
@@ -27,12 +26,13 @@ if TYPE_CHECKING:
     from actgraph.graph import Value
 
 
-class SelectiveSteer(PlanePass):
+class SelectiveSteer(PlanePass, FoldingEditPass):
     """Turn tokens in the plane by an angle, at the outputs of the norms of the blocks that tell the two sets apart.
 
-    ``angle=input`` makes the angle an optional input of each row (``steer.angle``, degrees; 0 where nobody gives it: the
-    unsteered model, bit for bit). ``mode=reflect`` mirrors at the first axis of the plane, ``h - 2 s (h . b1) b1``, and
-    ``mode=ablate`` takes it out, ``h - s (h . b1) b1``; there ``scale=input`` gives ``s`` at run time (``steer.scale``).
+    ``angle=input`` makes the angle an optional input of each row (``selective_steer.angle``, degrees; 0 where nobody gives it:
+    the unsteered model, bit for bit). ``mode=reflect`` mirrors at the first axis of the plane, ``h - 2 s (h . b1) b1``, and
+    ``mode=ablate`` takes it out, ``h - s (h . b1) b1``; there ``scale=input`` gives ``s`` at run time
+    (``selective_steer.scale``).
 
     The map is linear, and the outputs of norms are read by linears alone: it folds into their weights and costs nothing (see
     ``fold_edits``; ``unfold`` takes it out). Where only some tokens turn, or the angle is given at run time, a node stays.
@@ -40,7 +40,6 @@ class SelectiveSteer(PlanePass):
 
     name: ClassVar[str] = "selective_steer"
     off: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
-    oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     layers: Literal["selected", "all"] = Field(
         default="selected", description="Which sites of the file: those of the blocks that tell the two sets apart, or all."
@@ -53,7 +52,6 @@ class SelectiveSteer(PlanePass):
     scale: float | Literal["input"] = Field(
         default=1.0, description="Factor on the angle (rotate) or on the change (reflect, ablate); 0 is the identity."
     )
-    fold: bool = Field(default=True, description="Move the map into weights where that is exact: with where=all.")
 
     _finite = field_validator("angle", "scale")(finite)
 
@@ -67,7 +65,10 @@ class SelectiveSteer(PlanePass):
             raise OptionError("selective_steer: a rotation is given at run time by its angle", "say angle=input")
         return self
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+    def reads_rows(self, edit: Edit) -> bool:
+        return INPUT in (self.angle, self.scale)
+
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
         if INPUT in (self.angle, self.scale):
             return None
         basis, scale = load_plane(self.plane).basis.astype(np.float64), float(self.scale)
@@ -75,54 +76,47 @@ class SelectiveSteer(PlanePass):
             assert self.angle is not None
             angle = np.deg2rad(float(self.angle) * scale)
             turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-            return self.at_tokens(lambda rows: rows + (rows @ basis) @ (turn - np.eye(2)) @ basis.T, tokens)
+            return self.at_tokens(lambda rows: rows + (rows @ basis) @ (turn - np.eye(2)) @ basis.T, inputs)
         first, factor = basis[:, :1], scale * (2 if self.mode == "reflect" else 1)
-        return self.at_tokens(lambda rows: rows - factor * (rows @ first) @ first.T, tokens)
+        return self.at_tokens(lambda rows: rows - factor * (rows @ first) @ first.T, inputs)
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
-        if not self.fits(edit, site, width, INPUT in (self.angle, self.scale)):
-            return ""
+        self.check_width(edit, site, width)
         if self.scale == 0:
             return "identity"
         on: Value | None = None
         matrix: Value | Array
         if self.mode != "rotate":
-            matrix = np.array([[-2.0 if self.mode == "reflect" else -1.0]], np.float32)
+            matrix = edit.shared.get("second", np.array([[-2.0 if self.mode == "reflect" else -1.0]], np.float32))
         elif isinstance(self.angle, str):
-            matrix, on = self._given(edit, site)
+            matrix, on = self._given(edit, edit.of_rows(site, "selective_steer.angle"))
         else:
             assert self.angle is not None and not isinstance(self.scale, str)
-            matrix = turning(self.angle * self.scale)
-            if not matrix.any():
+            turn = turning(self.angle * self.scale)
+            if not turn.any():
                 return "identity"
+            matrix = edit.shared.get("second", turn)
         mask = self.mask(edit, site, 1.0 if self.mode == "rotate" else self.scale, on)
         columns = 2 if self.mode == "rotate" else 1
-        operands = [self.basis(edit, columns), edit.shared.get("second", matrix), mask]
-        node = self.insert(edit, site, "actgraph.lowrank_map", operands)
-        fixed = mask is None and isinstance(matrix, np.ndarray) and site.kind is not SiteKind.VIRTUAL
-        folded = self.fold and fixed and fold_edit(edit.graph, edit.editor, node, site=site.name).folded
-        if folded:  # the operands went with the node
-            edit.shared.pop("basis")
-            edit.shared.pop("second")
-        rule = "folded" if folded else "inserted"
+        rule = self.insert(edit, site, "actgraph.lowrank_map", [self.basis(edit, columns), matrix, mask], fold=self.fold)
         edit.result.details.append({"site": site.name, "rule": rule, "angle": self.angle, "scale": self.scale})
         return rule
 
-    def _given(self, edit: Edit, site: Site) -> tuple[Value, Value]:
-        """The matrices of the input angle, ``[batch, 1, 2, 2]``, and where it is not 0, ``[batch, 1]``."""
-        assert not isinstance(self.scale, str) and site.type.shape is not None
-        if "second" not in edit.shared:
-            editor, tokens = edit.editor, len(site.type.shape) - 1
-            degrees = self.angle_rows(edit, site)
+    def _given(self, edit: Edit, degrees: Value) -> tuple[Value, Value]:
+        """The matrices of the angle ``degrees [batch, 1]``, ``[batch, 1, 2, 2]``, and where it is not 0, ``[batch, 1]``."""
+        assert not isinstance(self.scale, str) and degrees.shape is not None
+        if ("matrix", degrees) not in edit.shared:
+            editor, tokens = edit.editor, len(degrees.shape)
             radians = editor.insert("mul", [degrees, RADIANS * self.scale]).output
             square = editor.insert("reshape", [radians], {"shape": (-1, *[1] * (tokens + 1))}).output
             cosine = editor.insert("sub", [editor.insert("cos", [square]).output, 1.0]).output
             along = editor.insert("mul", [cosine, np.eye(2, dtype=np.float32)]).output
             across = editor.insert("mul", [editor.insert("sin", [square]).output, _ACROSS]).output
-            edit.shared["second"] = editor.insert("add", [along, across]).output
+            matrices = editor.insert("add", [along, across]).output
             turned = editor.insert("cast", [degrees], {"to": DType.BOOL}).output
-            edit.shared["on"] = editor.insert("cast", [turned], {"to": DType.F32}).output
-        return edit.shared["second"], edit.shared["on"]
+            edit.shared["matrix", degrees] = matrices, editor.insert("cast", [turned], {"to": DType.F32}).output
+        found: tuple[Value, Value] = edit.shared["matrix", degrees]
+        return found
 
 
 _ACROSS = np.array([[0, 1], [-1, 0]], np.float32)

@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from actgraph.errors import OptionError, PassError
 from actgraph.formats.vectors import SteeringVector, load_vector, name_sites, vector_messages
-from actgraph.graph import Graph, Site, SiteKind, Value
+from actgraph.graph import Graph, Site, Value
 from actgraph.graph.graph import Array
 from actgraph.ops.dtypes import DType
 from actgraph.passes.places import Selector
-from actgraph.passes.steer.edit import Edit, EditPass
-from actgraph.passes.steer.runtime_inputs import INPUT, looked_up, not_zero, per_channel, per_token, row_input, why_no_rows
+from actgraph.passes.steer.edit import Edit, FoldingEditPass
+from actgraph.passes.steer.runtime_inputs import INPUT, looked_up, not_zero, per_channel, per_token, row_input
 from actgraph.pipeline.base import PassContext, PassResult
 
 
-class Steer(EditPass):
+class Steer(FoldingEditPass):
     """Add ``scale`` times a vector at each site, for all tokens or those that ``where`` names.
 
     Positions of a clause count the real tokens of each row from 0, and never padding. A token is generated when as many tokens
@@ -46,7 +46,6 @@ class Steer(EditPass):
 
     name: ClassVar[str] = "steer"
     off: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
-    oracle: ClassVar[Mapping[str, Any]] = {"fold": False}
 
     site: Selector = Field(default=(), description="Where to add the vector; default: the sites named in the vector's file.")
     vector: str | tuple[str, ...] | tuple[float, ...] = Field(
@@ -60,7 +59,14 @@ class Steer(EditPass):
         default="none", description="restore: tokens keep their norm. relative: the shift is scale times the token's norm."
     )
     pick: Literal["none", "row"] = Field(default="none", description="row: each row picks one vector by the input steer.index.")
-    fold: bool = Field(default=True, description="Move the shift into a bias where that is exact: with where=all.")
+
+    @field_validator("scale")
+    @classmethod
+    def _one(cls, scale: float | str | tuple[float, ...], info: ValidationInfo) -> float | str | tuple[float, ...]:
+        """A list of one scale is that number where there is one vector."""
+        vector = info.data.get("vector")
+        several = isinstance(vector, tuple) and len(vector) > 1 and isinstance(vector[0], str)
+        return scale[0] if isinstance(scale, tuple) and len(scale) == 1 and not several else scale
 
     @model_validator(mode="after")
     def _consistent(self) -> Steer:
@@ -88,6 +94,9 @@ class Steer(EditPass):
     def _at_run_time(self) -> bool:
         return INPUT in (self.vector, self.scale) or self.pick == "row"
 
+    def reads_rows(self, edit: Edit) -> bool:
+        return self._at_run_time
+
     def vectors(self, graph: Graph) -> list[SteeringVector]:
         """The vectors of the option, with the names that ``graph`` has for their sites. Raises InputError for others."""
         if self.vector == INPUT:
@@ -102,7 +111,7 @@ class Steer(EditPass):
     def targets(self, graph: Graph) -> Selector:
         return tuple(dict.fromkeys(name for vector in self.vectors(graph) for name in vector.directions if name))
 
-    def hook(self, graph: Graph, site: Site, tokens: Array | None) -> Callable[[Array], Array] | None:
+    def hook(self, graph: Graph, site: Site, inputs: Mapping[str, Array]) -> Callable[[Array], Array] | None:
         if self._at_run_time:
             return None
         names, vectors = (site.name, *site.aliases), self.vectors(graph)
@@ -118,13 +127,13 @@ class Steer(EditPass):
                 shifted * sizes / np.linalg.norm(shifted, axis=-1, keepdims=True) if norm == "restore" else shifted
             )
 
-        return self.at_tokens(edited, tokens)
+        return self.at_tokens(edited, inputs)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         vectors = self.vectors(graph)
-        result = self.run_at(graph, context, self.targets(graph), vectors=vectors)
+        result = self.run_at(graph, context, vectors=vectors)
         for name, vector in zip(self._files, vectors, strict=False):
-            result.messages += vector_messages(vector, graph, called=name)
+            result.messages += vector_messages(vector, graph, called=name, where=self.where, factor=self.scale)
         if self.where != "all" and self.fold and result.counts["inserted"]:
             result.messages.insert(0, f"not folded: a bias is added to every token, and the shift is where={self.where}")
         return result
@@ -145,9 +154,6 @@ class Steer(EditPass):
                     "use a vector extracted at this site, or set axis",
                 )
         if self._at_run_time:
-            reason = why_no_rows(edit.graph, site.type.shape, self.axis)
-            if reason:
-                return edit.declined(site, reason)
             operands, factor = self._given(edit, site, directions, width)
         else:
             total = self._sum(directions)
@@ -186,7 +192,7 @@ class Steer(EditPass):
             attributes["scale"], data = size, total / size
         mask, stored = edit.mask(), data.astype(site.type.dtype.numpy)
         operands = [stored, None, mask] if mask is not None else [stored]
-        return edit.place(site, "actgraph.shift", operands, attributes, fold=self.fold and site.kind is SiteKind.VALUE)
+        return edit.place(site, "actgraph.shift", operands, attributes, fold=self.fold)
 
     def _given(
         self, edit: Edit, site: Site, directions: Sequence[Array], width: int
@@ -197,8 +203,7 @@ class Steer(EditPass):
         dtype, factor = site.type.dtype.numpy, self.scale if isinstance(self.scale, float) else 1.0
         strengths: list[Value] = []
         if self.scale == INPUT:
-            given = edit.once("scale", lambda: row_input(editor, graph, "steer.scale"))
-            strengths.append(edit.once(("scale", rank), lambda: per_token(editor, given, rank - 1)))
+            strengths.append(edit.of_rows(site, "steer.scale"))
         vector: Value | Array
         if self.vector == INPUT:
             given = row_input(editor, graph, f"steer.vector.{site.name}", width=width)

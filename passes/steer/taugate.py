@@ -99,7 +99,7 @@ class TauGate(EditPass):
     builds into the linear behind it: thresholds that are not positive do nothing there. Gains move into the columns of the next
     linears where these alone read the neurons (also behind the product of a gated feed-forward), in float32; `unfold` takes
     them out again. The sites between are then gone, for their values lack the gains. Thresholds of -inf with gains of 1 are the
-    identity.
+    identity. No option turns the gates off, since the file alone says which neurons are gated: leave the pass out.
     """
 
     name: ClassVar[str] = "taugate"
@@ -117,13 +117,16 @@ class TauGate(EditPass):
     fold: bool = Field(default=True, description="Move gains into the weights of the linears behind, where that is exact.")
     expose: bool = Field(default=False, description="Make which neurons are open an output, taugate.<site>, of booleans.")
 
+    def targets(self, graph: Graph) -> Selector:
+        return tuple(TauGates.load(self.gates).gates) if self.gates else ()
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         if not self.gates:
             return self._harden(graph, context)
         trained = TauGates.load(self.gates)
         self.check_model(trained.model, graph, self.gates)
         layers = [Layer.of(activation) for activation in graph.views.activations()]
-        return self.run_at(graph, context, tuple(trained.gates), trained=trained, layers=layers, done=set())
+        return self.run_at(graph, context, trained=trained, layers=layers, done=set())
 
     def apply(self, edit: Edit, site: Site, width: int) -> str:
         trained, done = edit.shared["trained"], edit.shared["done"]

@@ -20,14 +20,13 @@ import numpy as np
 
 from actgraph.errors import InputError, OptionError, PassError
 from actgraph.formats.atomic import atomic_file
-from actgraph.graph import Editor, Graph, Role, Value
+from actgraph.graph import Editor, Graph, Value
 from actgraph.graph.context import token_dims
 from actgraph.graph.graph import Array
 from actgraph.graph.views import Linear
 from actgraph.graph.where_mask import where_mask
-from actgraph.ops.dtypes import DType
-from actgraph.ops.shapes import TensorType
 from actgraph.passes.linears import input_value
+from actgraph.passes.steer.runtime_inputs import per_token, row_input
 from actgraph.pipeline.base import Declined, PassResult
 
 Mode = Literal["merge", "side_branch"]
@@ -176,12 +175,7 @@ def branch_mask(editor: Editor, graph: Graph, where: str, scale: float | str, na
     mask = where_mask(editor, graph, where)
     if scale != "input":
         return mask
-    dims = token_dims(graph)
-    taken = {value.name for value in graph.inputs()}
-    unique = next(n for n in (name, *(f"{name}_{i}" for i in range(1, 1 << 16))) if n not in taken)
-    kind = TensorType(DType.F32, (dims[0] if dims else 1,))
-    given = editor.add_input(unique, kind, role=Role.USER, default=np.zeros(1, np.float32))
-    factor = editor.insert("reshape", [given], {"shape": (-1, 1)}).output
+    factor = per_token(editor, row_input(editor, graph, name), 2)
     return factor if mask is None else editor.insert("mul", [mask, factor]).output
 
 

@@ -12,6 +12,7 @@ from actgraph.graph import Editor, Graph, Role, Site, Value
 from actgraph.graph.context import token_dims
 from actgraph.graph.where import Where
 from actgraph.graph.where_mask import where_mask
+from actgraph.ops.dtypes import DType
 from actgraph.passes.places import WHERE, SitePass
 from actgraph.pipeline.base import PassContext, PassResult
 
@@ -51,6 +52,7 @@ class Tap(SitePass):
                 taken.add(name)
                 result.counts["outputs added"] += 1
                 result.details.append({"site": site.name, "output": name, "type": str(site.type)})
+        result.messages += where.assumptions()
         return result
 
     def _named(self, editor: Editor, graph: Graph, site: Site, value: Value, mask: Value) -> Value:
@@ -58,8 +60,10 @@ class Tap(SitePass):
         shape = site.type.shape
         if shape is None or shape[:-1] != token_dims(graph):
             raise PassError(f"tap: where={self.where} is about tokens, and {site.name} is {site.type}", "tap another site")
-        others = editor.insert("sub", [np.asarray(1, np.float32), mask]).output
-        return editor.insert("actgraph.channel_scale", [value, np.asarray(0, value_type(value)), others]).output
+        number = editor.insert("cast", [mask], {"to": DType.I64}).output
+        column = editor.insert("gather", [np.array([[0], [1]], np.float32), number], {"axis": 0}).output  # with a last axis
+        named = editor.insert("cast", [column], {"to": DType.BOOL}).output
+        return editor.insert("where", [named, value, np.asarray(0, value_type(value))]).output
 
 
 def value_type(value: Value) -> np.dtype[Any]:

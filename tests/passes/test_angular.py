@@ -83,17 +83,17 @@ def test_angles_of_rows_at_run_time(stories: Graph, plane: tuple[str, Array]) ->
     file, _ = plane
     given = apply(stories, f"angular_steer{{plane={file!r} angle=input}}")
     assert np.array_equal(run(given), run(stories))
-    told = {**token_inputs(), "steer.angle": np.array([77.0, 250.0], np.float32)}
+    told = {**token_inputs(), "angular_steer.angle": np.array([77.0, 250.0], np.float32)}
     assert np.array_equal(given.run(told)["logits"], run(stories)), "an angle alone does not steer"
-    on = given.run({**told, "steer.scale": np.array([0.0, 1.0], np.float32)})["logits"]
+    on = given.run({**told, "angular_steer.scale": np.array([0.0, 1.0], np.float32)})["logits"]
     fixed = run(apply(stories, f"angular_steer{{plane={file!r} angle=250}}"))
     assert np.array_equal(on[0], run(stories)[0]) and relative(fixed[1], on[1]) < 1e-5
     always = apply(stories, f"angular_steer{{plane={file!r} angle=input scale=1}}")
-    assert [value.name for value in always.inputs()][-1] == "steer.angle"
+    assert [value.name for value in always.inputs()][-1] == "angular_steer.angle"
     toward = run(apply(stories, f"angular_steer{{plane={file!r} angle=0}}"))
     assert relative(toward, run(always)) < 1e-6 < 1e-2 < relative(run(stories), run(always))
     strength = apply(stories, f"angular_steer{{plane={file!r} angle=250 scale=input}}")
-    half = strength.run({**token_inputs(), "steer.scale": np.full(2, 0.5, np.float32)})["logits"]
+    half = strength.run({**token_inputs(), "angular_steer.scale": np.full(2, 0.5, np.float32)})["logits"]
     assert np.array_equal(run(strength), run(stories))
     assert relative(run(apply(stories, f"angular_steer{{plane={file!r} angle=250 scale=0.5}}")), half) < 1e-5
 

@@ -158,7 +158,7 @@ def test_scales_of_rows_at_run_time(stories: Graph, tmp_path: Path) -> None:
     file, _ = momentum_file(tmp_path, "mlp.out")
     made = apply(stories, f"austeer{{units={file!r} k=30 scale=input where=2:}}")
     assert np.array_equal(run(made), run(stories))
-    rows = made.run({**token_inputs(), "steer.scale": np.array([0.0, 8.0], np.float32)})["logits"]
+    rows = made.run({**token_inputs(), "austeer.scale": np.array([0.0, 8.0], np.float32)})["logits"]
     fixed = run(apply(stories, f"austeer{{units={file!r} k=30 scale=8 where=2:}}"))
     assert np.array_equal(rows[0], run(stories)[0]) and relative(fixed[1], rows[1]) < 1e-5
     assert relative(run(stories)[1], rows[1]) > 1e-2

@@ -77,7 +77,7 @@ def test_directions_of_a_model(stories: Graph, tmp_path: Path) -> None:
     assert sorted(float(found.accuracy[site].mean()) for site in found.chosen) == sorted(best)
     np.testing.assert_allclose([np.linalg.norm(found.directions[site], axis=1) for site in found.chosen], 1)
     made = ag.run(stories, f"ci_parametric{{factors={found.save(tmp_path / 'f.safetensors')} alpha=[1.0, 0.5]}}")
-    assert made.report[0].counts == {"inserted": 2}
+    assert made.report[0].counts == {"folded": 2}
 
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])

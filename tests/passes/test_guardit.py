@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,136 @@ def test_the_most_similar_cluster_alone(clusters: ForgetClusters) -> None:
     assert (clusters.similarity(both, best=True) > clusters.threshold).tolist() == [[True, False]]
 
 
+def chosen_by_hand(given: Array, vectors: Array, mode: str, threshold: float, retain_threshold: float | None) -> Array | None:
+    """``s`` of one request, as the authors' code selects it; ``None``: the gate is closed."""
+    sims, retain = given[: len(vectors)], float(given[-1])
+    if retain_threshold is not None and retain > retain_threshold:
+        return None
+    first = int(sims.argmax())
+    if mode == "best":
+        return vectors[first] if sims[first] > threshold else None
+    if mode == "ratio":
+        return vectors[first] if sims[first] / max(retain, 1e-6) > threshold else None
+    weights = np.maximum(sims, 0) if mode == "soft" else np.where(sims > threshold, sims if mode == "weighted" else 1.0, 0)
+    return weights @ vectors / weights.sum() if weights.sum() > 1e-9 else None
+
+
+def redirected(h: Array, s: Array, alpha: float) -> Array:
+    u = h - alpha * s
+    return np.asarray(u * np.linalg.norm(h, axis=-1, keepdims=True) / np.linalg.norm(u, axis=-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def three(stories: Graph) -> ForgetClusters:
+    """Three clusters of made-up embeddings and vectors."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3, 64))
+    return ForgetClusters("blocks.1.resid_post", np.eye(4)[:3], vectors, np.zeros(0), 0.4, retain_centroid=np.eye(4)[3])
+
+
+MODES = [
+    ("best", None, None), ("best", -1.5, None), ("soft", None, None), ("soft", None, 0.5), ("ratio", None, None),
+    ("ratio", 1.5, 0.5), ("threshold", None, 0.5), ("weighted", 0.2, 0.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize(("mode", "threshold", "veto"), MODES)
+def test_every_mode_is_the_authors_selection(
+    stories: Graph, three: ForgetClusters, mode: str, threshold: float | None, veto: float | None, dialect: str, tmp_path: Path
+) -> None:
+    """Ties, vetoes, nothing similar, negative and infinite similarities, one request a row."""
+    given = np.array(
+        [
+            [0.5, 0.7, 0.6, 0.1], [0.7, 0.7, 0.2, 0.6], [0.1, 0.3, 0.3, 0.25], [-0.2, -0.1, -0.3, 0.1], [0.1, 0.2, 0.9, 0.45],
+            [0.6, 0.1, 0.6, -0.3], [-2, -2, -2, -2], [0.1, -np.inf, 0.5, 0.0], [0.5, 0.7, 0.7, 0.8], [0.7, 0.7, 0.7, 0.4],
+        ],
+        np.float32,
+    )  # fmt: skip
+    retain = mode == "ratio" or veto is not None
+    options = "".join(f" {name}={v}" for name, v in (("threshold", threshold), ("retain_threshold", veto)) if v is not None)
+    file = three.save(tmp_path / "three.safetensors")
+    made = ag.run(stories, f"guardit{{clusters={file} alpha=0.6 mode={mode}{options}}}, tap{{site={three.site}}}").graph
+    made = made if dialect == "fx" else ag.load(made.save(tmp_path / "made.onnx"))
+    before = ag.run(stories, f"tap{{site={three.site}}}", parity="none").graph
+    inputs = ag.sample_inputs(stories, batch=len(given), seq=4)
+    h = before.run(inputs)[three.site]
+    got = made.run({**inputs, "guardit.similarity": given if retain else given[:, :3]})[three.site]
+    limit = threshold if threshold is not None else 1.0 if mode == "ratio" else 0.4
+    found = [chosen_by_hand(row.astype(float), three.vectors, mode, limit, veto) for row in given]
+    assert 1 < sum(s is None for s in found) < len(given) or threshold == -1.5
+    for row, s in enumerate(found):
+        if s is not None:
+            np.testing.assert_allclose(got[row], redirected(h[row], s, 0.6), atol=2e-4)
+            assert np.abs(got[row] - h[row]).max() > 0.05
+        elif dialect == "fx":
+            assert np.array_equal(got[row], h[row])
+        else:
+            np.testing.assert_allclose(got[row], h[row], atol=1e-5)
+    if dialect == "fx":
+        assert np.array_equal(made.run(inputs)["logits"], before.run(inputs)["logits"]), "nobody gives the input"
+        with pytest.raises(InputError, match="similarity"):
+            made.run({**inputs, "guardit.similarity": given[:, :3] if retain else given})
+
+
+def test_the_retain_centroid(stories: Graph, clusters: ForgetClusters, file: Path) -> None:
+    """The unit mean of the retain embeddings; one more column of similarities, that the file's reader can do without."""
+    unit = embed(REST) / np.linalg.norm(embed(REST), axis=1, keepdims=True)
+    centroid = clusters.retain_centroid
+    assert centroid is not None
+    np.testing.assert_allclose(centroid, unit.mean(0) / np.linalg.norm(unit.mean(0)))
+    asked = clusters.similarity(embed(REST), retain=True)
+    assert asked.shape == (len(REST), 3) and np.array_equal(asked[:, :2], clusters.similarity(embed(REST)))
+    np.testing.assert_allclose(asked[:, 2], unit @ centroid, rtol=1e-5)
+    assert clusters.similarity(embed(REST), best=True, retain=True).shape == (len(REST), 3)
+    with pytest.raises(InputError, match="no retain centroid"):
+        replace(clusters, retain_centroid=None).similarity(embed(REST), retain=True)
+
+
+@pytest.mark.parametrize("mode", ["best", "soft", "ratio", "veto"])
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_modes_of_the_gate_inside_the_graph(
+    stories: Graph, inside: ForgetClusters, mode: str, dialect: str, tmp_path: Path
+) -> None:
+    """Each token as by hand, with the mean of the prompt up to it."""
+    file = inside.save(tmp_path / "inside.safetensors")
+    before = ag.run(stories, f"tap{{site={inside.site}}}", parity="none").graph
+    inputs = ag.sample_inputs(stories, batch=3, seq=8)
+    h = before.run(inputs)[inside.site].astype(float)
+    means = h.cumsum(1) / np.arange(1, 9)[None, :, None]
+    assert inside.retain_centroid is not None
+    rows = np.concatenate([inside.centroids, inside.retain_centroid[None]])
+    scores = (means / np.linalg.norm(means, axis=-1, keepdims=True)) @ rows.T
+    deciding = {"best": scores[..., :2].max(-1), "ratio": scores[..., :2].max(-1) / np.maximum(scores[..., 2], 1e-6)}
+    ordered = np.sort(deciding.get(mode, scores[..., 2]).ravel())
+    gap = int(np.diff(ordered[6:-6]).argmax()) + 6
+    split = float(ordered[gap : gap + 2].mean())  # some are above it, and nobody is near it
+    step, limit, veto = {
+        "best": (f"mode=best threshold={split}", split, None), "soft": ("mode=soft", 0.0, None),
+        "ratio": (f"mode=ratio threshold={split}", split, None),
+        "veto": (f"mode=threshold threshold=-1.5 retain_threshold={split}", -1.5, split),
+    }[mode]  # fmt: skip
+    made = ag.run(stories, f"guardit{{clusters={file} alpha=0.6 {step}}}, tap{{site={inside.site}}}").graph
+    made = made if dialect == "fx" else ag.load(made.save(tmp_path / "made.onnx"))
+    got = made.run({**inputs, "prompt_lengths": np.array([8, 8, 8])})[inside.site]
+    closed = 0
+    for row, token in np.ndindex(*h.shape[:2]):
+        s = chosen_by_hand(scores[row, token], inside.vectors, "threshold" if mode == "veto" else mode, limit, veto)
+        closed += s is None
+        expected = h[row, token] if s is None else redirected(h[row, token], s, 0.6)
+        np.testing.assert_allclose(got[row, token], expected, atol=3e-4)
+        if s is None and dialect == "fx":
+            assert np.array_equal(got[row, token], before.run(inputs)[inside.site][row, token])
+    assert closed == 0 if mode == "soft" else 3 < closed < 21
+
+
+def test_a_file_without_a_retain_centroid(stories: Graph, inside: ForgetClusters, tmp_path: Path) -> None:
+    file = replace(inside, retain_centroid=None).save(tmp_path / "old.safetensors")
+    ag.run(stories, f"guardit{{clusters={file}}}", reproducer=False)
+    with pytest.raises(InputError, match="has no 'retain_centroid'"):
+        ag.run(stories, f"guardit{{clusters={file} mode=ratio}}", reproducer=False)
+
+
 @pytest.fixture(scope="module")
 def inside(stories: Graph) -> ForgetClusters:
     """Clusters of activations, with a gate inside the graph."""
@@ -136,9 +267,7 @@ def by_hand(h: Array, counted: Array, made: ForgetClusters, threshold: float, al
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_the_gate_inside_the_graph(
-    stories: Graph, inside: ForgetClusters, dialect: str, padding: str, tmp_path: Path
-) -> None:
+def test_the_gate_inside_the_graph(stories: Graph, inside: ForgetClusters, dialect: str, padding: str, tmp_path: Path) -> None:
     """Prompts up to each token open it, padding and generated tokens left out; closed tokens stay as they are."""
     file = inside.save(tmp_path / "inside.safetensors")
     before = ag.run(stories, f"tap{{site={inside.site}}}", parity="none").graph
@@ -173,9 +302,7 @@ def test_the_gate_inside_the_graph(
 
 
 @pytest.mark.parametrize("order", ["before", "after", "program", "static"])
-def test_the_gate_inside_the_graph_behind_a_cache(
-    stories: Graph, inside: ForgetClusters, order: str, tmp_path: Path
-) -> None:
+def test_the_gate_inside_the_graph_behind_a_cache(stories: Graph, inside: ForgetClusters, order: str, tmp_path: Path) -> None:
     """The sum over the prompt is a slot: single tokens, chunks of prompts and all at once give the same."""
     file = inside.save(tmp_path / "inside.safetensors")
     step = f"guardit{{clusters={file} alpha=0.8 threshold=0.6}}"

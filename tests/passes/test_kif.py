@@ -11,7 +11,7 @@ import actgraph as ag
 from actgraph.errors import InputError, PassError
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
-from actgraph.passes.steer.kif import Signature, effect_size, mine_signature, route
+from actgraph.passes.steer.kif import Signature, _of_site, effect_size, further_directions, mine_signature, route
 from tests import zoo
 
 WIDTH, SITE = 64, "blocks.2.mlp.out"
@@ -133,6 +133,63 @@ def test_requests_are_routed_to_the_most_similar_subject() -> None:
 def test_effect_sizes() -> None:
     assert effect_size(np.array([3.0, 5.0]), np.array([0.0, 2.0])) == pytest.approx(3 / np.sqrt(2))
     assert effect_size(np.ones(3), np.ones(3)) == 0 and effect_size(np.ones(3), np.zeros(3)) == np.inf
+
+
+def rows_of(seed: int, count: int, facet: Array | None = None, kind: str = "two") -> tuple[Array, Array]:
+    """A subject's rows and controls: another mean, and a facet along which the subject's lie far out on either side."""
+    random = np.random.default_rng(seed)
+    scale = random.uniform(0.5, 2, WIDTH)  # channels of different size
+    subject, controls = random.normal(size=(count, WIDTH)), random.normal(size=(count, WIDTH))
+    shift = random.normal(size=WIDTH)
+    if facet is not None:
+        shift -= (shift @ facet) * facet  # the mean says nothing of the facet
+        sides = 30 * np.tile([1.0, -1.0], count // 2) if kind == "two" else random.normal(0, 30, count)
+        subject += np.outer(sides - sides.mean(), facet)
+    return (subject + 3 * shift) * scale, controls * scale
+
+
+@pytest.mark.parametrize("kind", ["two", "normal"])
+@pytest.mark.parametrize("count", [10, 40])
+def test_a_second_facet_is_found(kind: str, count: int) -> None:
+    """Means along it agree, and sizes do not: rows of the subject are 30 deviations away, on either side."""
+    for seed in range(5):
+        facet = np.random.default_rng(100 + seed).normal(size=WIDTH)
+        facet /= np.linalg.norm(facet)
+        subject, controls = rows_of(seed, count, facet, kind)
+        scale = np.random.default_rng(seed).uniform(0.5, 2, WIDTH)
+        basis = _of_site("x", subject, controls, 2.0, 3, 0, 0).directions
+        raw = facet * scale / np.linalg.norm(facet * scale)
+        assert basis.shape[1] == 2 and np.abs(basis[:, 1] @ raw) > 0.9
+        np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-9)
+        first = subject.mean(0) - controls.mean(0)
+        np.testing.assert_allclose(basis[:, 0], first / np.linalg.norm(first), atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [10, 30])
+def test_texts_of_one_distribution_have_no_second_facet(count: int) -> None:
+    for seed in range(50):
+        assert _of_site("x", *rows_of(seed, count), 2.0, 3, 0, 0).directions.shape[1] == 1
+
+
+def test_what_is_no_facet() -> None:
+    """Noise of rounding, sets that are too small, and controls that lie farther out than the subject."""
+    random = np.random.default_rng(0)
+    line = np.outer(random.normal(size=20), np.ones(WIDTH))
+    assert further_directions(line + 5, line) == [] and further_directions(np.ones((20, 4)), np.zeros((20, 4))) == []
+    facet = np.eye(WIDTH)[3]
+    subject, controls = rows_of(1, 20, facet)
+    assert len(further_directions(subject, controls)) == 1
+    assert further_directions(controls, subject) == [] and further_directions(subject[:6], controls) == []
+    assert further_directions(subject, controls, most=0) == []
+
+
+def test_a_weak_signature_says_so(planted: Graph, file: Path, tmp_path: Path) -> None:
+    weak = mine_signature(planted, ASKED, SAID, position="last", control_position="last", threshold=1e6, progress=False).save(
+        tmp_path / "weak.safetensors"
+    )
+    told = [ag.run(planted, f"kif{{signature={path}}}").report["kif"].messages for path in (weak, file)]
+    assert any("weak signature" in line and "below 1e+06" in line for line in told[0])
+    assert not any("weak" in line for line in told[1])
 
 
 def test_bad_input(planted: Graph, file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,15 +164,34 @@ def test_biases_at_run_time(dialect: str) -> None:
         graph = in_dialect(name, dialect)
         for on in ("logits", "selection"):
             edited = mote(graph, f"mode=bias amount=input on={on}")
-            kind = edited.input("expert_bias").type.shape
+            kind = edited.input("mote.expert_bias").type.shape
             assert kind == ((2, 4) if name.startswith("mixtral") else (1, 12))
             bias = np.zeros(kind, np.float32)
             bias[-1, E] = 0.4
             constant = mote(graph, f"experts=1:{E} mode=bias amount=0.4 on={on} fold=false")
-            given = routed(edited, {**inputs(), "expert_bias": bias})
+            given = routed(edited, {**inputs(), "mote.expert_bias": bias})
             assert all(np.array_equal(a, b) for a, b in zip(routed(constant), given, strict=True))
-    with pytest.raises(PassError, match="expert_bias already"):
+    with pytest.raises(PassError, match=r"mote\.expert_bias already"):
         mote(edited, "mode=bias amount=input")
+
+
+def test_biases_of_sessions_and_adapters(tmp_path: Path) -> None:
+    """A session takes them for all its calls, and an adapter file holds them."""
+    graph = in_dialect("mixtral", "fx")
+    path = mote(graph, "mode=bias amount=input").save(tmp_path / "model.onnx")
+    ids = inputs()["input_ids"][:1]
+    bias = np.zeros((2, 4), np.float32)
+    bias[:, E] = 0.4
+    adapter = ag.save_adapter(tmp_path / "bias.onnx_adapter", {"mote.expert_bias": bias}, ag.load(path))
+    constant = mote(graph, f"experts=[0:{E},1:{E}] mode=bias amount=0.4 fold=false").save(tmp_path / "constant.onnx")
+    wanted, plain = (ag.compile(ag.load(file)).session(1).feed(ids)["logits"] for file in (constant, path))
+    session = ag.compile(ag.load(path)).session(1)
+    assert list(session.inputs) == ["mote.expert_bias"]
+    session.inputs["mote.expert_bias"] = bias
+    loaded = ag.compile(ag.load(path)).session(1, adapter=adapter)
+    for made in (session, loaded):
+        np.testing.assert_allclose(made.feed(ids)["logits"], wanted, atol=1e-5)
+    assert np.abs(np.asarray(wanted) - plain).max() > 1e-2
 
 
 def test_what_folds_adds_no_node(dialect: str) -> None:

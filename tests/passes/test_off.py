@@ -61,6 +61,7 @@ def files(folder: Path) -> dict[str, dict[str, object]]:
     rows, where = np.ones((2, 8), np.float32), {"site": "blocks.0.resid_post"}
     made = {
         "actadd": Artifact("actadd_prompts", {"blocks.0.resid_post": rows}),
+        "ci_parametric": Artifact("ci_factors", {"blocks.0.resid_post": rows}, {"factors": ["a", "b"]}),
         "guardit": Artifact("guardit_clusters", {"vectors": rows, "centroids": rows}, {**where, "threshold": 0.5}),
         "kif": Artifact("kif_signature", {"directions": rows[:1].T / np.sqrt(8)}, {**where, "mean": 0.0, "deviation": 1.0}),
         "physics_steer": Artifact("physics_delta", {"pattern": rows[0]}, where),
@@ -71,6 +72,7 @@ def files(folder: Path) -> dict[str, dict[str, object]]:
     plane = {"plane": a_plane(folder, [site], [site], width=8)[0], "angle": 30.0}
     return {
         "actadd": {"prompts": saved["actadd"]},
+        "ci_parametric": {"factors": saved["ci_parametric"]},
         "guardit": {"clusters": saved["guardit"]},
         "kif": {"signature": saved["kif"]},
         "physics_steer": {"delta": saved["physics_steer"], "axis": -1},

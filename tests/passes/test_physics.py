@@ -10,9 +10,10 @@ import torch
 
 import actgraph as ag
 from actgraph.errors import InputError, PassError
+from actgraph.formats.artifacts import load_artifact
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
-from actgraph.passes.steer.physics import Adaptation, Delta, adapted, delta
+from actgraph.passes.steer.physics import KIND, Adaptation, Delta, adapted, delta
 
 ADAPTATIONS: tuple[Adaptation, ...] = ("drop", "pad", "interpolate", "none")
 
@@ -85,6 +86,30 @@ def test_ways_to_adapt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
+@pytest.mark.parametrize("space", [(None, None), ("height", "width"), (None, "width")])
+@pytest.mark.parametrize("size", [(1, 1), (8, 1)])
+def test_a_pattern_that_is_broadcast_is_as_strong(
+    dialect: str, space: tuple[str | None, ...], size: tuple[int, int], tmp_path: Path
+) -> None:
+    """The norm of the pattern is that of what is added, and not of what is stored."""
+    model = graph(2, space)
+    path = Delta("activation.0", np.random.default_rng(1).normal(size=(6, *size))).save(tmp_path / "d.safetensors")
+    if size[0] != 1 and space[0] is not None:
+        with pytest.raises(PassError, match=r"not fixed .* adapt=none needs them: say adapt=drop"):
+            steered(model, path, alpha=0.3, adapt="none")
+        return
+    made = steered(model, path, alpha=0.3, adapt="none")
+    made = made if dialect == "fx" else ag.load(made.save(tmp_path / "m.onnx"))
+    x = np.random.default_rng(0).normal(size=(3, 2, 8, 10)).astype(np.float32)
+    h = ag.run(model, "tap{site=activation.0}", parity="none").graph.run({"x": x})["activation.0"]
+    shift = made.run({"x": x})["activation.0"] - h
+    np.testing.assert_allclose(norms(shift) / norms(h), 0.3, rtol=1e-5)
+    pattern = np.broadcast_to(load_artifact(path, KIND, "").array("pattern"), h.shape[1:])
+    unit = pattern / np.linalg.norm(pattern)
+    np.testing.assert_allclose(shift, 0.3 * norms(h).reshape(-1, 1, 1, 1) * unit, atol=1e-5)
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
 def test_dynamic_space_takes_the_mean_pattern(dialect: str, tmp_path: Path) -> None:
     model = graph(2, ("height", "width"))
     pattern = np.random.default_rng(1).normal(size=(6, 8, 10))
@@ -137,5 +162,11 @@ def test_bad_input(tmp_path: Path) -> None:
     path = Delta("activation.0", np.ones((4, 8, 10))).save(tmp_path / "d.safetensors")
     with pytest.raises(PassError, match="pattern has 4 channels"):
         steered(graph(), path)
+    odd = Delta("activation.0", np.ones((6, 2, 10))).save(tmp_path / "odd.safetensors")
+    with pytest.raises(PassError, match=r"at activation.0 the pattern is \[6, 2, 10\] and is not broadcast to \[6, 8, 10\]"):
+        steered(graph(), odd, adapt="none")
+    flat = Delta("activation.0", np.ones((6, 1, 1))).save(tmp_path / "flat.safetensors")
+    with pytest.raises(PassError, match="adapt=pad needs them"):
+        steered(graph(2, ("height", "width")), flat, adapt="pad")
     with pytest.raises(InputError, match="no simulations"):
         delta(graph(), [], [{"x": np.zeros((1, 2, 8, 10), np.float32)}], site="activation.0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from actgraph.graph import Graph
 from actgraph.graph.graph import Array
 from actgraph.passes.steer.robustness import (
     AnswerScore,
+    Attack,
     bench,
     bootstrap_layers,
     character_edits,
@@ -95,6 +98,42 @@ def test_attacks_lower_the_score() -> None:
     assert word_swaps(near)(text, words_score).split()[1] == "glad"
     assert word_swaps(lambda word: [])(text, words_score) == text
     assert {"hpapy", "hppy", "haappy", "hsppy"} <= set(character_edits("happy")) and character_edits("it") == []
+
+
+def test_attacks_stop_at_their_goal() -> None:
+    """As few words as are needed, at most as many as the budget allows, and none where the score is low already."""
+    text = "the happy dog ran"
+
+    def attacked(attack: Attack) -> tuple[int, float, int]:
+        asked = []
+
+        def score(each: str) -> float:
+            asked.append(each)
+            return words_score(each)
+
+        made = attack(text, score)
+        return sum(a != b for a, b in zip(made.split(), text.split(), strict=True)), words_score(made), len(asked)
+
+    swaps = [
+        lambda goal, budget=4: deep_word_bug(budget, goal),
+        lambda goal, budget=4: word_swaps(lambda _: ["x"], budget, goal),
+    ]
+    for make in swaps:
+        assert attacked(make(0.5))[:2] == (1, pytest.approx(0.4)) and attacked(make(0.3))[:2] == (2, pytest.approx(0.1))
+        assert attacked(make(0.3, 1))[:2] == (1, pytest.approx(0.4)), "the budget is a limit"
+        assert attacked(make(1.5)) == (0, pytest.approx(1.0), 1), "nothing is left to do"
+        assert attacked(make(0.5))[2] < attacked(make(0.0))[2] and attacked(make(0.0))[1] == pytest.approx(0.1)
+
+
+def test_the_success_rate_of_attacks() -> None:
+    """Inputs that are below the goal when clean are no success of an attack."""
+    scores = {"a": 0.9, "b": 0.8, "c": 0.2, "a!": 0.1, "b!": 0.3, "c!": 0.0}
+    told = bench(
+        ["a", "b", "c"], lambda text, site, vector: scores[text], {"m": {"s": np.ones(1)}},
+        {"shout": lambda text, _: text + "!"},
+    )  # fmt: skip
+    assert told[0].success("s") == told[0].table()[0]["success"] == 0.5
+    assert replace(told[0], goal=0.31).success("s") == 1 and np.isnan(replace(told[0], goal=0.95).success("s"))
 
 
 def test_the_bench_on_a_model() -> None:

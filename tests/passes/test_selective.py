@@ -108,16 +108,16 @@ def test_angles_of_rows_at_run_time(stories: Graph, plane: tuple[str, Array], tm
     given = apply(stories, f"selective_steer{{plane={file!r} angle=input}}")
     assert np.array_equal(run(given), run(stories))
     both = token_inputs()
-    mixed = given.run({**both, "steer.angle": np.array([0.0, 115.0], np.float32)})["logits"]
+    mixed = given.run({**both, "selective_steer.angle": np.array([0.0, 115.0], np.float32)})["logits"]
     alone = run(apply(stories, f"selective_steer{{plane={file!r} angle=115}}"))
     assert np.array_equal(mixed[0], run(stories)[0]) and relative(alone[1], mixed[1]) < 1e-5
-    one = given.run({**both, "steer.angle": np.full(2, -245, np.float32)})["logits"]
+    one = given.run({**both, "selective_steer.angle": np.full(2, -245, np.float32)})["logits"]
     assert relative(alone, one) < 1e-5 < 1e-2 < relative(run(stories), one)
     loaded = ag.load(given.save(tmp_path / "x.onnx"))
-    again = loaded.run({**both, "steer.angle": np.array([0.0, 115.0], np.float32)})["logits"]
+    again = loaded.run({**both, "selective_steer.angle": np.array([0.0, 115.0], np.float32)})["logits"]
     assert relative(mixed, again) < 1e-5 and relative(run(stories), run(loaded)) < 1e-6
     half = apply(stories, f"selective_steer{{plane={file!r} angle=input scale=0.5}}")
-    assert relative(one, half.run({**both, "steer.angle": np.full(2, -490, np.float32)})["logits"]) < 1e-5
+    assert relative(one, half.run({**both, "selective_steer.angle": np.full(2, -490, np.float32)})["logits"]) < 1e-5
 
 
 class Once(torch.nn.Module):
@@ -151,7 +151,7 @@ def test_only_the_named_tokens_turn(dialect: str, tmp_path: Path, clause: str, a
     inputs = zoo.inputs("llama", batch=2, length=7)
     told = {value.name: None for value in made.inputs()}
     inputs |= {"prompt_lengths": np.array([6, 4])} if "prompt_lengths" in told else {}
-    inputs |= {"steer.angle": np.array([75.0, 75.0], np.float32)} if angle == "input" else {}
+    inputs |= {"selective_steer.angle": np.array([75.0, 75.0], np.float32)} if angle == "input" else {}
     before = seen(graph, [site], zoo.inputs("llama", batch=2, length=7))[site]
     after = seen(made, [site], inputs)[site]
     from actgraph.graph.where import Where
@@ -174,7 +174,7 @@ def test_reflection_and_ablation(stories: Graph, plane: tuple[str, Array]) -> No
         assert relative(hooked(modules, lambda h: turned(h, basis, 180)), steered) > 1e-2
     given = apply(stories, f"selective_steer{{plane={file!r} mode=reflect scale=input}}")
     assert np.array_equal(run(given), run(stories))
-    rows = given.run({**token_inputs(), "steer.scale": np.array([1.0, 0.5], np.float32)})["logits"]
+    rows = given.run({**token_inputs(), "selective_steer.scale": np.array([1.0, 0.5], np.float32)})["logits"]
     for row, mode in enumerate(("reflect", "ablate")):
         assert relative(run(apply(stories, f"selective_steer{{plane={file!r} mode={mode}}}"))[row], rows[row]) < 1e-5
 
@@ -279,7 +279,7 @@ def test_where_rows_of_the_batch_are_gone(dialect: str, tmp_path: Path) -> None:
     ids = torch.arange(6).reshape(2, 3)
     graph = as_dialect(ag.trace(Flat().eval(), (ids,), dynamic={"input_ids": ("batch", "seq")}), dialect)
     file, _ = a_plane(tmp_path, width=8)
-    with pytest.raises(PassError, match="no axis of rows"):
+    with pytest.raises(PassError, match=r"for each row of the batch \(batch\), which is not the first axis"):
         apply(graph, f"selective_steer{{plane={file!r} angle=input site='linear:in'}}")
     assert apply(graph, f"selective_steer{{plane={file!r} angle=20 site='linear:in'}}")
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import actgraph as ag
 from actgraph.errors import PassError, SiteError
+from actgraph.formats.vectors import SteeringVector
 from actgraph.graph import Graph
 from actgraph.passes.steer.steer import Steer
 from actgraph.pipeline.base import PassContext
+from tests import zoo
 from tests.passes.conftest import apply, hooked_logits, relative, run, token_inputs
 
 RNG = np.random.default_rng(11)
@@ -127,3 +132,15 @@ def test_a_failure_leaves_the_sites_as_they_were(stories: Graph) -> None:
         step.run(stories, PassContext(text=str(step), name="steer"))
     assert (stories.content_hash(), [repr(site) for site in stories.sites()]) == before
     assert stories.site("blocks.0.mlp.out").type.shape == ("batch", "seq", 64)
+
+
+def test_other_tokens_and_scales_than_a_vector_is_meant_for(tmp_path: Path) -> None:
+    """Its clause and its factor are suggestions: the pass says where it does something else."""
+    graph = zoo.captured("stories260k")
+    vector = SteeringVector({"blocks.2.resid_post": np.ones(64, np.float32)}, where="generated", recommended_scale=0.5)
+    path = vector.save(tmp_path / "meant.safetensors")
+    said = ag.run(graph, f"steer{{vector={path} scale=2.0}}").report[0].messages
+    assert any("is meant for where=generated, and acts at where=all" in message for message in said)
+    assert any("was found to work with scale=0.5, and has 2" in message for message in said)
+    said = ag.run(graph, f"steer{{vector={path} scale=0.5 where=generated}}").report[0].messages
+    assert not any("meant for" in message or "found to work" in message for message in said)

@@ -289,6 +289,7 @@ def test_in_half_precision(files: tuple[str, str]) -> None:
         ({"vector": "input", "pick": "row"}, "pick=row needs vectors"),
         ({"vector": (1.0, 2.0), "pick": "row"}, "pick=row needs vectors"),
         ({"vector": "input", "scale": (1.0, 2.0)}, "there are 0 vectors and 2 scales"),
+        ({"vector": ("a", "b"), "scale": (1.0,)}, "there are 2 vectors and 1 scales"),
         ({"vector": "input", "scale": "inputs"}, "scale"),
         ({"vector": "inputs"}, "there is no steering vector inputs"),
         ({"vector": "input", "scale": "nan"}, "finite"),

@@ -49,6 +49,19 @@ def test_tap_of_some_tokens(both_stories: dict[str, Graph]) -> None:
         apply(both_stories["fx"], "tap{site=blocks.0.attn.pattern where=2:}")
 
 
+def test_tap_of_some_tokens_is_zero_elsewhere(both_stories: dict[str, Graph]) -> None:
+    """Of whatever the others hold, negative numbers, NaN and infinity, the output has +0.0."""
+    inputs, site = token_inputs(), "blocks.2.resid_post"
+    bad = np.where(np.arange(64) % 2, np.nan, -np.inf).astype(np.float32)
+    for graph in both_stories.values():
+        spoilt = graph.clone()
+        with spoilt.edit("spoil") as editor:
+            editor.insert_at(spoilt.site(site), "add", [np.where(np.arange(64) < 3, bad, 0).astype(np.float32)])
+        made = apply(spoilt, f"tap{{site={site} where=2:5}}", parity="none").run(inputs)[site]
+        others = np.delete(made, np.s_[2:5], axis=1)
+        assert not others.any() and not np.signbit(others).any() and np.isnan(made[:, 2:5, 1]).all()
+
+
 def test_tap_inside_a_fused_attention(stories: Graph) -> None:
     pattern = apply(stories, "tap{site=blocks.0.attn.pattern}").run(token_inputs())["blocks.0.attn.pattern"]
     assert pattern.shape == (2, 8, 12, 12)
