@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,13 +86,14 @@ def verify(
 
     With two models their outputs are compared on drawn inputs of several sizes (or on --inputs); where one has a cache,
     also the logits of each token when they are fed one by one. With passes, the pipeline runs, each pass must move the
-    outputs by no more than it declares, each that has an off setting must be the identity there, each that has another way
-    to compute the same must agree with it, an edit of activations must equal its formula in Python functions at its sites,
-    and the result must give the same outputs when exported to ONNX with its functions kept and inlined. Of a causal language
-    model rows of a padded batch must equal rows alone, padding on the left that on the right, tokens behind a cache those
-    without, and a prompt in chunks the whole one. The seconds that each check took stand beside it, and last what the passes
-    cost. Where a pass quantizes activations, exports may differ by a twentieth of what it declares,
-    because rounding in the last place flips single codes. A check in which no numbers could be compared counts as failed.
+    outputs by no more than it declares, each that has an off setting must be the identity there and each that adds inputs
+    where nobody gives them, bit for bit, each that has another way to compute the same must agree with it, an edit of
+    activations must equal its formula in Python functions at its sites, and the result must give the same outputs when
+    exported to ONNX with its functions kept and inlined. Of a causal language model rows of a padded batch must equal rows
+    alone, padding on the left that on the right, tokens behind a cache those without, and a prompt in chunks the whole one.
+    The seconds that each check took stand beside it, and last what the passes cost. Where a pass quantizes activations,
+    exports may differ by a twentieth of what it declares, because rounding in the last place flips single codes. A check in
+    which no numbers could be compared counts as failed.
     """
     from actgraph.cli.models import open_any, read_pipeline
     from actgraph.cli.output import dump_json, table
@@ -201,7 +203,7 @@ def check_pipeline(
 
     Promises are checked on the last of ``inputs`` (default: drawn for each graph).
     """
-    from actgraph.cli.verify_ladder import check_hooks, check_ladder, cost
+    from actgraph.cli.verify_ladder import check_defaults, check_hooks, check_ladder, cost
     from actgraph.graph.program import Program
     from actgraph.pipeline import PassManager
 
@@ -226,8 +228,11 @@ def check_pipeline(
                 flips[name] += FLIPPED_CODES * min(declared, 1.0)
             for found in check_hooks(step, before, after, tolerance, seed):
                 yield replace(found, what=f"{label}{found.what}")
+            for found in check_defaults(step, before, after, partial(_at, manager, step, before), arrays):
+                yield replace(found, what=f"{label}{found.what}")
             for what, setting, reference in (("off", step.off, before), ("oracle", step.oracle, after)):
-                if setting and any(getattr(step, key) != value for key, value in setting.items()):
+                given = what == "off" and any(getattr(step, key) == "input" for key in setting)  # then its default is off
+                if setting and not given and any(getattr(step, key) != value for key, value in setting.items()):
                     found = _variant(manager, index, step, what, dict(setting), before, reference, arrays, tolerance)
                     yield replace(found, what=f"{label}{found.what}")
         split = next((each for each in made.values() if isinstance(each, Program)), None)
@@ -287,21 +292,31 @@ def _variant(
     inputs: Sequence[dict[str, Any]],
     tolerance: float,
 ) -> Check:
-    """The pass with other options, on the graph that it ran on, against the graph that it should equal."""
+    """The pass with other options, on the graph that it ran on, against the graph that it should equal: what is off bit for
+    bit.
+    """
     import actgraph as ag
     from actgraph.errors import UnsupportedError
 
     shown = " ".join(f"{name}={value}" for name, value in options.items() if value is not None)
     try:
-        changed = type(step)(**{**{name: getattr(step, name) for name in type(step).model_fields}, **options})
-        graph = ag.run(before, changed, manager.corpus, seed=manager.seed, parity="none", calibration=manager.calibration).graph
+        graph = _at(manager, step, before, options)
     except ag.ActgraphError as error:
         return Check(f"{step.name} at {shown}", False, None, str(error))
     relation = "is the identity" if what == "off" else "gives the same outputs"
     try:
-        return compared(f"{step.name} at {shown} {relation}", reference, graph, inputs, tolerance)
+        allowed = 0.0 if what == "off" else tolerance
+        return compared(f"{step.name} at {shown} {relation}", reference, graph, inputs, allowed)
     except UnsupportedError as error:  # the engine cannot run one of them
         return Check(f"{step.name} at {shown} {relation}", False, None, str(error))
+
+
+def _at(manager: PassManager, step: Pass, before: Graph, options: dict[str, Any]) -> Graph:
+    """What the pass makes of ``before`` with other options."""
+    import actgraph as ag
+
+    changed = type(step)(**{**{name: getattr(step, name) for name in type(step).model_fields}, **options})
+    return ag.run(before, changed, manager.corpus, seed=manager.seed, parity="none", calibration=manager.calibration).graph
 
 
 def check_exports(

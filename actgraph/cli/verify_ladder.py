@@ -7,11 +7,11 @@ in a padded batch, padding on the left and on the right, with and without a cach
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from actgraph.cli.verify import Check
+from actgraph.cli.verify import Check, compared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,20 +43,20 @@ def _hooked(step: Any, before: Graph, after: Graph, tolerance: float, seed: int)
     from actgraph.errors import ActgraphError
     from actgraph.graph.hooks import run_with_hooks
     from actgraph.graph.parity import difference
-    from actgraph.graph.where import Where
+    from actgraph.graph.slots import slots_of
+    from actgraph.passes.steer.edit import EditPass
 
     what = f"{step.name}: graph = hooks at its sites"
+    no_formula = Check(what, True, None, "no formula in Python: does not apply", checked=False)
+    if type(step).hook is EditPass.hook:
+        return no_formula
+    if slots_of(before):
+        return replace(no_formula, detail="behind a cache: does not apply")
     inputs = ladder_inputs(after, seed)
-    where = Where.parse(step.where)
-    tokens = None
-    if not where.everywhere:
-        lengths = inputs.get("prompt_lengths")
-        tokens = where.mask(inputs["position_ids"], lengths, inputs["input_ids"], inputs.get("row_index"))
     try:
-        sites = step.model_copy(update={"site": step.site or step.targets(before)}).select(before)
-        hooks = {site.name: step.hook(before, site, tokens) for site in sites}
-        if not hooks or any(hook is None for hook in hooks.values()):
-            return Check(what, True, None, "no formula in Python: does not apply", checked=False)
+        hooks = {site.name: step.hook(before, site, inputs) for site in step.select(before)}
+        if any(hook is None for hook in hooks.values()):
+            return no_formula
         given = {value.name for value in before.inputs()}
         wanted = run_with_hooks(before, {name: array for name, array in inputs.items() if name in given}, hooks)
     except ActgraphError as error:
@@ -67,6 +67,26 @@ def _hooked(step: Any, before: Graph, after: Graph, tolerance: float, seed: int)
     plain = before.run({name: array for name, array in inputs.items() if name in given})
     moved = max((difference(name, plain[name], made[name]).max_rel for name in wanted if name in made), default=0.0)
     return Check(what, all(each.within(tolerance, 0.0) for each in found), worst, f"the edit moves outputs by {moved:.2g}")
+
+
+def check_defaults(
+    step: Pass, before: Graph, after: Graph, reference: Callable[[dict[str, Any]], Graph], inputs: Sequence[dict[str, Any]]
+) -> Iterator[Check]:
+    """Where the pass adds inputs that the host may give: the graph without them, against the graph before it, bit for bit.
+
+    reference: makes the graph of other options, for a pass that says to which ones its defaults are equal.
+    """
+    from actgraph.graph import Role
+    from actgraph.graph.context import KINDS
+
+    known = {value.name for value in before.inputs()} | set(KINDS)  # positions, lengths of prompts: what sessions tell
+    given = [value.name for value in after.inputs() if value.name not in known and after.default(value.name) is not None]
+    roles = (Role.USER, Role.CONTEXT) if step.family == "steer" else (Role.USER,)
+    if any(after.role(name) in roles for name in given):
+        options = dict(step.at_defaults)
+        other = " ".join(f"{name}={value}" for name, value in options.items()) or "the graph before"
+        what = f"{step.name}: defaults of its inputs = {other}"
+        yield timed(lambda: compared(what, reference(options) if options else before, after, inputs, 0.0))
 
 
 def check_ladder(graph: Graph, tolerance: float, seed: int = 0) -> Iterator[Check]:
@@ -100,9 +120,11 @@ def ladder_inputs(graph: Graph, seed: int = 0, padding: str = "left") -> dict[st
         return drawn
     real = np.array([[n < length for n in range(longest)] for length in _LENGTHS])
     real = real[:, ::-1] if padding == "left" else real
+    if not {"attention_mask", "position_ids"} & {value.name for value in graph.inputs()}:
+        real = np.ones_like(real)  # nothing tells the graph of padding
     ids = np.zeros_like(drawn["input_ids"])
-    for row, length in enumerate(_LENGTHS):
-        ids[row, real[row]] = drawn["input_ids"][row, :length]
+    for row in range(count):
+        ids[row, real[row]] = drawn["input_ids"][row, : real[row].sum()]
     told = {
         "input_ids": ids, "attention_mask": real.astype(np.int64), "position_ids": np.maximum(real.cumsum(1) - 1, 0),
         "prompt_lengths": np.array([length - length // 3 for length in _LENGTHS]), "row_index": np.arange(count),
