@@ -318,6 +318,10 @@ def _restated(error: ActgraphError, message: str, hint: str) -> ActgraphError:
     return kind(message, hint)
 
 
+#: Who has frozen objects: a run of ours that goes on, or somebody else, which is remembered. Counting them walks them all.
+_FROZEN = {"by us": False, "by others": False}
+
+
 @contextlib.contextmanager
 def _existing_objects_set_aside() -> Iterator[None]:
     """Keep Python's garbage collector off the objects that exist already.
@@ -325,13 +329,17 @@ def _existing_objects_set_aside() -> Iterator[None]:
     Passes make many objects and few cycles, so that full collections set in again and again, and each walks all of the model,
     torch and transformers for nothing: that made the time of a pass depend on what was imported before.
     """
-    if gc.get_freeze_count():
-        yield  # somebody else froze them, and unfreezing is all or nothing
+    if not any(_FROZEN.values()):
+        _FROZEN["by others"] = gc.get_freeze_count() > 0
+    if any(_FROZEN.values()):
+        yield  # unfreezing is all or nothing
         return
     gc.freeze()
+    _FROZEN["by us"] = True
     try:
         yield
     finally:
+        _FROZEN["by us"] = False
         gc.unfreeze()
 
 
