@@ -19,6 +19,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files with what the tests see now")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the variants of ``tests/variants.py`` slow, before tests are chosen by marks."""
+    from tests.variants import SLOW
+
+    seen: dict[str, set[str]] = {}
+    for item in items:
+        test, _, variant = item.nodeid.partition("[")
+        seen.setdefault(test, set()).add(variant.removesuffix("]"))
+        if variant.removesuffix("]") in SLOW.get(test, ()):
+            item.add_marker(pytest.mark.slow)
+    for test, variants in seen.items() if not any("::" in argument for argument in config.args) else ():
+        gone = set(SLOW.get(test, ())) - variants
+        if gone:
+            raise pytest.UsageError(f"tests/variants.py names variants of {test} that are no more: {sorted(gone)}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     """Small models on shared cores: one thread is fastest and makes sums reproducible."""
