@@ -47,7 +47,8 @@ class Batch:
     def told(self, known: Array | None, what: str, needs: str) -> Array:
         """``known``. Raises InputError where documents do not tell it."""
         if known is None:
-            raise InputError(f"{what} needs documents with {needs}", 'a line of .jsonl is {"prompt": ..., "response": ...}')
+            line = '{"text": ..., "span": ...}' if "span" in needs else '{"prompt": ..., "response": ...}'
+            raise InputError(f"{what} needs documents with {needs}", f"a line of .jsonl is {line}")
         return known
 
     @property

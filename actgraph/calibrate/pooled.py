@@ -22,7 +22,10 @@ def pooled(site: str, x: Array, rows: Array, indices: Sequence[int]) -> tuple[Ar
     counts = np.bincount(rows, minlength=len(indices))[: len(indices)]
     if not counts.all():
         document = indices[int(np.argmin(counts))]
-        raise InputError(f"no token of document {document} counts at {site}", "widen where, or leave the document out")
+        raise InputError(
+            f"no token of document {document} (from 0) counts at {site}",
+            "widen where (all tokens of a plain text are prompt: give prompts and responses), or leave the document out",
+        )
     sums = np.zeros((max(len(indices), int(rows.max()) + 1), x.shape[1]))
     np.add.at(sums, rows, x.astype(np.float64))
     return sums[: len(indices)] / counts[:, None], np.asarray(indices, np.int64)

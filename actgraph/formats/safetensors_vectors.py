@@ -51,7 +51,11 @@ def write_safetensors(vector: SteeringVector, path: Path) -> Path:
 def read_safetensors(path: Path) -> SteeringVector:
     """Read the file. Raises InputError for a corrupt or unsuitable one."""
     metadata, tensors = _read(path)
-    manifest = _manifest(path, metadata.get("actgraph", "{}"))
+    manifest = _manifest(path, metadata.get("actgraph.artifact") or metadata.get("actgraph", "{}"))
+    kind = str(manifest.get("format", FORMAT)).partition("/")[0]
+    if kind != FORMAT:
+        what = kind.removeprefix("actgraph.").replace("_", " ")
+        raise InputError(f"{path} holds {what}, no steering vector", "give it to the pass that it is for")
     # Without a manifest a table among other tensors is no basis: it may be any file, such as a model's weights.
     ranks = (1, 2) if manifest or len(tensors) == 1 else (1,)
     wrong = [name for name, tensor in tensors.items() if tensor.ndim not in ranks or not all(tensor.shape)]

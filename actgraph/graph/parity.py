@@ -164,6 +164,7 @@ def compare(
     rtol: float,
     atol: float = 0.0,
     values: Sequence[tuple[Value, Value]] | Mapping[str, tuple[Value, Value]] = (),
+    optimize: bool = True,
 ) -> ParityReport:
     """Run both graphs on each of ``inputs_list`` and compare their outputs by name.
 
@@ -172,10 +173,11 @@ def compare(
     any other is reported as missing.
     values: pairs ``(value of left, value of right)`` to compare as well, by name when given as a mapping; all of them are
     fetched in the same run.
+    optimize: let the engines rewrite the graphs as they usually do; without, equal nodes compute equal bits in any two graphs.
     """
     pairs = dict(values) if isinstance(values, Mapping) else {a.name: (a, b) for a, b in values}
     runners = [
-        executor_for(graph).open(graph, list(dict.fromkeys(pair[side] for pair in pairs.values())))
+        executor_for(graph).open(graph, list(dict.fromkeys(pair[side] for pair in pairs.values())), optimize=optimize)
         for side, graph in enumerate((left, right))
     ]
     common, missing = _common_outputs(left, right)

@@ -142,7 +142,7 @@ class SiteTable:
         unique = {site.anchor.key: site for site in reversed(sites) if site.anchor.key not in dropped}
         sites = list(reversed(unique.values())) if selector is not None else sites
         if selector is not None and not sites:
-            raise SiteError(f"everything that {selector!r} selects is ignored", "narrow `ignore`")
+            raise SiteError(f"everything that {', '.join(_as_list(selector))} selects is ignored", "narrow `ignore`")
         return sites
 
     def one(self, graph: Graph, name: str) -> Site:

@@ -55,6 +55,11 @@ class Window:
         stops = [n for n in (self.stop, other.stop) if n is not None]
         return Window(max(starts, default=None), min(stops, default=None))
 
+    def __le__(self, other: Window) -> bool:
+        """Whether every number of this window is in the other."""
+        starts = other.start is None or (self.start is not None and self.start >= other.start)
+        return starts and (other.stop is None or (self.stop is not None and self.stop <= other.stop))
+
     @property
     def empty(self) -> bool:
         return self.start is not None and self.stop is not None and self.start >= self.stop
@@ -97,6 +102,13 @@ class Box:
             both = (a & b for a in self.rows for b in other.rows)
             rows = tuple(window for window in both if not window.empty)
         return Box(self.positions & other.positions, self.behind & other.behind, tokens, rows)
+
+    def __le__(self, other: Box) -> bool:
+        """Whether every token that meets this one surely meets the other."""
+        tokens = other.tokens is None or (self.tokens is not None and set(self.tokens) <= set(other.tokens))
+        within = self.rows is not None and all(any(a <= b for b in other.rows or ()) for a in self.rows)
+        positions = Window(self.positions.start or 0, self.positions.stop) <= other.positions
+        return positions and self.behind <= other.behind and tokens and (other.rows is None or within)
 
     @property
     def empty(self) -> bool:
@@ -144,7 +156,7 @@ class Where:
         includes = _boxes(parts[0], clause)
         excludes = [box for part in parts[1:] for box in _boxes(part, clause)]
         result = Where(tuple(dict.fromkeys(includes)), tuple(dict.fromkeys(excludes)))
-        if Box() in result.excludes:
+        if all(any(box <= excluded for excluded in result.excludes) for box in result.includes):
             raise OptionError(f"where={clause!r} is met by no token: all are excluded", HINT)
         return replace(result, includes=(Box(),)) if Box() in result.includes else result
 

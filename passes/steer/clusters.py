@@ -14,8 +14,10 @@ Array = np.ndarray[Any, Any]
 def normalised(rows: Array) -> Array:
     """Each row of ``[n, e]`` at unit length, float64. Raises InputError for a row of zeros or NaN."""
     wide = np.asarray(rows, np.float64)
+    if wide.ndim != 2:
+        raise InputError(f"embeddings have the shape {list(wide.shape)}", "embeddings are [texts, size]")
     sizes = np.linalg.norm(wide, axis=1, keepdims=True)
-    if wide.ndim != 2 or not np.isfinite(sizes).all() or (sizes == 0).any():
+    if not np.isfinite(sizes).all() or (sizes == 0).any():
         raise InputError("an embedding is zero or no number", "embeddings are [texts, size], each of some length")
     return np.asarray(wide / sizes)
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from actgraph.errors import PassError
 from actgraph.formats.artifacts import Artifact
-from actgraph.graph import Editor, Graph, Node, Site, SiteKind, Value
+from actgraph.graph import Editor, Graph, Node, Role, Site, SiteKind, Value
 from actgraph.graph.context import token_dims
 from actgraph.graph.graph import Array
 from actgraph.graph.where import Where
@@ -168,6 +168,7 @@ class EditPass(OfModel, SitePass):
         """
         where = Where.parse(self.where)
         result = PassResult(expected_change=self.change, expected_size=UNBOUNDED)
+        known = {value.name for value in graph.inputs()}
         with context.edit(graph) as editor:
             edit = Edit(graph, editor, where, result, dict(shared))
             for site in self.select(graph):
@@ -175,6 +176,8 @@ class EditPass(OfModel, SitePass):
                 if rule:
                     result.counts[rule] += 1
         result.messages += where.assumptions() if set(result.counts) - {"identity"} else []
+        given = [value for value in graph.inputs() if value.name not in known and graph.role(value.name) is Role.USER]
+        result.messages += [f"new optional input {value.name} {value.type}" for value in given]
         result.messages += editor.messages
         if set(result.counts) == {"identity"}:
             result.expected_change, result.expected_size = "exact", ROUNDING

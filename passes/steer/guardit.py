@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from actgraph.calibrate.document_rows import collect_rows
-from actgraph.errors import InputError, PassError
+from actgraph.errors import InputError, OptionError, PassError
 from actgraph.formats.artifacts import Artifact, load_artifact
 from actgraph.formats.vectors import model_fingerprint
 from actgraph.graph import Editor, Graph, Node, Site, Value
@@ -36,6 +36,7 @@ Array = np.ndarray[Any, Any]
 KIND = "guardit_clusters"
 _MADE_BY = "make one with actgraph.passes.steer.guardit.forget_clusters"
 _EPS = 1e-6
+_DIRECTIONS = ("orthogonal", "difference", "orthogonal_difference")
 _NEVER = -2.0  # a cosine that is below any threshold
 _LEAST = 1e-9  # the sum of clamped similarities above which `soft` acts
 
@@ -67,6 +68,10 @@ class ForgetClusters:
         Raises InputError where that centroid is not known.
         """
         rows = normalised(embeddings)
+        if rows.shape[1] != self.centroids.shape[1]:
+            raise InputError(
+                f"embeddings are of size {rows.shape[1]}, and the clusters' of {self.centroids.shape[1]}", "use one encoder"
+            )
         cosines = np.asarray(rows @ self.centroids.T, np.float32)
         if best:
             most = cosines.argmax(1)[:, None]
@@ -120,12 +125,18 @@ def forget_clusters(
     """
     if not forget or not retain:
         raise InputError("there is nothing to forget or to retain", "give texts of both")
+    for given, known in ((direction, _DIRECTIONS), (threshold, ("balanced", "quantile"))):
+        if isinstance(given, str) and given not in known:
+            raise OptionError(f"forget_clusters: {given!r} is not known", f"choose {', '.join(known)}")
     name = graph.site(site or default_site(graph)).name
     how: dict[str, Any] = {"position": "mean", "batch_size": batch_size, "max_length": max_length, "progress": progress}
     found, kept = (collect_rows(graph, [name], texts, **how)[name].astype(np.float64) for texts in (forget, retain))
     own = {"forget": found, "retain": kept}
     both = (("forget", forget), ("retain", retain))
     embedded = {key: normalised(own[key] if embed is None else embed(texts)) for key, texts in both}
+    for key, texts in both:
+        if len(embedded[key]) != len(texts):
+            raise InputError(f"there are {len(texts)} texts and {len(embedded[key])} embeddings", "give one for each text")
     labels = best_clusters(embedded["forget"], clusters, seed)
     norms = [float(np.linalg.norm(each, axis=1).mean()) for each in (found, kept)]
     retained = kept.mean(0)

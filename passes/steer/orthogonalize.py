@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from actgraph.errors import PassError
+from actgraph.errors import InputError, PassError
 from actgraph.formats.vectors import SteeringVector, load_vector
 from actgraph.graph import Editor, Graph
 from actgraph.graph.graph import Array
@@ -73,6 +73,10 @@ class Orthogonalize(OfModel):
             raise PassError(
                 f"orthogonalize: {given} has {len(vector.directions)} directions, and one is removed everywhere",
                 f"choose one with of={next(iter(vector.directions))}",
+            )
+        if self.of and set(vector.directions) - {""} and self.of not in vector.directions:
+            raise InputError(
+                f"orthogonalize: {given} has no direction for {self.of}", f"it has {', '.join(vector.directions)}"
             )
         wide = vector.for_site((self.of or next(iter(vector.directions)),)).astype(np.float64)
         norm = float(np.linalg.norm(wide))

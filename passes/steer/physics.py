@@ -53,6 +53,9 @@ def delta(
     Each simulation's activation is standardised over channels and space (unbiased deviation) for each leading index, then
     averaged. Raises InputError where the two cannot be told apart, or have activations of different shapes.
     """
+    for regime in (feature, control):
+        if isinstance(regime, Mapping):
+            raise InputError("a regime is one dict of arrays", "give a list: a dict for each simulation")
     if not feature or not control:
         raise InputError("a regime has no simulations", "give inputs of both")
     value = graph.site(site).value

@@ -20,6 +20,9 @@ from actgraph.pipeline.base import PassContext, PassResult
 class Tap(SitePass):
     """Make the value of each site a graph output named after the site; the value is what its readers see now.
 
+    An edit of the same site in a later pass edits what the output holds as well: it is one of the readers. For values before
+    and after an edit tap the graph before and the graph after.
+
     With ``where`` the output holds the tokens that the clause names, and exact zeros for all others.
     """
 

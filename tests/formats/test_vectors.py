@@ -314,3 +314,12 @@ def test_the_tokenizer_is_told_by_what_its_ids_mean() -> None:
     assert tokenizer_fingerprint(graph).startswith("vocab.txt:") and not surely_differ(tokenizer_fingerprint(graph), known)
     graph.companions.tokenizer_files = {}
     assert tokenizer_fingerprint(graph) == "" and not surely_differ("", known)
+
+
+def test_files_of_other_methods_are_no_vectors(tmp_path: Path) -> None:
+    from actgraph.formats.artifacts import Artifact
+
+    momenta = {"blocks.0.attn.head_out": np.ones(64, np.float32)}
+    other = Artifact("activation_momentum", momenta).save(tmp_path / "momenta.safetensors")
+    with pytest.raises(InputError, match="holds activation momentum, no steering vector"):
+        load_vector(other)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import actgraph as ag
-from actgraph.errors import InputError, PassError
+from actgraph.errors import InputError, OptionError, PassError
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
 from actgraph.graph.program import Program
@@ -347,6 +347,16 @@ def test_decisions_do_not_depend_on_weights(stories: Graph, clusters: ForgetClus
 
 
 def test_bad_input(stories: Graph, file: Path) -> None:
+    for wrong in ({"direction": "diference"}, {"threshold": "balancd"}):
+        with pytest.raises(OptionError, match="is not known"):
+            forget_clusters(stories, DOGS, REST, embed, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"embeddings are \[texts, size\]"):
+        forget_clusters(stories, DOGS, REST, lambda texts: np.ones(3), progress=False)
+    with pytest.raises(InputError, match="there are 4 texts and 3 embeddings"):
+        forget_clusters(stories, DOGS, REST, lambda texts: np.ones((3 if len(texts) == 4 else 5, 2)), progress=False)
+    with pytest.raises(InputError, match="embeddings are of size 3"):
+        made = forget_clusters(stories, DOGS, REST, embed, clusters=1, progress=False)
+        made.similarity(np.ones((2, 3)))
     with pytest.raises(InputError, match="nothing to forget"):
         forget_clusters(stories, [], REST, embed)
     with pytest.raises(InputError, match="embedding is zero"):

@@ -122,6 +122,9 @@ def test_a_file_with_several_directions(stories: Graph, tmp_path: Path) -> None:
     assert relative(run(apply(stories, f"orthogonalize{{direction={text}}}")), run(chosen)) < 1e-6
     with pytest.raises(InputError, match=r"no direction for blocks\.3\.resid_post"):
         apply(stories, f"orthogonalize{{direction={path} of=blocks.3.resid_post}}")
+    one = SteeringVector({"blocks.1.resid_post": np.float32(unit)}).save(tmp_path / "one.safetensors")
+    with pytest.raises(InputError, match=r"no direction for blocks\.2\.resid_post"):
+        apply(stories, f"orthogonalize{{direction={one} of=blocks.2.resid_post}}")
 
 
 @pytest.mark.parametrize(

@@ -305,3 +305,12 @@ def test_bad_inputs(dialect: str, files: tuple[str, str]) -> None:
     for value, why in ((numbers(1, 2), r"shape \[2\], the graph takes f32\[batch\]"), (np.ones(3), "float64"), (1, "int64")):
         with pytest.raises(InputError, match=why):
             logits(made, given, steer__scale=value)
+
+
+def test_each_new_input_is_named_in_the_report() -> None:
+    """Also where a name was taken, and the input got a number."""
+    vector = "[" + " ".join(["1.0,"] * (zoo.WIDTH - 1)) + " 1.0]"
+    steps = ", ".join(f"steer{{vector={vector} site=blocks.{n}.resid_post scale=input}}" for n in (0, 1))
+    report = ag.run(zoo.captured("llama"), steps).report
+    said = [[message for message in row.messages if "new optional input" in message] for row in report]
+    assert [len(each) for each in said] == [1, 1] and "steer.scale " in said[0][0] and "steer.scale_1 " in said[1][0]

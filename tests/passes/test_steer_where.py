@@ -134,6 +134,16 @@ def test_token_ids_in_a_file(tmp_path: Path) -> None:
         steered(graph, '"token(99999)"')
 
 
+@pytest.mark.parametrize(
+    "clause", ["prompt ! prompt", "0 ! 0", "3 ! 2:", "token(5) ! token(4, 5)", "row(1) ! row(0:3)", "0 | 1 ! :2"]
+)
+def test_what_is_excluded_whole_is_an_error(clause: str) -> None:
+    with pytest.raises(OptionError, match="is met by no token: all are excluded"):
+        Where.parse(clause)
+    for met in ("prompt ! 0", "3: ! 3", "token(4, 5) ! token(5)", "row(0:3) ! row(1)", "prompt ! 2: & generated"):
+        assert Where.parse(met).excludes
+
+
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
 def test_rows_that_nobody_tells_are_of_no_clause(dialect: str) -> None:
     """A host that knows nothing of rows gets the unsteered model, and the pass says so."""
