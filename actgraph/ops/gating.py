@@ -29,11 +29,12 @@ _SCORES_DOC = """
 How far each token points along directions: ``scores = x directions``, one column for each direction.
 
 ``measure = "projection"``: as above. ``"size"``: the absolute value. ``"cosine"``: divided by the norms of the token and of the
-direction (a norm below 1e-8 counts as 1e-8, so a token of zeros has 0). The last axis of ``x`` holds the channels. NaN and
-infinity in a token reach its scores only. float16 and bfloat16 are computed in float32, which scores stay in.
+direction (a norm below 1e-8 counts as 1e-8, so a token of zeros has 0). ``"euclidean"``: minus the distance between the token
+and the direction's end. The last axis of ``x`` holds the channels. NaN and infinity in a token reach its scores only. float16
+and bfloat16 are computed in float32, which scores stay in.
 
-Sources: *Inference-Time Machine Unlearning via Gated Activation Redirection* (GUARD-IT), 2026 (cosines with centroids); *KIF*,
-2026 (projections).
+Sources: *Inference-Time Machine Unlearning via Gated Activation Redirection* (GUARD-IT), 2026 (cosines with and distances
+from centroids); *KIF*, 2026 (projections).
 """
 
 
@@ -55,6 +56,9 @@ def _scores(x: torch.Tensor, directions: torch.Tensor, *, measure: str = "projec
 
     h = layout.torch_compute(x)
     d = directions.to(h.dtype)
+    if measure == "euclidean":  # of differences: squares of norms and products would cancel where both are close
+        distances: torch.Tensor = torch.linalg.vector_norm(h.unsqueeze(-1) - d, dim=-2)
+        return -distances
     scores: torch.Tensor = h @ d
     if measure == "size":
         return scores.abs()
@@ -69,6 +73,9 @@ def _scores_body(b: BodyBuilder, operands: Sequence[BodyValue | None], attribute
     assert x is not None and directions is not None
     h = b.up(x)
     d = b.cast(directions, h.dtype)
+    if attributes["measure"] == "euclidean":
+        apart = b.unsqueeze(h, [-1]) - d
+        return [b.op("Neg", b.op("Sqrt", b.reduce("ReduceSum", apart * apart, [-2], keepdims=False)))]
     scores = b.op("MatMul", h, d)
     if attributes["measure"] == "size":
         return [b.op("Abs", scores)]
@@ -92,7 +99,13 @@ register(
         reference=_scores,
         body=_scores_body,
         attributes=(
-            Attribute("measure", "str", "what is measured", default="projection", choices=("projection", "size", "cosine")),
+            Attribute(
+                "measure",
+                "str",
+                "what is measured",
+                default="projection",
+                choices=("projection", "size", "cosine", "euclidean"),
+            ),
         ),
         traits=frozenset({Trait.PER_TOKEN}),
         min_opset=13,
@@ -101,6 +114,7 @@ register(
             Sample(((4, 8), (8, 1)), {"measure": "size"}),
             Sample(((2, 5, 8), (8, 3)), {"measure": "cosine"}),
             Sample(((2, 8), (8, 3)), {"measure": "cosine"}, draw=draws(zeros, normal), note="tokens of zeros"),
+            Sample(((2, 5, 8), (8, 3)), {"measure": "euclidean"}),
             Sample(((0, 3, 8), (8, 2)), note="no tokens"),
         ),
     )

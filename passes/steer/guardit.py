@@ -36,8 +36,10 @@ Array = np.ndarray[Any, Any]
 KIND = "guardit_clusters"
 _MADE_BY = "make one with actgraph.passes.steer.guardit.forget_clusters"
 _EPS = 1e-6
+_MEASURES = ("cosine", "euclidean")
 _DIRECTIONS = ("orthogonal", "difference", "orthogonal_difference")
 _NEVER = -2.0  # a cosine that is below any threshold
+_FAR = -3e38  # minus a distance that is beyond any threshold
 _LEAST = 1e-9  # the sum of clamped similarities above which `soft` acts
 
 
@@ -46,10 +48,11 @@ class ForgetClusters:
     """What is to be forgotten, in clusters.
 
     centroids: ``[k, e]`` float64, the unit means of the embeddings of each cluster (of unit activations, ``[k, width]``, where
-    ``gate`` is ``activation``). vectors: ``[k, width]`` float64, what
-    the pass subtracts. labels: the cluster of each forget document. threshold: the similarity above which a request is about
-    a cluster. retain_centroid: ``[e]`` (``[width]``) float64, the unit mean of the retain documents' unit embeddings, for
-    ``mode=ratio`` and ``retain_threshold``; ``None``: not known.
+    ``gate`` is ``activation``; the means of activations as they are where ``measure`` is ``euclidean``). vectors:
+    ``[k, width]`` float64, what the pass subtracts. labels: the cluster of each forget document. threshold: the similarity
+    above which a request is about a cluster. retain_centroid: ``[e]`` (``[width]``) float64, the same of the retain documents,
+    for ``mode=ratio`` and ``retain_threshold``; ``None``: not known. measure: what similarity is, the ``cosine`` or minus the
+    ``euclidean`` distance.
     """
 
     site: str
@@ -60,6 +63,7 @@ class ForgetClusters:
     model: str = ""
     gate: Literal["embedding", "activation"] = "embedding"
     retain_centroid: Array | None = None
+    measure: Literal["cosine", "euclidean"] = "cosine"
 
     def similarity(self, embeddings: Array, *, best: bool = False, retain: bool = False) -> Array:
         """What to give as ``guardit.similarity``: ``[requests, k]`` float32 cosines of embeddings ``[requests, e]`` with the
@@ -87,7 +91,7 @@ class ForgetClusters:
         arrays = {"vectors": self.vectors.astype(np.float32), "centroids": self.centroids.astype(np.float32)}
         if self.retain_centroid is not None:
             arrays["retain_centroid"] = self.retain_centroid.astype(np.float32)
-        notes = {"site": self.site, "threshold": self.threshold, "gate": self.gate}
+        notes = {"site": self.site, "threshold": self.threshold, "gate": self.gate, "measure": self.measure}
         return Artifact(KIND, arrays, notes, self.model).save(path)
 
 
@@ -105,6 +109,7 @@ def forget_clusters(
     site: str = "",
     clusters: int | None = None,
     direction: Literal["orthogonal", "difference", "orthogonal_difference"] = "orthogonal",
+    measure: Literal["cosine", "euclidean"] = "cosine",
     threshold: float | Literal["balanced", "quantile"] = "balanced",
     fpr_weight: float = 1.0,
     fpr: float = 0.05,
@@ -119,21 +124,25 @@ def forget_clusters(
     a text, are clustered and compared instead, and the pass gates by them within the graph. site: one residual stream
     (default: a quarter of the depth). clusters: how many (default: 2 to 20 by the best silhouette, the smallest of equal
     ones). direction: the forget mean without its part along the retain mean, their difference, or that without its part.
-    threshold: a number, ``balanced`` (the best recall minus ``fpr_weight`` times the false positives, over 200 steps of the
-    scores), or ``quantile`` (all but ``fpr`` of the retain texts). Every vector is as long as the mean of the two sets'
-    norms, so that ``alpha`` means the same for any model.
+    measure: how activations are compared, by cosine or by minus the Euclidean distance (embeddings: by cosine). threshold: a
+    number, ``balanced`` (the best recall minus ``fpr_weight`` times the false positives, over 200 steps of the scores), or
+    ``quantile`` (all but ``fpr`` of the retain texts). Every vector is as long as the mean of the two sets' norms, so that
+    ``alpha`` means the same for any model.
     """
     if not forget or not retain:
         raise InputError("there is nothing to forget or to retain", "give texts of both")
-    for given, known in ((direction, _DIRECTIONS), (threshold, ("balanced", "quantile"))):
+    for given, known in ((direction, _DIRECTIONS), (measure, _MEASURES), (threshold, ("balanced", "quantile"))):
         if isinstance(given, str) and given not in known:
             raise OptionError(f"forget_clusters: {given!r} is not known", f"choose {', '.join(known)}")
+    if embed is not None and measure != "cosine":
+        raise OptionError(f"forget_clusters: embeddings are not compared by measure={measure}", "leave embed or measure out")
     name = graph.site(site or default_site(graph)).name
     how: dict[str, Any] = {"position": "mean", "batch_size": batch_size, "max_length": max_length, "progress": progress}
     found, kept = (collect_rows(graph, [name], texts, **how)[name].astype(np.float64) for texts in (forget, retain))
     own = {"forget": found, "retain": kept}
     both = (("forget", forget), ("retain", retain))
-    embedded = {key: normalised(own[key] if embed is None else embed(texts)) for key, texts in both}
+    unit = normalised if measure == "cosine" else np.asarray
+    embedded = {key: unit(own[key] if embed is None else embed(texts)) for key, texts in both}
     for key, texts in both:
         if len(embedded[key]) != len(texts):
             raise InputError(f"there are {len(texts)} texts and {len(embedded[key])} embeddings", "give one for each text")
@@ -143,17 +152,24 @@ def forget_clusters(
     count = int(labels.max()) + 1
     vectors = np.stack([partial_vector(found[labels == k].mean(0), retained, direction) for k in range(count)])
     vectors = vectors / (np.linalg.norm(vectors, axis=1, keepdims=True) + _EPS) * (sum(norms) / 2)
-    centroids = normalised(np.stack([embedded["forget"][labels == k].mean(0) for k in range(count)]))
+    centroids = unit(np.stack([embedded["forget"][labels == k].mean(0) for k in range(count)]))
     if not isinstance(threshold, str):
         limit = float(threshold)
     else:
-        scores = [(embedded[key] @ centroids.T).max(1) for key in ("forget", "retain")]
+        scores = [similarities(embedded[key], centroids, measure).max(1) for key in ("forget", "retain")]
         balanced = balanced_threshold(scores[0], scores[1], fpr_weight)
         limit = balanced if threshold == "balanced" else float(np.quantile(scores[1], 1 - fpr))
     gate: Literal["embedding", "activation"] = "activation" if embed is None else "embedding"
     mean = embedded["retain"].mean(0)
-    retain_centroid = mean / np.linalg.norm(mean) if mean.any() else None
-    return ForgetClusters(name, centroids, vectors, labels, limit, model_fingerprint(graph), gate, retain_centroid)
+    retain_centroid = unit(mean[None])[0] if mean.any() else None
+    return ForgetClusters(name, centroids, vectors, labels, limit, model_fingerprint(graph), gate, retain_centroid, measure)
+
+
+def similarities(rows: Array, centroids: Array, measure: str) -> Array:
+    """Of each row with each centroid, ``[n, k]``: cosines of unit rows, or minus the Euclidean distances."""
+    if measure == "cosine":
+        return np.asarray(rows @ centroids.T)
+    return np.asarray(-np.linalg.norm(rows[:, None] - centroids, axis=-1))
 
 
 def partial_vector(forget: Array, retain: Array, direction: str = "orthogonal") -> Array:
@@ -187,7 +203,8 @@ class Guardit(EditPass):
     - found within the graph, with clusters of activations: cosines of the centroids with the mean activation, at the site of
       the clusters and before the edit, of the prompt up to each token, padding left out. Every generated token has that of its
       whole prompt (``prompt_lengths`` says where it ends), which a cache carries in a slot. A token of the prompt sees no
-      later one, unlike in a gate on the whole prompt, so that chunks of a prompt give what the whole gives.
+      later one, unlike in a gate on the whole prompt, so that chunks of a prompt give what the whole gives. Clusters whose
+      ``measure`` is ``euclidean`` are compared by minus the distance between mean and centroid.
     """
 
     name: ClassVar[str] = "guardit"
@@ -243,6 +260,10 @@ class Guardit(EditPass):
             return edit.declined(site, "the gate by activations takes channels on the last axis")
         if inside and token_axes(site.type.shape, self.axis) != token_dims(edit.graph):
             return edit.declined(site, f"the gate by activations is about tokens, and {site.type} has other axes")
+        if _measure(file) == "euclidean" and self.mode not in ("threshold", "best"):
+            raise OptionError(
+                f"guardit: mode={self.mode} weighs by similarity, and minus a distance is no weight", "choose threshold or best"
+            )
         keep: list[Node] = edit.shared.setdefault("keep", [])
         if "vector" not in edit.shared:
             given = self._read(edit, file, keep) if inside else self._told(edit, len(vectors))
@@ -269,7 +290,11 @@ class Guardit(EditPass):
     def _told(self, edit: Edit, count: int) -> Value:
         """The similarity of each request with each cluster, ``[batch, k]``, from outside; ``k + 1`` with that to retain."""
         width = count + self._asks_retain
-        return row_input(edit.editor, edit.graph, "guardit.similarity", width=width, default=_NEVER)
+        given = row_input(edit.editor, edit.graph, "guardit.similarity", width=width, default=_NEVER)
+        if self.mode in ("threshold", "soft"):
+            return given
+        # what a host says to be infinitely dissimilar, as a number: infinity times 0 is NaN
+        return edit.editor.insert("clip", [given, _NEVER, -_NEVER]).output
 
     def _above(self, edit: Edit, file: Artifact) -> frozenset[Value]:
         """What the gate is computed from, as it is before any edit."""
@@ -289,9 +314,7 @@ class Guardit(EditPass):
         if has_context(graph, "valid_tokens"):
             valid = editor.insert("cast", [graph_context(graph, editor, "valid_tokens")], {"to": DType.F32}).output
             counted = editor.insert("mul", [counted, valid]).output
-        total = editor.insert("actgraph.running_sum", [editor.site_value(read), counted])
-        total = carry_sum(editor, total) if slots_of(graph) else total
-        keep.append(total)
+        pooled = _summed(editor, graph, editor.site_value(read), counted, keep)
         edit.result.messages.append(
             "the gate reads the input prompt_lengths: where nobody gives it, generated tokens count as prompt"
         )
@@ -299,7 +322,15 @@ class Guardit(EditPass):
         if self._asks_retain:
             rows = np.concatenate([rows, file.array("retain_centroid", 1)[None]])
         centroids = np.ascontiguousarray(rows.T.astype(np.float32))
-        return editor.insert("actgraph.direction_scores", [total.output, centroids], {"measure": "cosine"}).output
+        if _measure(file) == "cosine":  # of the sum as of the mean
+            return editor.insert("actgraph.direction_scores", [pooled, centroids], {"measure": "cosine"}).output
+        assert counted.shape is not None
+        column = editor.insert("reshape", [counted], {"shape": (*counted.shape, 1)}).output
+        count = _summed(editor, graph, column, None, keep)
+        mean = editor.insert("div", [pooled, editor.insert("clip", [count, 1.0, None]).output]).output
+        scores = editor.insert("actgraph.direction_scores", [mean, centroids], {"measure": "euclidean"}).output
+        some = editor.insert("cast", [count], {"to": DType.BOOL}).output
+        return editor.insert("where", [some, scores, np.full(1, _FAR, np.float32)]).output
 
     def _chosen(self, edit: Edit, given: Value, vectors: Array, limit: float) -> tuple[Value, Value]:
         """``s [..., width]`` of the similarities ``given [..., k]`` (``k + 1``), and 1 where the gate is open ``[...]``."""
@@ -320,7 +351,7 @@ class Guardit(EditPass):
         if self.mode in ("best", "ratio") and count > 1:
             active = editor.insert("mul", [active, _most_similar(editor, forget, count)]).output
         elif self.mode == "weighted":
-            active = editor.insert("mul", [active, _bounded(editor, forget)]).output
+            active = editor.insert("mul", [active, forget]).output
         if self.retain_threshold is not None:
             closed = editor.insert("actgraph.switch", [retain], {"threshold": self.retain_threshold}).output
             active = editor.insert("mul", [active, editor.insert("sub", [np.ones(1, np.float32), closed]).output]).output
@@ -343,16 +374,23 @@ def _most_similar(editor: Editor, similarity: Value, count: int) -> Value:
     for column, (early, late) in enumerate(pairs):
         minus[[early, late], column] = -1, 1
         wins[column, [early, late]] = -1, 1
-    differences = editor.insert("matmul", [_bounded(editor, similarity), minus]).output
+    differences = editor.insert("matmul", [similarity, minus]).output
     later = editor.insert("actgraph.switch", [differences], {"threshold": 0.0}).output
     won = editor.insert("matmul", [later, wins]).output  # beside the pairs in which it is the earlier one, won until lost
     total = editor.insert("add", [won, np.arange(count - 1, -1, -1, dtype=np.float32)]).output
     return editor.insert("actgraph.switch", [total], {"threshold": count - 1.5}).output
 
 
-def _bounded(editor: Editor, similarity: Value) -> Value:
-    """What a host says to be infinitely dissimilar as a number: infinity times 0 is NaN."""
-    return editor.insert("clip", [similarity, _NEVER, -_NEVER]).output
+def _summed(editor: Editor, graph: Graph, x: Value, counted: Value | None, keep: list[Node]) -> Value:
+    """The sums of ``x [batch, seq, channels]`` over the tokens so far, carried by a cache where there is one."""
+    total = editor.insert("actgraph.running_sum", [x, counted])
+    total = carry_sum(editor, total) if slots_of(graph) else total
+    keep.append(total)
+    return total.output
+
+
+def _measure(file: Artifact) -> str:
+    return str(file.notes.get("measure", "cosine"))
 
 
 def _inside(file: Artifact) -> bool:

@@ -75,9 +75,7 @@ class Orthogonalize(OfModel):
                 f"choose one with of={next(iter(vector.directions))}",
             )
         if self.of and set(vector.directions) - {""} and self.of not in vector.directions:
-            raise InputError(
-                f"orthogonalize: {given} has no direction for {self.of}", f"it has {', '.join(vector.directions)}"
-            )
+            raise InputError(f"orthogonalize: {given} has no direction for {self.of}", f"it has {', '.join(vector.directions)}")
         wide = vector.for_site((self.of or next(iter(vector.directions)),)).astype(np.float64)
         norm = float(np.linalg.norm(wide))
         if norm == 0.0 or not np.isfinite(norm):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import actgraph as ag
+from actgraph.calibrate.document_rows import collect_rows
 from actgraph.errors import InputError, OptionError, PassError
 from actgraph.graph import Graph
 from actgraph.graph.graph import Array
@@ -45,7 +46,6 @@ def file(clusters: ForgetClusters, tmp_path: Path) -> Path:
 
 
 def test_clusters_and_their_vectors(stories: Graph, clusters: ForgetClusters) -> None:
-    from actgraph.calibrate.document_rows import collect_rows
 
     assert clusters.labels.tolist() == [0] * 4 + [1] * 4 and clusters.site == default_site(stories) == "blocks.1.resid_post"
     forget, retain = (
@@ -250,15 +250,29 @@ def inside(stories: Graph) -> ForgetClusters:
     return made
 
 
-def by_hand(h: Array, counted: Array, made: ForgetClusters, threshold: float, alpha: float) -> Array:
+@pytest.fixture(scope="module")
+def distant(stories: Graph) -> ForgetClusters:
+    """Clusters of activations that are compared by distance."""
+    made = forget_clusters(stories, DOGS + CARS, REST, clusters=2, measure="euclidean", progress=False)
+    assert made.measure == "euclidean" and made.threshold < 0
+    return made
+
+
+def similarity_by_hand(mean: Array, made: ForgetClusters) -> Array:
+    if made.measure == "euclidean":
+        return np.array([-np.linalg.norm(mean - centroid) for centroid in made.centroids])
+    return np.asarray(made.centroids @ (mean / np.linalg.norm(mean)))
+
+
+def by_hand(h: Array, counted: Array, made: ForgetClusters, threshold: float, alpha: float, best: bool = False) -> Array:
     """The method on activations ``h [batch, seq, width]``; counted: the tokens of prompts, bool."""
     got = h.astype(float).copy()
     for row, token in np.ndindex(*h.shape[:2]):
         seen = h[row, : token + 1][counted[row, : token + 1]].astype(float)
         if not len(seen):
             continue
-        mean = seen.mean(0)
-        active = made.centroids @ (mean / np.linalg.norm(mean)) > threshold
+        similarity = similarity_by_hand(seen.mean(0), made)
+        active = (similarity > threshold) & ((similarity == similarity.max()) | (not best))
         if active.any():
             u = got[row, token] - alpha * made.vectors[active].mean(0)
             got[row, token] = u * np.linalg.norm(got[row, token]) / np.linalg.norm(u)
@@ -267,8 +281,13 @@ def by_hand(h: Array, counted: Array, made: ForgetClusters, threshold: float, al
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_the_gate_inside_the_graph(stories: Graph, inside: ForgetClusters, dialect: str, padding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clusters", ["inside", "distant", "distant-best"])
+def test_the_gate_inside_the_graph(
+    stories: Graph, clusters: str, dialect: str, padding: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Prompts up to each token open it, padding and generated tokens left out; closed tokens stay as they are."""
+    inside: ForgetClusters = request.getfixturevalue(clusters.removesuffix("-best"))
+    mode = "best" if clusters.endswith("best") else "threshold"
     file = inside.save(tmp_path / "inside.safetensors")
     before = ag.run(stories, f"tap{{site={inside.site}}}", parity="none").graph
     real = np.array([[n < length for n in range(8)] for length in (8, 5, 6)])
@@ -282,14 +301,15 @@ def test_the_gate_inside_the_graph(stories: Graph, inside: ForgetClusters, diale
     scores = []
     for row, token in np.ndindex(*ids.shape):
         seen = h[row, : token + 1][counted[row, : token + 1]]
-        scores += [*(inside.centroids @ (seen.mean(0) / np.linalg.norm(seen.mean(0))))] if len(seen) else []
+        scores += [*similarity_by_hand(seen.mean(0), inside)] if len(seen) else []
     near = np.sort(scores)[len(scores) // 3 : -len(scores) // 3]
     gap = int(np.diff(near).argmax())
     threshold = float(near[gap : gap + 2].mean())  # open for some, closed for others, and nobody near it
-    made = ag.run(stories, f"guardit{{clusters={file} alpha=0.6 threshold={threshold}}}, tap{{site={inside.site}}}").graph
+    step = f"guardit{{clusters={file} alpha=0.6 threshold={threshold} mode={mode}}}"
+    made = ag.run(stories, f"{step}, tap{{site={inside.site}}}").graph
     made = made if dialect == "fx" else ag.load(made.save(tmp_path / "made.onnx"))
     got = made.run({**inputs, "prompt_lengths": lengths})[inside.site]
-    expected = by_hand(h, counted, inside, threshold, 0.6)
+    expected = by_hand(h, counted, inside, threshold, 0.6, mode == "best")
     np.testing.assert_allclose(got[real], expected[real], atol=2e-4)
     moved = np.abs(expected - h).max(-1)[real] > 0.01
     assert 3 < moved.sum() < moved.size - 3
@@ -301,14 +321,18 @@ def test_the_gate_inside_the_graph(stories: Graph, inside: ForgetClusters, diale
         assert len(set((np.abs(expected - h).max(-1)[row][told] > 0.01).tolist())) == 1
 
 
-@pytest.mark.parametrize("order", ["before", "after", "program", "static"])
-def test_the_gate_inside_the_graph_behind_a_cache(stories: Graph, inside: ForgetClusters, order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["before", "after", "program", "static", "distant"])
+def test_the_gate_inside_the_graph_behind_a_cache(
+    stories: Graph, inside: ForgetClusters, distant: ForgetClusters, order: str, tmp_path: Path
+) -> None:
     """The sum over the prompt is a slot: single tokens, chunks of prompts and all at once give the same."""
-    file = inside.save(tmp_path / "inside.safetensors")
-    step = f"guardit{{clusters={file} alpha=0.8 threshold=0.6}}"
+    made = distant if order == "distant" else inside
+    file = made.save(tmp_path / "inside.safetensors")
+    step = f"guardit{{clusters={file} alpha=0.8 threshold={0.6 if made is inside else -5.6}}}"
     passes = {
         "before": f"{step}, kv_cache{{graphs=combined}}", "after": f"kv_cache{{graphs=combined}}, {step}",
-        "program": f"{step}, kv_cache", "static": f"{step}, kv_cache{{form=static max_length=32}}",
+        "program": f"{step}, kv_cache", "distant": f"{step}, kv_cache",
+        "static": f"{step}, kv_cache{{form=static max_length=32}}",
     }[order]  # fmt: skip
     cached = ag.run(stories, passes, reproducer=False).rewritten
     whole = ag.run(stories, step).graph
@@ -363,3 +387,23 @@ def test_bad_input(stories: Graph, file: Path) -> None:
         forget_clusters(stories, DOGS, REST, lambda texts: np.zeros((len(texts), 3)), progress=False)
     with pytest.raises(PassError, match="clusters have 64 channels"):
         ag.run(stories, f"guardit{{clusters={file} site=blocks.0.mlp.hidden}}")
+
+
+def test_distances_are_no_weights(stories: Graph, distant: ForgetClusters, tmp_path: Path) -> None:
+    file = distant.save(tmp_path / "distant.safetensors")
+    for mode in ("weighted", "soft", "ratio"):
+        with pytest.raises(OptionError, match="minus a distance is no weight"):
+            ag.run(stories, f"guardit{{clusters={file} mode={mode}}}", reproducer=False)
+    with pytest.raises(OptionError, match="leave embed or measure out"):
+        forget_clusters(stories, DOGS, REST, lambda texts: np.ones((len(texts), 2)), measure="euclidean")
+    with pytest.raises(OptionError, match="'far' is not known"):
+        forget_clusters(stories, DOGS, REST, measure="far")  # type: ignore[arg-type]
+
+
+def test_distances_tell_the_clusters_apart(stories: Graph, distant: ForgetClusters) -> None:
+    """Centroids are means of pooled activations as they are, and the threshold is between the texts of both sets."""
+    rows = collect_rows(stories, [distant.site], DOGS + CARS, position="mean", progress=False)[distant.site].astype(float)
+    for k in range(2):
+        np.testing.assert_allclose(distant.centroids[k], rows[distant.labels == k].mean(0), rtol=1e-5, atol=1e-6)
+    nearest = np.max([similarity_by_hand(row, distant) for row in rows], axis=1)
+    assert (nearest > distant.threshold).mean() > 0.5
