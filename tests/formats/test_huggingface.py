@@ -190,7 +190,7 @@ def test_dtypes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_live_model_keeps_its_weights() -> None:
-    graph = zoo.captured("llama")
+    graph = zoo.capture("llama")
     weight = zoo.model("llama").get_parameter("model.layers.0.mlp.up_proj.weight")
     assert np.shares_memory(graph.read(graph.value("model.layers.0.mlp.up_proj.weight")), weight.detach().numpy())
     assert graph.companions.source.endswith("LlamaForCausalLM") and graph.companions.config["vocab_size"] == zoo.VOCAB
