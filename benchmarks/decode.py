@@ -24,13 +24,13 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import common
 from common import Bandwidth, bytes_per_token, make_model, make_vector, round_to
-from runners import ALIASES, GROUPS, RUNNERS, Process, Runner, python_of
+from runners import ALIASES, GROUPS, RUNNERS, Generated, Process, Runner, python_of
 
 CONTEXTS = {"llama110m": (100,), "stories260k": (100,), "tiny": (8,)}
 #: The reference of all tokens: what transformers generates in float32, plain and steered.
@@ -113,8 +113,11 @@ class Group:
         self._failed([runner], error, **more)
         self.runners.pop(runner, None)
 
-    def run(self, runner: str, prompt: list[Any], count: int) -> tuple[float, float, list[int]]:
+    def run(self, runner: str, prompt: list[Any], count: int) -> Generated:
         return self._processes[runner].run(runner, prompt, count, RUN_SECONDS)
+
+    def slices(self, runner: str, prompt: list[Any], count: int, size: int) -> Generator[Generated | None, None, None]:
+        return self._processes[runner].slices(runner, prompt, count, size, RUN_SECONDS)
 
     def close(self) -> None:
         for process in set(self._processes.values()):
@@ -133,13 +136,14 @@ def compare(
     for round in range(-args.warmup, args.rounds):  # the first ones warm up: compiled runners compile, twice where sizes change
         for name in list(group.runners):
             try:
-                first, rest, tokens[name] = group.run(name, prompt, count)
+                made = group.run(name, prompt, count)
             except RuntimeError as error:
                 group.drop(name, str(error), context=context)
                 continue
+            tokens[name] = made.tokens
             if round >= 0:
-                rates[name].append((count - 1) / rest)
-                prefill[name].append(first)
+                rates[name].append(made.rate)
+                prefill[name].append(made.seconds[0])
     references = {steered: tokens.get(name) or args.references.get((context, steered)) for steered, name in REFERENCES.items()}
     for steered, found in references.items():
         if found is not None:
@@ -261,7 +265,7 @@ def refer(
         error = next(iter(process.wait(OPEN_SECONDS)))[2]
         for context, prompt in () if error else prompts.items():
             count = min(args.tokens, config["max_position_embeddings"] - context)
-            args.references[context, False] = process.run(runner.name, prompt, count, RUN_SECONDS)[2]
+            args.references[context, False] = process.run(runner.name, prompt, count, RUN_SECONDS).tokens
             args.known.add(context)
     except RuntimeError as failure:
         error = str(failure)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,36 +46,36 @@ def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
 
     inputs = options.get("inputs")
 
-    def run(prompt: list[Any], count: int) -> tuple[float, float, list[int]]:
+    def run(prompt: list[Any], count: int, made: Callable[[], None]) -> list[int]:
         if rows_of(prompt) is prompt:
-            return run_rows(compiled, prompt, count, inputs)
-        start = time.perf_counter()
-        steps = ag.stream(compiled, prompt, count, stop_at_end=False, inputs=inputs)
-        tokens = [next(steps).token]
-        first = time.perf_counter()
-        tokens += [step.token for step in steps]
-        end = time.perf_counter()
-        return first - start, end - first, [token for token in tokens if token is not None]
+            return run_rows(compiled, prompt, count, inputs, made)
+        tokens = []
+        for step in ag.stream(compiled, prompt, count, stop_at_end=False, inputs=inputs):
+            if step.token is not None:
+                tokens.append(step.token)
+                made()
+        return tokens
 
-    run.note = f"{options['pipeline']}; {versions('torch', 'onnxruntime')}"  # type: ignore[attr-defined]
+    pipeline = options["pipeline"].replace(f"{folder}/", "")
+    run.note = f"{pipeline}; {versions('torch', 'onnxruntime')}"  # type: ignore[attr-defined]
     return run
 
 
-def run_rows(compiled: Any, rows: list[list[int]], count: int, inputs: Any) -> tuple[float, float, list[int]]:
+def run_rows(compiled: Any, rows: list[list[int]], count: int, inputs: Any, each: Callable[[], None]) -> list[int]:
     """Greedy tokens of all rows at once, those of one row behind the other's."""
     import numpy as np
 
     from actgraph.graph.context import logits_output
 
     name = logits_output(compiled.graph)
-    start = time.perf_counter()
     session = compiled.session(len(rows), inputs=inputs)
     made = [session.feed(np.array(rows))[name][:, -1].argmax(-1)]
-    first = time.perf_counter()
+    each()
     for _ in range(count - 1):
         made.append(session.feed(made[-1][:, None])[name][:, -1].argmax(-1))
-    end = time.perf_counter()
-    return first - start, end - first, np.stack(made, axis=1).ravel().tolist()
+        each()
+    tokens: list[int] = np.stack(made, axis=1).ravel().tolist()
+    return tokens
 
 
 if __name__ == "__main__":

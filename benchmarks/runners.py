@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,19 @@ GROUPS = {group: [name for name in names if name not in ON_REQUEST] for group, n
 # --- processes ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Generated:
+    """seconds: of each step, that of the prompt first; tokens: those of all rows, one row behind the other."""
+
+    seconds: list[float]
+    tokens: list[int]
+
+    @property
+    def rate(self) -> float:
+        """Steps per second behind the prompt."""
+        return (len(self.seconds) - 1) / sum(self.seconds[1:])
+
+
 class Process:
     """A process with one or more runners; ``wait`` tells which of them opened."""
 
@@ -166,13 +179,28 @@ class Process:
             self._waiting.remove(name)
             yield name, answer.get("note", ""), answer.get("error", "")
 
-    def run(self, runner: str, prompt: list[Any], count: int, seconds: float) -> tuple[float, float, list[int]]:
+    def run(self, runner: str, prompt: list[Any], count: int, seconds: float) -> Generated:
         """Raises RuntimeError when it fails or takes longer than ``seconds``; the process may have ended then."""
-        self._send({"runner": runner, "prompt": prompt, "count": count})
-        answer = self._answer(seconds)
+        (made,) = self.slices(runner, prompt, count, 0, seconds)
+        assert made is not None
+        return made
+
+    def slices(
+        self, runner: str, prompt: list[Any], count: int, size: int, seconds: float
+    ) -> Generator[Generated | None, None, None]:
+        """``run`` in parts (the prompt, then ``size`` steps each), none before it is asked for; None but for the last."""
+        self._send({"runner": runner, "prompt": prompt, "count": count, "pause": size})
+        while "paused" in (answer := self._answer(seconds)):
+            try:
+                yield None
+            except GeneratorExit:
+                self._send({"stop": True})
+                self._answer(seconds)
+                raise
+            self._send({})
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return answer["first"], answer["rest"], answer["tokens"]
+        yield Generated(answer["seconds"], answer["tokens"])
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from steered import WAYS, Shifts, read_vectors
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
 
-class Clock:
+class Streamer:
     """What ``generate`` calls with the prompt and each token."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, made: Callable[[], None]) -> None:
+        self._made = made
+        self._begun = False
 
     def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+        if self._begun:
+            self._made()
+        self._begun = True
 
     def end(self) -> None:
         pass
@@ -43,25 +46,23 @@ def open_runner(folder: Path, options: dict[str, Any], threads: int) -> Run:
         blocks = options.get("blocks", range(model.config.num_hidden_layers))
         shifts = Shifts(blocks, read_vectors(options["vectors"], getattr(torch, dtype)), options.get("by_row", False))
 
-    def run(prompt: list[Any], count: int) -> tuple[float, float, list[int]]:
+    def run(prompt: list[Any], count: int, each: Callable[[], None]) -> list[int]:
         more: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         if compiled:
             more["cache_implementation"] = "static"
             more["compile_config"] = CompileConfig(fullgraph=False, mode="default")
             more["compile_config"]._compile_all_devices = True
-        clock = Clock()
         ids = torch.tensor(rows_of(prompt))
         steered = contextlib.nullcontext(model.generate) if shifts is None else WAYS[by](model, shifts)
         with torch.no_grad(), steered as generate:
-            start = time.perf_counter()
             made = generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                streamer=clock,
+                streamer=Streamer(each),
                 generation_config=GenerationConfig(eos_token_id=None, **more),
             )
-        assert len(clock.times) == count + 1, f"{len(clock.times)} calls of the streamer"
-        return clock.times[1] - start, clock.times[-1] - clock.times[1], made[:, ids.shape[1] :].flatten().tolist()
+        tokens: list[int] = made[:, ids.shape[1] :].flatten().tolist()
+        return tokens
 
     run.note = versions(*names)  # type: ignore[attr-defined]
     return run

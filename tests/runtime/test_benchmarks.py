@@ -76,13 +76,13 @@ def test_kernels_are_right_and_measured_beside_the_stream() -> None:
 @pytest.mark.slow
 def test_steering_measures_each_runner_beside_itself(tmp_path: Path) -> None:
     tools = ["actgraph-torch", "actgraph-onnxruntime", "transformers-hooks", "transformers-repeng"]
-    small = ["--models", "tiny", "--tokens", "4", "--rounds", "1", "--threads", "1", "--env", str(tmp_path)]
+    small = ["--models", "tiny", "--tokens", "5", "--slice", "2", "--rounds", "1", "--threads", "1", "--env", str(tmp_path)]
     lines = run("steering.py", *small, "--kinds", "all", "rows", "--runners", *tools)
     rates = {line["runner"]: line for line in lines if line.get("unit") == "tokens/s"}
     kinds = ("plain", "plain-rows", "all", "rows")
     assert set(rates) == {f"{tool}-{kind}" for tool in tools[:3] for kind in kinds}
     for name, line in rates.items():
-        assert line["agrees"] == 4 * line["rows"], name  # every row has the tokens that forward hooks give it
+        assert line["agrees"] == 5 * line["rows"], name  # every row has the tokens that forward hooks give it
     assert rates["actgraph-torch-rows"]["rows"] == 16
     ratios = {line["ratio"] for line in lines if "ratio" in line}
     assert ratios == {f"{t}-{k} / {t}-{p}" for t in tools[:3] for k, p in (("all", "plain"), ("rows", "plain-rows"))}
