@@ -6,6 +6,8 @@ import importlib
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,75 @@ def test_our_runner_has_the_threads_of_its_peers(monkeypatch: pytest.MonkeyPatch
     finally:
         ours._KEPT.close()
     assert seen == [3] and wanted_threads() == 0
+
+
+def test_turns_of_two_runners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is first every other time, and the steps behind a turn's first count."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    steering, runners = importlib.import_module("steering"), importlib.import_module("runners")
+    monkeypatch.setattr(steering, "REST", 0.0)
+    order: list[str] = []
+
+    def slices(name: str, count: int) -> Iterator[Any]:
+        for number in range(count):
+            order.append(f"{name}{number}")
+            yield None if number < count - 1 else runners.Generated([1.0] * 3, [number])
+
+    made = steering.turns((slices("a", 3), slices("b", 3)))
+    assert order == ["b0", "a0", "a1", "b1", "b2", "a2"] and [each.tokens for each in made] == [[2], [2]]
+    assert steering.by_turn([9.0, 50, 2, 4, 60, 1, 3, 7], 3) == [3.0, 2.0]
+    low, high = steering.interval([1.0, 2.0, 3.0] * 30)
+    assert 1.0 <= low <= 2.0 <= high <= 3.0
+    left = slices("c", 9)
+    with pytest.raises(RuntimeError, match="broken"):
+        steering.turns((left, broken()))
+    assert left.gi_frame is None  # type: ignore[attr-defined]  # told to stop
+
+
+def broken() -> Iterator[Any]:
+    raise RuntimeError("broken")
+    yield
+
+
+def test_a_runner_waits_between_slices(tmp_path: Path) -> None:
+    """Time while it waits counts for no step; a text that is not wanted any more is given up, and another begun."""
+    script = tmp_path / "runner.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(BENCHMARKS / 'peers')!r})\n"
+        "from protocol import greedy, serve\n"
+        "class Step:\n"
+        "    def restart(self): self.sum = 0\n"
+        "    def __call__(self, tokens):\n"
+        "        self.sum += sum(tokens)\n"
+        "        return self.sum\n"
+        "serve(lambda folder, options, threads: greedy(Step()))\n"
+    )
+    process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def say(**message: Any) -> dict[str, Any]:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
+        answer: dict[str, Any] = json.loads(process.stdout.readline())
+        return answer
+
+    try:
+        assert say(folder="", threads=1, runners={"adds": {}}) == {"ready": "adds", "note": ""}
+        request = {"runner": "adds", "prompt": [1, 2], "count": 5}
+        assert say(**request, pause=0)["tokens"] == [3, 6, 12, 24, 48]
+        assert say(**request, pause=2) == {"paused": 1}
+        time.sleep(0.3)
+        assert say() == {"paused": 3}
+        assert say() == {"paused": 5}
+        made = say()
+        assert made["tokens"] == [3, 6, 12, 24, 48] and len(made["seconds"]) == 5 and max(made["seconds"]) < 0.2
+        assert say(**request, pause=2) == {"paused": 1}
+        assert "not wanted" in say(stop=True)["error"]
+        assert say(**request, pause=0)["tokens"] == [3, 6, 12, 24, 48]
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
