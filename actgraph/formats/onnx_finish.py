@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from actgraph.errors import UnsupportedError
+from actgraph.graph.context import KINDS
 from actgraph.graph.folds import FoldRecord
 from actgraph.graph.graph import Graph, Role
 from actgraph.graph.onnx import OnnxGraph
@@ -179,8 +180,15 @@ def drop_unused_functions(graph: OnnxGraph) -> None:
 
 
 def write_metadata(graph: OnnxGraph, source: Graph, renamed: Mapping[str, str], companions: Mapping[str, Any]) -> None:
-    """Record in the model what ONNX has no place for. ``source`` is the graph that is saved, ``graph`` the clone."""
+    """Record in the model what ONNX has no place for, and in its context inputs what they are and what holds without them.
+    ``source`` is the graph that is saved, ``graph`` the clone.
+    """
     from actgraph import __version__
+
+    for value in graph.model.graph.inputs:
+        name = str(value.name)
+        if graph.roles.get(name) is Role.CONTEXT and name in KINDS and not value.doc_string:
+            value.doc_string = KINDS[name].doc
 
     data: dict[str, Any] = {
         "history": [record.to_dict() for record in source.history],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import actgraph as ag
@@ -168,6 +170,21 @@ def test_without_lengths_all_tokens_are_prompt() -> None:
     assert any("where nobody gives it, all tokens are prompt" in message for message in made.report[0].messages)
     everywhere = steered(graph, "all", fold="false").graph.run(inputs)["logits"]
     assert np.array_equal(steered(graph, "prompt").graph.run(inputs)["logits"], everywhere)
+
+
+@pytest.mark.parametrize("dialect", ["fx", "onnx"])
+def test_files_say_what_a_clause_asks_for(dialect: str, tmp_path: Path) -> None:
+    """In metadata, and beside the input, where any viewer of ONNX files shows it."""
+    path = steered(in_dialect("llama", dialect), '"generated & row(0)"').graph.save(tmp_path / "made.onnx")
+    model = onnx.load(path)
+    said = {value.name: value.doc_string for value in model.graph.input}
+    assert "where nobody tells it, all tokens are prompt" in said["prompt_lengths"] and "-1 where nobody" in said["row_index"]
+    stored = {prop.key: prop.value for prop in model.metadata_props}
+    assert json.loads(stored["actgraph.roles"]) == {"prompt_lengths": "context", "row_index": "context"}
+    assert json.loads(stored["actgraph.optional"]) == ["prompt_lengths", "row_index"]
+    assert "generated & row(0)" in json.loads(stored["actgraph.history"])[0]["text"]
+    again = ag.load(path).save(tmp_path / "again.onnx")
+    assert {value.name: value.doc_string for value in onnx.load(again).graph.input} == said
 
 
 def test_a_clause_is_never_folded_or_merged() -> None:
