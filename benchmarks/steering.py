@@ -171,12 +171,20 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def pair(plain: Group, case: Group, prompt: list[Any], count: int, args: argparse.Namespace) -> tuple[Pairs, list[list[int]]]:
-    """All rounds of a case beside its runner without a vector; and the tokens of both. RuntimeError where one fails."""
+def pair(
+    case: Group, plain: Group, prompt: list[Any], count: int, args: argparse.Namespace
+) -> tuple[Pairs, list[list[int]]] | None:
+    """All rounds of a case beside its runner without a vector, and the tokens of both; None, and a line, where one fails."""
+    if not case.runners:
+        return None
     pairs = Pairs([], [])
-    ((one,), (other,)) = plain.runners, case.runners
+    ((steered,), (unsteered,)) = case.runners, plain.runners
     for round in range(-args.warmup, args.rounds):
-        made = turns((case.slices(other, prompt, count, args.slice), plain.slices(one, prompt, count, args.slice)))
+        try:
+            made = turns((case.slices(steered, prompt, count, args.slice), plain.slices(unsteered, prompt, count, args.slice)))
+        except RuntimeError as error:
+            case.drop(steered, str(error))
+            return None
         if round >= 0:
             pairs.case += by_turn(made[0].seconds, args.slice)
             pairs.plain += by_turn(made[1].seconds, args.slice)
@@ -212,20 +220,16 @@ def measure(model: str, args: argparse.Namespace, out: Output, folder: Path) -> 
             with contextlib.closing(open_case(plain)) as beside:
                 for case in group if beside.runners else ():
                     with contextlib.closing(open_case(case)) as steered:
-                        if not steered.runners:
-                            continue
-                        prompt: list[Any] = prompts if case.rows > 1 else prompts[0]
-                        try:
-                            pairs, (tokens[case], tokens[plain]) = pair(beside, steered, prompt, count, args)
-                        except RuntimeError as error:
-                            out.emit(model=model, runner=case.name, error=str(error))
-                            continue
+                        found = pair(steered, beside, prompts if case.rows > 1 else prompts[0], count, args)
+                    if found is None:
+                        continue
+                    pairs, (tokens[case], tokens[plain]) = found
                     seconds.setdefault(plain, []).extend(pairs.plain)
                     seconds[case] = pairs.case
                     report(case, pairs, model, context, out)
     expected = dict(references(list(tokens), tokens))
-    for case, found in seconds.items():
-        value, middle = case.rows / statistics.median(found), context + count / 2
+    for case, steps in seconds.items():
+        value, middle = case.rows / statistics.median(steps), context + count / 2
         limit = bandwidth * case.rows / bytes_per_token(config, 32, 0.0, case.rows * middle)
         out.emit(
             model=model, context=context, runner=case.name, tool=case.tool, kind=case.kind, rows=case.rows, unit="tokens/s",

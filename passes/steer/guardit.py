@@ -69,8 +69,12 @@ class ForgetClusters:
         """What to give as ``guardit.similarity``: ``[requests, k]`` float32 cosines of embeddings ``[requests, e]`` with the
         centroids. best: only that of the most similar cluster of each request, so that no other one can be active. retain: one
         more column, the cosine with the retain centroid, which the pass takes with ``mode=ratio`` or ``retain_threshold``.
-        Raises InputError where that centroid is not known.
+        Raises InputError where that centroid is not known, and for clusters of activations.
         """
+        if self.gate == "activation":
+            raise InputError(
+                "these clusters are of activations, which the graph compares itself", "give the model no similarity"
+            )
         rows = normalised(embeddings)
         if rows.shape[1] != self.centroids.shape[1]:
             raise InputError(

@@ -400,6 +400,12 @@ def test_distances_are_no_weights(stories: Graph, distant: ForgetClusters, tmp_p
         forget_clusters(stories, DOGS, REST, measure="far")  # type: ignore[arg-type]
 
 
+def test_clusters_of_activations_have_no_similarity_to_tell(inside: ForgetClusters, distant: ForgetClusters) -> None:
+    for made in (inside, distant):
+        with pytest.raises(InputError, match="which the graph compares itself"):
+            made.similarity(np.ones((1, 64)))
+
+
 def test_distances_tell_the_clusters_apart(stories: Graph, distant: ForgetClusters) -> None:
     """Centroids are means of pooled activations as they are, and the threshold is between the texts of both sets."""
     rows = collect_rows(stories, [distant.site], DOGS + CARS, position="mean", progress=False)[distant.site].astype(float)
